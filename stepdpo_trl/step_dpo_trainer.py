@@ -1,0 +1,212 @@
+"""Step-DPO (arXiv 2406.18629): `trl.DPOTrainer` on single reasoning steps."""
+
+import re
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from . import __version__
+from .schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
+from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
+from .tokenization import StepTokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = get_logger(__name__)
+
+
+class StepDPOTrainer(DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] that learns from single reasoning steps (Step-DPO, arXiv 2406.18629).
+
+    Rows with a column `initial_reason_steps` are step pairs. Prompt and initial steps are context, and the loss of
+    eq. 2 of the paper falls on every token of `chosen` (s_win) and `rejected` (s_lose) and on no other; no end of turn
+    follows a step, unless the row says in `chosen_ends_solution` or `rejected_ends_solution` that the solution ends
+    with it. Rows without the column are ordinary preference pairs, treated as by [`~trl.DPOTrainer`]. Loss, collator
+    and training loop are inherited, so every option of [`~trl.DPOConfig`] works on steps.
+
+    Args:
+        model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, ...:
+            As for [`~trl.DPOTrainer`]. `args` is a [`StepDPOConfig`] or a [`~trl.DPOConfig`], and defaults to
+            `StepDPOConfig(f"{model_name}-Step-DPO")`.
+
+    Raises:
+        ValueError: If a row of step data cannot be trained on, before training starts; the message names the row and
+            the mend.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from stepdpo_trl import StepDPOConfig, StepDPOTrainer
+
+    >>> trainer = StepDPOTrainer(
+    ...     model="Qwen/Qwen2-7B-Instruct",
+    ...     args=StepDPOConfig("Qwen2-7B-Step-DPO", prompt_suffix="step-dpo", beta=0.5, learning_rate=5e-7),
+    ...     train_dataset=load_dataset("xinlai/Math-Step-DPO-10K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "step-dpo"]  # noqa: RUF012  (a plain attribute upstream)
+    _name = "Step-DPO"
+    _paper = {  # noqa: RUF012
+        "title": "Step-DPO: Step-wise Preference Optimization for Long-chain Reasoning of LLMs",
+        "id": "2406.18629",
+        "citation": textwrap.dedent("""\
+            @article{lai2024stepdpo,
+                title         = {{Step-DPO: Step-wise Preference Optimization for Long-chain Reasoning of LLMs}},
+                author        = {Xin Lai and Zhuotao Tian and Yukang Chen and Senqiao Yang and Xiangru Peng and Jiaya Jia},
+                year          = 2024,
+                journal       = {arXiv preprint},
+                eprint        = {2406.18629},
+                archivePrefix = {arXiv}
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = StepDPOConfig(f"{model_name.split('/')[-1]}-Step-DPO")
+        if isinstance(train_dataset, (Dataset, IterableDataset)):
+            first_row = _first_row(train_dataset, "train dataset")
+            _check_first_row(first_row, "train dataset")
+            if not is_step_data(first_row):  # then it is DPO, and model card and tags say so
+                self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
+        _check_special_tokens(processing_class)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Tokenize step data; leave plain preference data to `DPOTrainer`. Serves train, eval and `evaluate()`."""
+        where = f"{dataset_name} dataset"
+        first_row = _first_row(dataset, where)
+        _check_first_row(first_row, where)
+        if not is_step_data(first_row):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+        encode = StepTokenizer(
+            tokenizer=self._tokenizer,
+            chat_template=processing_class.chat_template,
+            max_length=args.max_length,
+            **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
+        )
+        if isinstance(dataset, IterableDataset):
+            stream = _StreamEncoder(encode, where)
+            return dataset.map(stream, with_indices=True).filter(stream.keeps).remove_columns("overlong")
+
+        with PartialState().main_process_first():  # the others read its cache
+            dataset = dataset.map(
+                _encode_row,
+                with_indices=True,
+                # The version is part of the cache's fingerprint, the code behind `encode` is not
+                fn_kwargs={"encode": encode, "where": where, "version": __version__},
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenizing {where}",
+            )
+            overlong = sum(tokens > 0 for tokens in dataset["overlong"])
+            if overlong and encode.overlong_prefix == "drop":
+                dataset = dataset.filter(_fits, input_columns="overlong", desc=f"Dropping overlong rows from {where}")
+        if overlong:
+            logger.warning(_overlong_message(encode, f"{overlong} rows", where))
+        if len(dataset) == 0:
+            raise ValueError(
+                f"No row of the {where} is left: all {overlong} are longer than max_length={args.max_length}. Raise "
+                "`max_length`, or cut the prefixes with `overlong_prefix='truncate'`."
+            )
+        return dataset.remove_columns("overlong")
+
+
+class _StreamEncoder:
+    """Tokenizes the rows of a stream, and logs the 1st, 10th, 100th ... overlong one, since there is no end."""
+
+    def __init__(self, encode: StepTokenizer, where: str) -> None:
+        self.encode = encode
+        self.where = where
+        self.overlong = 0
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        row = _encode_row(row, index, self.encode, self.where, __version__)
+        if row["overlong"]:
+            self.overlong += 1
+            if re.fullmatch("10*", str(self.overlong)):
+                logger.warning(_overlong_message(self.encode, f"{self.overlong} rows so far", self.where))
+        return row
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        return _fits(row["overlong"]) or self.encode.overlong_prefix != "drop"
+
+
+def _encode_row(row: dict[str, Any], index: int, encode: StepTokenizer, where: str, version: str) -> dict[str, Any]:
+    return encode(row, f"row {index} of the {where}")
+
+
+def _fits(overlong: int) -> bool:
+    return overlong == 0
+
+
+def _overlong_message(encode: StepTokenizer, rows: str, where: str) -> str:
+    done = "dropped" if encode.overlong_prefix == "drop" else "cut from the left to fit, their steps kept whole"
+    return (
+        f"{rows} of the {where} were longer than max_length={encode.max_length} and have been {done} "
+        f"(overlong_prefix={encode.overlong_prefix!r})."
+    )
+
+
+def _first_row(dataset: Dataset | IterableDataset, where: str) -> dict[str, Any]:
+    for row in dataset:
+        return row
+    raise ValueError(f"The {where} is empty. Check how it was loaded and filtered.")
+
+
+def _check_first_row(row: dict[str, Any], where: str) -> None:
+    if not is_step_data(row):
+        check_plain_columns(row, f"the {where}")
+        return
+    check_columns(row, f"the {where}")
+    if "image" in row or "images" in row:
+        raise ValueError(
+            f"The {where} has both `{PREFIX_COLUMN}` and images. Step pairs with images are not supported: remove the "
+            f"images to train on the text, or remove `{PREFIX_COLUMN}` to train on ordinary preference pairs."
+        )
+
+
+def _check_special_tokens(processing_class: PreTrainedTokenizerBase | ProcessorMixin | None) -> None:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a pad token nor an EOS token, so batches cannot be padded. Set one before you "
+            "pass it as `processing_class`: `tokenizer.pad_token = ...` with a token of its vocabulary."
+        )

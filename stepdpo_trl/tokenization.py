@@ -1,0 +1,256 @@
+"""One step pair in, token ids out.
+
+The prefix (prompt and initial reasoning steps) is tokenized as at inference, where the model continues from it. Each
+step is tokenized as a continuation of that text, on its own, so that no token belongs to both: the loss can count
+every token of the step and no other, and the policy is scored on the token sequences that it would itself generate.
+"""
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
+from .schema import StepPreference
+
+OVERLONG_PREFIX_CHOICES = ("truncate", "drop", "error")
+
+# Text that a template can neither strip nor split at; it stands for the solution while the end of turn is looked up.
+_SOLUTION = "SOLUTION\u2063TEXT"
+
+
+@dataclass(frozen=True)
+class StepTokenizer:
+    """
+    Turns rows of step data into `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer of the policy.
+        chat_template (`str`, *optional*):
+            Chat template, defaults to the tokenizer's own. A processor may have one where its tokenizer has none.
+        system_prompt (`str`, *optional*):
+            System message put before string prompts.
+        prompt_suffix (`str`, *optional*):
+            Text put behind string prompts, or the name of one in [`~stepdpo_trl.prompts.PROMPT_SUFFIXES`].
+        prompt_template (`str`, *optional*, defaults to `"plain"`):
+            Layout of string prompts for tokenizers without a chat template, with `{prompt}` in it and
+            `{system_prompt}` where there is one, or the name of one in [`~stepdpo_trl.prompts.PROMPT_TEMPLATES`].
+        max_length (`int`, *optional*):
+            Most tokens that prefix and step may have together. `None` for no limit.
+        overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
+            What to do where they have more: cut the prefix from the left (`"truncate"`), mark the row as one to drop
+            (`"drop"`) or raise (`"error"`). A step is never cut.
+
+    Raises:
+        ValueError: If an option has an unusable value.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str | None = None
+    system_prompt: str | None = None
+    prompt_suffix: str | None = None
+    prompt_template: str = "plain"
+    max_length: int | None = None
+    overlong_prefix: str = "truncate"
+
+    def __post_init__(self) -> None:
+        check_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
+        template = resolve_text(self.prompt_template, PROMPT_TEMPLATES, "prompt_template")
+        if self.system_prompt is not None and not self._has_chat_template and "{system_prompt}" not in template:
+            raise ValueError(
+                f"`system_prompt={self.system_prompt!r}` has no place: the tokenizer has no chat template and "
+                f"`prompt_template={self.prompt_template!r}` has no {{system_prompt}} in it. Add it, or leave "
+                "`system_prompt` unset."
+            )
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """
+        Tokenize one row.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Row with the columns of [`StepPreference`], and optionally `tools` and `chat_template_kwargs` as
+                `DPOTrainer` knows them.
+            where (`str`):
+                What to call the row in an error.
+
+        Returns:
+            `dict`: `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of token ids) and `overlong`, the number of
+            prefix tokens that did not fit into `max_length`. They have been cut if `overlong_prefix="truncate"`.
+
+        Raises:
+            ValueError: If the row is not a valid step pair, or does not fit and must.
+        """
+        pair = StepPreference.from_row(row, where)
+        template_kwargs = self._template_kwargs(row)
+        messages, prefix = self._messages_and_prefix(pair, where)
+        text = self._render(messages, template_kwargs) + prefix
+        text_ids = self._encode(text)
+        prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
+
+        step_ids = {}
+        for name, ends in (("chosen", pair.chosen_ends_solution), ("rejected", pair.rejected_ends_solution)):
+            step = getattr(pair, name)
+            end_of_turn = self._end_of_turn(messages, template_kwargs) if ends else ""
+            if not step.endswith(end_of_turn):
+                step += end_of_turn
+            step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
+        if step_ids["chosen"] == step_ids["rejected"]:
+            raise ValueError(
+                f"`chosen` and `rejected` of {where} differ as text but have the same tokens, so there is nothing to "
+                "prefer. Remove the row."
+            )
+
+        overlong = self._overlong(prefix_ids, step_ids, where)
+        if overlong and self.overlong_prefix == "truncate":
+            prefix_ids = prefix_ids[overlong:]
+        return {
+            "prompt_ids": prefix_ids,
+            "chosen_ids": step_ids["chosen"],
+            "rejected_ids": step_ids["rejected"],
+            "overlong": overlong,
+        }
+
+    def _template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        return {"chat_template": self.chat_template, **kwargs} if self.chat_template else kwargs
+
+    @property
+    def _has_chat_template(self) -> bool:
+        return bool(self.chat_template or self.tokenizer.chat_template)
+
+    def _messages_and_prefix(self, pair: StepPreference, where: str) -> tuple[list[dict[str, Any]], str]:
+        """Messages up to the assistant's turn, and what the assistant has said in it."""
+        prefix = pair.initial_reason_steps
+        if isinstance(pair.prompt, str):
+            messages = [{"role": "user", "content": pair.prompt + self._suffix}]
+            if self.system_prompt is not None:
+                messages.insert(0, {"role": "system", "content": self.system_prompt})
+            return messages, prefix
+        if self.system_prompt is not None or self.prompt_suffix is not None:
+            raise ValueError(
+                f"`system_prompt` and `prompt_suffix` are added to string prompts, but `prompt` of {where} is a list "
+                "of messages. Leave them unset and write both into the messages."
+            )
+        if not self._has_chat_template:
+            raise ValueError(
+                f"`prompt` of {where} is a list of messages, but the tokenizer has no chat template to render it. "
+                "Set `tokenizer.chat_template`, or give the prompt as a string."
+            )
+        if pair.prompt[-1]["role"] == "assistant":  # the step continues this turn
+            return pair.prompt[:-1], pair.prompt[-1]["content"] or ""
+        return pair.prompt, prefix
+
+    @property
+    def _suffix(self) -> str:
+        return resolve_text(self.prompt_suffix, PROMPT_SUFFIXES, "prompt_suffix") if self.prompt_suffix else ""
+
+    def _render(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
+        """Text up to and including the opening of the assistant's turn."""
+        if self._has_chat_template:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **template_kwargs
+            )
+        template = resolve_text(self.prompt_template, PROMPT_TEMPLATES, "prompt_template")
+        by_role = {message["role"]: message["content"] for message in messages}
+        # Not `str.format`: templates and problems are full of LaTeX braces.
+        before, _, after = template.partition("{prompt}")
+        system = by_role.get("system", "")
+        before, after = (part.replace("{system_prompt}", system) for part in (before, after))
+        return before + by_role["user"] + after
+
+    def _end_of_turn(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
+        """What the template writes after the assistant's last word; the EOS token where it writes nothing."""
+        end = ""
+        if self._has_chat_template:
+            whole = [*messages, {"role": "assistant", "content": _SOLUTION}]
+            # White space after the end-of-turn token belongs to the next turn and is never generated.
+            end = self.tokenizer.apply_chat_template(whole, tokenize=False, **template_kwargs)
+            end = end.rpartition(_SOLUTION)[2].rstrip()
+        return end or self.tokenizer.eos_token or ""
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _leading_special_ids(self, text: str, text_ids: list[int]) -> list[int]:
+        """What the tokenizer puts in front of a text (BOS). What it puts behind (EOS) does not belong to a prefix."""
+        if self._has_chat_template:  # templates write their own BOS
+            return []
+        with_special = self.tokenizer(text)["input_ids"]
+        for start in range(len(with_special) - len(text_ids) + 1):
+            if with_special[start : start + len(text_ids)] == text_ids:
+                return with_special[:start]
+        return []
+
+    def _encode_step(self, prefix: str, prefix_ids: list[int], step: str, where: str) -> list[int]:
+        wanted = None
+        # Some tokenizers (SentencePiece with a dummy prefix) begin every text with a space. Behind an anchor, which is
+        # taken off again, the step is not the beginning of a text.
+        for anchor in ("", "\n", ":", "0"):
+            anchor_ids = self._encode(anchor) if anchor else []
+            ids = self._encode(anchor + step)
+            if ids[: len(anchor_ids)] != anchor_ids:
+                continue
+            ids = ids[len(anchor_ids) :]
+            decoded = self._decode(prefix_ids + ids)
+            if decoded == prefix + step:
+                return ids
+            # Tokenizers may change a text (normalize, lower-case, drop what they do not know). What counts is that
+            # the two parts come back as the whole would.
+            wanted = wanted or _normalize(self._decode(self._encode(prefix + step)))
+            if ids and _normalize(decoded) == wanted:
+                return ids
+        raise ValueError(
+            f"{where} cannot be tokenized as a continuation: the tokens of the prefix and of the step do not decode "
+            f"to {(prefix + step)[-60:]!r}. Move the boundary of the step to the beginning of a word."
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _overlong(self, prefix_ids: list[int], step_ids: dict[str, list[int]], where: str) -> int:
+        if self.max_length is None:
+            return 0
+        longest = max(step_ids, key=lambda name: len(step_ids[name]))
+        length = len(step_ids[longest])
+        overlong = max(0, len(prefix_ids) + length - self.max_length)
+        if length >= self.max_length and self.overlong_prefix != "drop":
+            raise ValueError(
+                f"`{longest}` of {where} has {length} tokens, which leaves no room for a prefix in "
+                f"max_length={self.max_length}. A step is never cut: set `max_length` to more than {length}, or "
+                "`overlong_prefix='drop'` to leave such rows out."
+            )
+        if overlong and self.overlong_prefix == "error":
+            raise ValueError(
+                f"{where} has {len(prefix_ids)} prefix and {length} step tokens, {overlong} more than "
+                f"max_length={self.max_length}. Raise `max_length`, or set `overlong_prefix` to 'truncate' (cut the "
+                "prefix from the left) or 'drop' (leave such rows out)."
+            )
+        return overlong
+
+
+def _normalize(text: str) -> str:
+    # Normalization does not commute with cutting: a combining accent at a boundary stays apart in the two parts.
+    return unicodedata.normalize("NFKC", text)
+
+
+def check_options(prompt_suffix: str | None, prompt_template: str, overlong_prefix: str) -> None:
+    """
+    Check the options that decide how step data is tokenized; see [`StepTokenizer`] for their meaning.
+
+    Raises:
+        ValueError: If one has an unusable value.
+    """
+    if prompt_suffix:
+        resolve_text(prompt_suffix, PROMPT_SUFFIXES, "prompt_suffix")
+    template = resolve_text(prompt_template, PROMPT_TEMPLATES, "prompt_template")
+    if template.count("{prompt}") != 1:
+        raise ValueError(f"`prompt_template={prompt_template!r}` must contain {{prompt}} exactly once.")
+    if overlong_prefix not in OVERLONG_PREFIX_CHOICES:
+        raise ValueError(f"`overlong_prefix={overlong_prefix!r}` must be one of {list(OVERLONG_PREFIX_CHOICES)}.")
