@@ -1,0 +1,29 @@
+import os
+
+import pytest
+import torch
+
+from .tiny import CHATML, byte_level_tokenizer, save_tiny_model
+
+# Tiny matrices: a second thread costs more than it computes. Subprocesses take it from the environment.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """Path of a tiny model whose tokenizer has a chat template."""
+    return save_tiny_model(tmp_path_factory.mktemp("chat-model"), byte_level_tokenizer(CHATML))
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory):
+    """Path of a tiny model whose tokenizer has none."""
+    return save_tiny_model(tmp_path_factory.mktemp("plain-model"), byte_level_tokenizer())
