@@ -33,6 +33,7 @@ def config(output_dir, cls=StepDPOConfig, **options):
 def make_trainer(model, output_dir, rows=None, cls=StepDPOTrainer, config_cls=StepDPOConfig, **options):
     """Trainer on step rows; options of the trainer are passed on, the others go into the config."""
     names = ("callbacks", "compute_metrics", "eval_dataset", "peft_config", "processing_class", "ref_model")
+    names += ("quantization_config",)
     trainer_options = {name: options.pop(name) for name in names if name in options}
     dataset = rows if isinstance(rows, (Dataset, IterableDataset)) else Dataset.from_list(rows or step_rows())
     return cls(model, args=config(output_dir, config_cls, **options), train_dataset=dataset, **trainer_options)

@@ -1,0 +1,81 @@
+"""Trains on tiny step data under a distributed launcher on CPU, and writes down what ran. Started by the tests."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor, Shard
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.tiny import step_rows
+from tests.training import logged, make_trainer
+
+
+def prepare_cpu(mode: str) -> dict[str, object]:
+    """Stock accelerate and DeepSpeed expect GPUs; returns the training arguments that make them run without."""
+    if mode == "ddp":
+        return {"use_cpu": True}
+    if mode.startswith("zero"):
+        import deepspeed
+
+        # Compiles for a minute, and gains nothing here
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        # Without this, accelerate trains two independent models on a CPU
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        gloo = ("gloo", DistributedType.MULTI_GPU)
+        PartialState._prepare_backend = lambda self, cpu=False, sagemaker_dp=False, backend=None: gloo
+    return {"use_cpu": False, "ddp_backend": "gloo"}
+
+
+def is_sharded(trainer) -> bool:
+    """Whether each process holds a part of what the mode says it shards."""
+    wrapped = trainer.model_wrapped
+    if trainer.is_deepspeed_enabled and wrapped.zero_optimization_stage() == 2:
+        owned = sum(group.numel() for group in wrapped.optimizer.single_partition_of_fp32_groups)
+        return owned < sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if trainer.is_deepspeed_enabled:
+        return all(p.ds_tensor.numel() < p.ds_numel for p in wrapped.parameters())
+    return all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in wrapped.parameters())
+
+
+def main() -> None:
+    """Train, save, report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mode", choices=["ddp", "zero2", "zero3", "fsdp2"])
+    parser.add_argument("model")
+    parser.add_argument("output_dir")
+    parser.add_argument("--lora", action="store_true")
+    args = parser.parse_args()
+    trainer = make_trainer(
+        args.model,
+        args.output_dir,
+        step_rows(12),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.lora else None,
+        per_device_train_batch_size=2,
+        **prepare_cpu(args.mode),
+    )
+    trainer.train()
+    trainer.save_model()
+    report = {
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "processes": trainer.accelerator.num_processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "sharded": args.mode != "ddp" and is_sharded(trainer),
+        "loss": logged(trainer, "loss"),
+        "margins": logged(trainer, "rewards/margins"),
+    }
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / "report.json").write_text(json.dumps(report))
+    if trainer.accelerator.num_processes > 1:
+        trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Two processes equal one, on every back end. On CPU: what is tested is ours and the wiring, not the GPU kernels."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from .tiny import step_rows
+from .training import assert_same_weights, logged, make_trainer
+
+FOLDER = Path(__file__).parent / "distributed"
+# What the processes must report of themselves: a wrong set-up trains all the same, each process by itself
+EXPECTED = {
+    "ddp": {"distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel", "sharded": False},
+    "zero2": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "sharded": True},
+    "zero3": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "sharded": True},
+    "fsdp2": {"distributed_type": "FSDP", "wrapper": "FSDP", "sharded": True},
+}
+
+
+def launch(mode, model, output_dir, lora):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{mode}.yaml")]
+    command += ["--main_process_port", str(port), str(FOLDER / "train.py"), mode, model, str(output_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command + ["--lora"] * lora, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((output_dir / "report.json").read_text())
+
+
+def saved_weights(model, output_dir, lora):
+    """What `save_model` wrote, loaded as a user would."""
+    if lora:
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), output_dir)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(output_dir)
+    return {name: parameter.detach() for name, parameter in loaded.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", EXPECTED)
+def test_two_processes_equal_one(mode, lora, chat_model, tmp_path):
+    if mode.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
+    single = make_trainer(
+        chat_model, tmp_path / "one", step_rows(12), peft_config=peft_config, per_device_train_batch_size=4
+    )
+    single.train()
+    single.save_model()
+    report = launch(mode, chat_model, tmp_path / "two", lora)
+
+    assert report["processes"] == 2
+    expected = EXPECTED[mode]
+    assert (report["distributed_type"], report["sharded"]) == (expected["distributed_type"], expected["sharded"])
+    assert report["wrapper"].startswith(expected["wrapper"])
+    assert report["loss"] == pytest.approx(logged(single, "loss"), abs=1e-5)
+    assert report["margins"] == pytest.approx(logged(single, "rewards/margins"), abs=1e-5)
+    assert report["margins"][-1] > 1e-3  # something was learnt
+    assert_same_weights(
+        saved_weights(chat_model, tmp_path / "one", lora),
+        saved_weights(chat_model, tmp_path / "two", lora),
+        rtol=1e-4,
+        atol=1e-6,
+    )
