@@ -1,0 +1,18 @@
+"""
+Step-DPO of Qwen2-7B-Instruct on Math-Step-DPO-10K with the paper's settings (qwen2_7b.yaml).
+
+    accelerate launch --config_file recipes/accelerate_configs/zero3.yaml recipes/qwen2_7b.py [--option value ...]
+
+The options override the file; `--config FILE` takes another recipe's file instead.
+"""
+
+import sys
+from pathlib import Path
+
+from stepdpo_trl.train import main
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--config" not in arguments:
+        arguments = ["--config", str(Path(__file__).with_suffix(".yaml")), *arguments]
+    main(arguments)

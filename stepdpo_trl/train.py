@@ -1,0 +1,143 @@
+"""
+The training script, one for all models: `accelerate launch -m stepdpo_trl.train --config FILE [--option value ...]`.
+
+Options are those of `trl dpo` and of [`StepDPOConfig`]; the command line overrides the file.
+"""
+
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+    from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
+
+
+def make_parser(prog: str | None = None) -> "TrlParser":
+    """TRL's parser for YAML files and command lines, over the options of this script."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .step_dpo_config import StepDPOConfig
+
+    return TrlParser((ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def launcher_options() -> list[str]:
+    """Options of `accelerate launch`, and `accelerate_config`, which `stepdpo train` takes besides those here."""
+    from accelerate.commands.launch import launch_command_parser
+
+    options = [name for action in launch_command_parser()._actions for name in action.option_strings]
+    return ["--accelerate_config", *(name for name in options if name.startswith("--"))]
+
+
+def parse_arguments(argv: list[str], prog: str | None = None) -> tuple[tuple[Any, ...], list[str], list[str]]:
+    """
+    Parse a command line and the file it names with `--config`.
+
+    Args:
+        argv (`list[str]`):
+            The command line, without the name of the program.
+        prog (`str`, *optional*):
+            Name of the program for help and errors.
+
+    Returns:
+        `tuple`: The four argument objects, and what is meant for `accelerate launch` in the file and on the command
+        line. Exits with status 2 and one sentence on stderr if an argument is unusable or unknown.
+    """
+    import yaml
+
+    parser = make_parser(prog)
+    try:
+        *parsed, from_file, from_command_line = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        _check_unknown([*from_file, *from_command_line], list(parser._option_string_actions))
+        script_args, _, model_args, dataset_args = parsed
+        if not model_args.model_name_or_path:
+            raise ValueError("Name the model with --model_name_or_path.")
+        if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+            raise ValueError("Name the data with --dataset_name, or list it under `datasets` in the file; not both.")
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return tuple(parsed), from_file, from_command_line
+
+
+def _check_unknown(remaining: list[str], known: list[str]) -> None:
+    launcher = launcher_options()
+    for argument in remaining:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in launcher:
+            nearest = get_close_matches(name, [*known, *launcher], n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} is not a known argument. Did you mean {nearest}?")
+
+
+def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> "DatasetDict | dict[str, Any]":
+    """
+    Load the data as `trl dpo` does: `datasets` (a mixture) or `dataset_name`, which may also be a local file.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    path = Path(script_args.dataset_name)
+    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    if path.is_file() and path.suffix in kinds:
+        files = {script_args.dataset_train_split: str(path)}
+        return load_dataset(kinds[path.suffix], data_files=files, streaming=script_args.dataset_streaming)
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def _split(data: Any, name: str) -> "Dataset | IterableDataset":
+    if name not in data:
+        raise ValueError(
+            f"The data has no split {name!r}, only {sorted(data)}. Set `dataset_train_split` or `..._test_...`."
+        )
+    return data[name]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Train, save, and push to the Hub if asked.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The command line, without the name of the program. Defaults to `sys.argv[1:]`.
+    """
+    (script_args, training_args, model_args, dataset_args), _, _ = parse_arguments(
+        sys.argv[1:] if argv is None else argv
+    )
+    from trl import get_peft_config, get_quantization_config
+
+    from .step_dpo_trainer import StepDPOTrainer
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    data = load_data(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    trainer = StepDPOTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(data, script_args.dataset_train_split),
+        eval_dataset=_split(data, script_args.dataset_test_split) if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
