@@ -117,9 +117,11 @@ class StepDPOTrainer(DPOTrainer):
         if not is_step_data(first_row):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
+        # A processor may have the chat template that its tokenizer lacks
+        chat_template: Any = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
         encode = StepTokenizer(
             tokenizer=self._tokenizer,
-            chat_template=processing_class.chat_template,
+            chat_template=chat_template,
             max_length=args.max_length,
             **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
         )

@@ -154,9 +154,7 @@ class StepTokenizer:
     def _render(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
         """Text up to and including the opening of the assistant's turn."""
         if self._has_chat_template:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-            )
+            return self._apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
         template = resolve_text(self.prompt_template, PROMPT_TEMPLATES, "prompt_template")
         by_role = {message["role"]: message["content"] for message in messages}
         # Not `str.format`: templates and problems are full of LaTeX braces.
@@ -171,9 +169,11 @@ class StepTokenizer:
         if self._has_chat_template:
             whole = [*messages, {"role": "assistant", "content": _SOLUTION}]
             # White space after the end-of-turn token belongs to the next turn and is never generated.
-            end = self.tokenizer.apply_chat_template(whole, tokenize=False, **template_kwargs)
-            end = end.rpartition(_SOLUTION)[2].rstrip()
+            end = self._apply_chat_template(whole, **template_kwargs).rpartition(_SOLUTION)[2].rstrip()
         return end or self.tokenizer.eos_token or ""
+
+    def _apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -212,7 +212,7 @@ class StepTokenizer:
         )
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _overlong(self, prefix_ids: list[int], step_ids: dict[str, list[int]], where: str) -> int:
         if self.max_length is None:

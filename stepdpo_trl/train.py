@@ -20,7 +20,8 @@ def make_parser(prog: str | None = None) -> "TrlParser":
 
     from .step_dpo_config import StepDPOConfig
 
-    return TrlParser((ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(options, prog=prog)
 
 
 def launcher_options() -> list[str]:
@@ -81,7 +82,7 @@ def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfi
 
     if dataset_args.datasets:
         return get_dataset(dataset_args)
-    path = Path(script_args.dataset_name)
+    path = Path(str(script_args.dataset_name))
     kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if path.is_file() and path.suffix in kinds:
         files = {script_args.dataset_train_split: str(path)}
