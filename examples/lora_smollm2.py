@@ -27,13 +27,9 @@ PAIRS = "xinlai/Math-Step-DPO-10K"
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model id or folder"
-    )
+    parser.add_argument("--model_name_or_path", default=MODEL, help="model id or folder")
     parser.add_argument("--gguf_file", help="name of the GGUF file in that folder")
-    parser.add_argument(
-        "--dataset", default="xinlai/Math-Step-DPO-10K", help="data set id, or a .jsonl or .parquet file"
-    )
+    parser.add_argument("--dataset", default=PAIRS, help="data set id, or a .jsonl or .parquet file")
     parser.add_argument("--test_size", type=int, default=13, help="pairs held out for evaluation")
     parser.add_argument("--output_dir", default="outputs/smollm2-step-dpo")
     parser.add_argument("--learning_rate", type=float, default=1e-4)

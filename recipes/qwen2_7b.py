@@ -13,6 +13,6 @@ from stepdpo_trl.train import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if "--config" not in arguments:
+    if not any(word.partition("=")[0] == "--config" for word in arguments):
         arguments = ["--config", str(Path(__file__).with_suffix(".yaml")), *arguments]
     main(arguments)

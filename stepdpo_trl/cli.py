@@ -15,20 +15,32 @@ def train(argv: list[str]) -> None:
             Options of the training script and of `accelerate launch`, mixed, and `--accelerate_config`, the name of a
             configuration that TRL ships (such as `zero3`) or a file.
     """
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.cli.commands.training import _subtract_subsequence
 
     from .train import parse_arguments
 
-    _, from_file, from_command_line = parse_arguments(argv, prog="stepdpo train")
+    _, from_file, from_command_line = parse_arguments(argv, prog="stepdpo train", launcher=True)
+    script_args = _subtract_subsequence(argv, from_command_line)
+    script = "stepdpo_trl.train"
+    launcher = launch_command_parser()
+    launcher.prog, launcher.usage = "stepdpo train", "%(prog)s [--config FILE] [--option VALUE ...]"
     try:
         launch_args = resolve_accelerate_config_argument(from_file + from_command_line)
-    except ValueError as error:
+        launch = launcher.parse_args([*launch_args, "--module", script, *script_args])
+        if launch.training_script != script:
+            raise ValueError(
+                f"{launch.training_script!r} belongs to no option. Flags of accelerate, such as --cpu, take no value "
+                "and go on the command line, not into the file."
+            )
+        if launch.config_file:
+            load_config_from_file(launch.config_file)
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         sys.exit(_error("train", error))
-    # What argparse has left over is an ordered part of the command line; the rest is the script's
-    left_over = list(from_command_line)
-    script_args = [a for a in argv if not (left_over and a == left_over[0] and left_over.pop(0) is not None)]
-    launch_command(launch_command_parser().parse_args([*launch_args, "--module", "stepdpo_trl.train", *script_args]))
+    launch_command(launch)
 
 
 def _error(command: str, error: Exception) -> int:

@@ -12,7 +12,7 @@ PROMPT_SUFFIXES: dict[str, str] = {
     "step-dpo": "\nPlease reason step by step, and put your final answer within \\boxed{}.",
 }
 
-# Layouts for tokenizers without a chat template, by name. The steps follow the last character.
+# Layouts in place of a chat template, by name. The steps follow the last character.
 PROMPT_TEMPLATES: dict[str, str] = {
     "plain": "{prompt}\n",
     # Stanford Alpaca, used by the released Step-DPO scripts for models without a chat template
@@ -44,7 +44,7 @@ def resolve_text(value: str, known: dict[str, str], option: str) -> str:
     """
     if value in known:
         return known[value]
-    if not re.fullmatch(r"[\w-]*", value):
+    if not re.fullmatch(r"[\w-]*", value, re.ASCII):
         return value
     nearest = get_close_matches(value, known, n=1, cutoff=0.0)
     raise ValueError(

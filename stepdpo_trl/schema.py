@@ -97,7 +97,7 @@ def check_plain_columns(columns: Iterable[str], where: str) -> None:
     Raises:
         ValueError: If a column looks like a misspelt `initial_reason_steps`: the prefix would be left out unnoticed.
     """
-    for nearest in get_close_matches(PREFIX_COLUMN, columns, n=1, cutoff=0.75):
+    for nearest in get_close_matches(PREFIX_COLUMN, columns, n=1, cutoff=0.85):
         raise ValueError(
             f"Column `{nearest}` of {where} looks like `{PREFIX_COLUMN}`, which is missing. Rename it to train on "
             "steps, or remove it to train on ordinary preference pairs."
@@ -124,7 +124,7 @@ def check_columns(columns: Iterable[str], where: str) -> None:
             mend = f" Rename the nearest column, {nearest[0]!r}, if that is what it holds." if nearest else ""
             raise ValueError(f"Column `{required}` is missing from {where}, which has {sorted(columns)}.{mend}")
     for column in columns:
-        nearest = get_close_matches(column, OPTIONAL_COLUMNS, n=1, cutoff=0.8)
+        nearest = get_close_matches(column, OPTIONAL_COLUMNS, n=1, cutoff=0.9)
         if nearest and column not in OPTIONAL_COLUMNS:
             raise ValueError(f"Column `{column}` of {where} is not known. Did you mean `{nearest[0]}`? Rename it.")
 

@@ -24,10 +24,11 @@ class StepDPOConfig(DPOConfig):
         prompt_suffix (`str`, *optional*):
             Text put behind prompts that are strings, or a name: `"step-dpo"` is the instruction of the Step-DPO paper,
             `"\nPlease reason step by step, and put your final answer within \\boxed{}."`.
-        prompt_template (`str`, *optional*, defaults to `"plain"`):
-            Layout of prompts that are strings where the tokenizer has no chat template: a name (`"plain"` is
+        prompt_template (`str`, *optional*):
+            Layout of prompts that are strings, in place of the tokenizer's chat template: a name (`"plain"` is
             `"{prompt}\n"`, `"alpaca"` that of Stanford Alpaca) or a text with `{prompt}`, and `{system_prompt}` where
-            there is one. The reasoning steps follow it directly.
+            there is one. The reasoning steps follow it directly. Defaults to the chat template, to `"plain"` where
+            there is none.
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
             What happens to a row with more than `max_length` tokens: `"truncate"` cuts its prefix (prompt and initial
             reasoning steps) from the left, `"drop"` leaves it out, `"error"` raises. How many rows that were is
@@ -48,11 +49,11 @@ class StepDPOConfig(DPOConfig):
             "Step-DPO paper. Step data only."
         },
     )
-    prompt_template: str = field(
-        default="plain",
+    prompt_template: str | None = field(
+        default=None,
         metadata={
-            "help": "Layout of prompts that are strings where the tokenizer has no chat template: 'plain', 'alpaca', "
-            "or a text with {prompt} in it. Step data only."
+            "help": "Layout of prompts that are strings, in place of the tokenizer's chat template: 'plain', "
+            "'alpaca', or a text with {prompt} in it. Step data only."
         },
     )
     overlong_prefix: str = field(

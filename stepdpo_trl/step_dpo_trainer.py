@@ -1,13 +1,22 @@
 """Step-DPO (arXiv 2406.18629): `trl.DPOTrainer` on single reasoning steps."""
 
-import re
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -17,7 +26,7 @@ from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 logger = get_logger(__name__)
 
@@ -38,8 +47,8 @@ class StepDPOTrainer(DPOTrainer):
             `StepDPOConfig(f"{model_name}-Step-DPO")`.
 
     Raises:
-        ValueError: If a row of step data cannot be trained on, before training starts; the message names the row and
-            the mend.
+        ValueError: If a row of step data cannot be trained on; the message names the row and the mend. Raised before
+            training starts, for streams when the row is drawn.
 
     Example:
 
@@ -81,16 +90,22 @@ class StepDPOTrainer(DPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        **kwargs: Any,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,
     ) -> None:
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = StepDPOConfig(f"{model_name.split('/')[-1]}-Step-DPO")
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             first_row = _first_row(train_dataset, "train dataset")
             _check_first_row(first_row, "train dataset")
             if not is_step_data(first_row):  # then it is DPO, and model card and tags say so
                 self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
+            if _has_images(first_row):  # then DPOTrainer prepares no data set, so no prefix would be seen
+                _check_no_step_data(eval_dataset)
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = StepDPOConfig(f"{model_name.split('/')[-1]}-{self._name}")
         _check_special_tokens(processing_class)
         super().__init__(
             model=model,
@@ -100,7 +115,11 @@ class StepDPOTrainer(DPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            **kwargs,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
         )
 
     def _prepare_dataset(
@@ -122,12 +141,15 @@ class StepDPOTrainer(DPOTrainer):
         encode = StepTokenizer(
             tokenizer=self._tokenizer,
             chat_template=chat_template,
+            multimodal=isinstance(processing_class, ProcessorMixin),
             max_length=args.max_length,
             **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
         )
         if isinstance(dataset, IterableDataset):
             stream = _StreamEncoder(encode, where)
-            return dataset.map(stream, with_indices=True).filter(stream.keeps).remove_columns("overlong")
+            dataset = dataset.map(stream).filter(stream.keeps).remove_columns("overlong")
+            _first_row(dataset, f"{where}, after rows longer than max_length={args.max_length} have been dropped,")
+            return dataset
 
         with PartialState().main_process_first():  # the others read its cache
             dataset = dataset.map(
@@ -152,19 +174,26 @@ class StepDPOTrainer(DPOTrainer):
 
 
 class _StreamEncoder:
-    """Tokenizes the rows of a stream, and logs the 1st, 10th, 100th ... overlong one, since there is no end."""
+    """
+    Tokenizes the rows of a stream. A stream has no end to report at: overlong rows are logged at the 1st, 2nd, 4th,
+    8th ... of them, by each worker for what it has drawn.
+    """
 
     def __init__(self, encode: StepTokenizer, where: str) -> None:
         self.encode = encode
         self.where = where
+        self.drawn = 0
         self.overlong = 0
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        row = _encode_row(row, index, self.encode, self.where, __version__)
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.drawn += 1
+        # Shards and shuffling leave a row of a stream without a number
+        row = self.encode(row, f"the row of the {self.where} with the prompt {str(row.get('prompt'))[:80]!r}")
         if row["overlong"]:
             self.overlong += 1
-            if re.fullmatch("10*", str(self.overlong)):
-                logger.warning(_overlong_message(self.encode, f"{self.overlong} rows so far", self.where))
+            if self.overlong.bit_count() == 1:
+                rows = f"{self.overlong} of the {self.drawn} rows drawn so far"
+                logger.warning(_overlong_message(self.encode, rows, self.where))
         return row
 
     def keeps(self, row: dict[str, Any]) -> bool:
@@ -196,13 +225,32 @@ def _first_row(dataset: Dataset | IterableDataset, where: str) -> dict[str, Any]
 def _check_first_row(row: dict[str, Any], where: str) -> None:
     if not is_step_data(row):
         check_plain_columns(row, f"the {where}")
+        if "prefix" in row:  # what the released scripts of Step-DPO write
+            logger.warning(
+                f"The {where} has no `{PREFIX_COLUMN}` and is treated as ordinary preference pairs, without its "
+                f"column `prefix`. Rename that to `{PREFIX_COLUMN}` if it holds reasoning steps."
+            )
         return
     check_columns(row, f"the {where}")
-    if "image" in row or "images" in row:
+    if _has_images(row):
         raise ValueError(
             f"The {where} has both `{PREFIX_COLUMN}` and images. Step pairs with images are not supported: remove the "
             f"images to train on the text, or remove `{PREFIX_COLUMN}` to train on ordinary preference pairs."
         )
+
+
+def _has_images(row: dict[str, Any]) -> bool:
+    return "image" in row or "images" in row
+
+
+def _check_no_step_data(eval_dataset: Any) -> None:
+    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, dataset in datasets.items():
+        if dataset is not None and is_step_data(_first_row(dataset, f"{name} dataset")):
+            raise ValueError(
+                f"The {name} dataset has `{PREFIX_COLUMN}` and the train dataset has images. Evaluate on step pairs "
+                "with a trainer of their own."
+            )
 
 
 def _check_special_tokens(processing_class: PreTrainedTokenizerBase | ProcessorMixin | None) -> None:

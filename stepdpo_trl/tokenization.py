@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from trl import prepare_multimodal_messages
 
 from .prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
-from .schema import StepPreference
+from .schema import PREFIX_COLUMN, StepPreference
 
 OVERLONG_PREFIX_CHOICES = ("truncate", "drop", "error")
 
@@ -32,13 +33,16 @@ class StepTokenizer:
             Tokenizer of the policy.
         chat_template (`str`, *optional*):
             Chat template, defaults to the tokenizer's own. A processor may have one where its tokenizer has none.
+        multimodal (`bool`, *optional*, defaults to `False`):
+            Whether the chat template is a processor's, which takes messages as lists of parts.
         system_prompt (`str`, *optional*):
             System message put before string prompts.
         prompt_suffix (`str`, *optional*):
             Text put behind string prompts, or the name of one in [`~stepdpo_trl.prompts.PROMPT_SUFFIXES`].
-        prompt_template (`str`, *optional*, defaults to `"plain"`):
-            Layout of string prompts for tokenizers without a chat template, with `{prompt}` in it and
-            `{system_prompt}` where there is one, or the name of one in [`~stepdpo_trl.prompts.PROMPT_TEMPLATES`].
+        prompt_template (`str`, *optional*):
+            Layout of string prompts in place of a chat template, with `{prompt}` in it and `{system_prompt}` where
+            there is one, or the name of one in [`~stepdpo_trl.prompts.PROMPT_TEMPLATES`]. Defaults to the chat
+            template, to `"plain"` where there is none.
         max_length (`int`, *optional*):
             Most tokens that prefix and step may have together. `None` for no limit.
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
@@ -51,19 +55,23 @@ class StepTokenizer:
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None = None
+    multimodal: bool = False
     system_prompt: str | None = None
     prompt_suffix: str | None = None
-    prompt_template: str = "plain"
+    prompt_template: str | None = None
     max_length: int | None = None
     overlong_prefix: str = "truncate"
 
     def __post_init__(self) -> None:
         check_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
-        template = resolve_text(self.prompt_template, PROMPT_TEMPLATES, "prompt_template")
-        if self.system_prompt is not None and not self._has_chat_template and "{system_prompt}" not in template:
+        if (
+            self.system_prompt is not None
+            and not self._uses_chat_template
+            and "{system_prompt}" not in self._plain_template
+        ):
             raise ValueError(
-                f"`system_prompt={self.system_prompt!r}` has no place: the tokenizer has no chat template and "
-                f"`prompt_template={self.prompt_template!r}` has no {{system_prompt}} in it. Add it, or leave "
+                f"`system_prompt={self.system_prompt!r}` has no place: there is no chat template, and the template "
+                f"{self._plain_template!r} has no {{system_prompt}} in it. Add it to `prompt_template`, or leave "
                 "`system_prompt` unset."
             )
 
@@ -86,17 +94,26 @@ class StepTokenizer:
             ValueError: If the row is not a valid step pair, or does not fit and must.
         """
         pair = StepPreference.from_row(row, where)
-        template_kwargs = self._template_kwargs(row)
         messages, prefix = self._messages_and_prefix(pair, where)
-        text = self._render(messages, template_kwargs) + prefix
+        try:
+            template_kwargs = self._template_kwargs(row)
+            text = self._render(messages, template_kwargs) + prefix
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"The chat template cannot render {where}: {type(error).__name__}: {error}") from error
+        asked = messages[-1].get("content")
+        if isinstance(asked, str) and asked.strip() not in text:
+            raise ValueError(
+                f"The chat template does not write out the last message of {where}, {asked[-60:]!r}. Pass the "
+                "processor that the template belongs to as `processing_class`, or set another `chat_template`."
+            )
         text_ids = self._encode(text)
         prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
 
         step_ids = {}
         for name, ends in (("chosen", pair.chosen_ends_solution), ("rejected", pair.rejected_ends_solution)):
             step = getattr(pair, name)
-            end_of_turn = self._end_of_turn(messages, template_kwargs) if ends else ""
-            if not step.endswith(end_of_turn):
+            end_of_turn = self._end_of_turn(messages, template_kwargs, where) if ends else ""
+            if not step.rstrip().endswith(end_of_turn):
                 step += end_of_turn
             step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
         if step_ids["chosen"] == step_ids["rejected"]:
@@ -107,7 +124,9 @@ class StepTokenizer:
 
         overlong = self._overlong(prefix_ids, step_ids, where)
         if overlong and self.overlong_prefix == "truncate":
-            prefix_ids = prefix_ids[overlong:]
+            kept = prefix_ids[overlong:]
+            # Many models depend on BOS
+            prefix_ids = [prefix_ids[0], *kept[1:]] if prefix_ids[0] == self._bos_token_id and kept[1:] else kept
         return {
             "prompt_ids": prefix_ids,
             "chosen_ids": step_ids["chosen"],
@@ -122,8 +141,16 @@ class StepTokenizer:
         return {"chat_template": self.chat_template, **kwargs} if self.chat_template else kwargs
 
     @property
-    def _has_chat_template(self) -> bool:
-        return bool(self.chat_template or self.tokenizer.chat_template)
+    def _uses_chat_template(self) -> bool:
+        return self.prompt_template is None and bool(self.chat_template or self.tokenizer.chat_template)
+
+    @property
+    def _plain_template(self) -> str:
+        return resolve_text(self.prompt_template or "plain", PROMPT_TEMPLATES, "prompt_template")
+
+    @property
+    def _bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id
 
     def _messages_and_prefix(self, pair: StepPreference, where: str) -> tuple[list[dict[str, Any]], str]:
         """Messages up to the assistant's turn, and what the assistant has said in it."""
@@ -133,19 +160,27 @@ class StepTokenizer:
             if self.system_prompt is not None:
                 messages.insert(0, {"role": "system", "content": self.system_prompt})
             return messages, prefix
-        if self.system_prompt is not None or self.prompt_suffix is not None:
+        if {self.system_prompt, self.prompt_suffix, self.prompt_template} != {None}:
             raise ValueError(
-                f"`system_prompt` and `prompt_suffix` are added to string prompts, but `prompt` of {where} is a list "
-                "of messages. Leave them unset and write both into the messages."
+                "`system_prompt`, `prompt_suffix` and `prompt_template` are for string prompts, but `prompt` of "
+                f"{where} is a list of messages. Leave them unset and write the messages as they should be."
             )
-        if not self._has_chat_template:
+        if not self._uses_chat_template:
             raise ValueError(
                 f"`prompt` of {where} is a list of messages, but the tokenizer has no chat template to render it. "
                 "Set `tokenizer.chat_template`, or give the prompt as a string."
             )
-        if pair.prompt[-1]["role"] == "assistant":  # the step continues this turn
-            return pair.prompt[:-1], pair.prompt[-1]["content"] or ""
-        return pair.prompt, prefix
+        last = pair.prompt[-1]
+        if last["role"] != "assistant":
+            return pair.prompt, prefix
+        extras = [name for name in ("tool_calls", "reasoning_content", "thinking") if last.get(name)]
+        if len(pair.prompt) == 1 or extras or not isinstance(last.get("content"), str):
+            raise ValueError(
+                f"The assistant's turn that ends `prompt` of {where} cannot be continued: it must follow another turn "
+                f"and have plain text as its content{f', not {extras}' if extras else ''}. Put the text into "
+                f"`{PREFIX_COLUMN}` and end the prompt with the user's turn."
+            )
+        return pair.prompt[:-1], last["content"]
 
     @property
     def _suffix(self) -> str:
@@ -153,26 +188,40 @@ class StepTokenizer:
 
     def _render(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
         """Text up to and including the opening of the assistant's turn."""
-        if self._has_chat_template:
+        if self._uses_chat_template:
             return self._apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
-        template = resolve_text(self.prompt_template, PROMPT_TEMPLATES, "prompt_template")
         by_role = {message["role"]: message["content"] for message in messages}
         # Not `str.format`: templates and problems are full of LaTeX braces.
-        before, _, after = template.partition("{prompt}")
+        before, _, after = self._plain_template.partition("{prompt}")
         system = by_role.get("system", "")
         before, after = (part.replace("{system_prompt}", system) for part in (before, after))
         return before + by_role["user"] + after
 
-    def _end_of_turn(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> str:
-        """What the template writes after the assistant's last word; the EOS token where it writes nothing."""
+    def _end_of_turn(self, messages: list[dict[str, Any]], template_kwargs: dict[str, Any], where: str) -> str:
+        """The token that the template writes after the assistant's last word; EOS where it writes none."""
         end = ""
-        if self._has_chat_template:
+        if self._uses_chat_template:
             whole = [*messages, {"role": "assistant", "content": _SOLUTION}]
-            # White space after the end-of-turn token belongs to the next turn and is never generated.
-            end = self._apply_chat_template(whole, **template_kwargs).rpartition(_SOLUTION)[2].rstrip()
-        return end or self.tokenizer.eos_token or ""
+            _, found, end = self._apply_chat_template(whole, **template_kwargs).rpartition(_SOLUTION)
+            if not found:
+                raise ValueError(
+                    f"The end of the solution in {where} cannot be learnt: the chat template does not write out the "
+                    "assistant's turn, so its end cannot be told. Set another `chat_template`."
+                )
+            # Generation stops at the first special token. What templates write behind it is never generated.
+            special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+            first = min((token for token in special if token in end), key=end.index, default=None)
+            end = first or end.strip()
+        end = end or self.tokenizer.eos_token or ""
+        if not end:
+            raise ValueError(
+                f"The end of the solution in {where} cannot be learnt: the tokenizer has neither a chat template nor "
+                "an EOS token. Set `tokenizer.eos_token`."
+            )
+        return end
 
     def _apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        messages = prepare_multimodal_messages(messages) if self.multimodal else messages
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
 
     def _encode(self, text: str) -> list[int]:
@@ -180,7 +229,7 @@ class StepTokenizer:
 
     def _leading_special_ids(self, text: str, text_ids: list[int]) -> list[int]:
         """What the tokenizer puts in front of a text (BOS). What it puts behind (EOS) does not belong to a prefix."""
-        if self._has_chat_template:  # templates write their own BOS
+        if self._uses_chat_template:  # templates write their own BOS
             return []
         with_special = self.tokenizer(text)["input_ids"]
         for start in range(len(with_special) - len(text_ids) + 1):
@@ -240,7 +289,7 @@ def _normalize(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-def check_options(prompt_suffix: str | None, prompt_template: str, overlong_prefix: str) -> None:
+def check_options(prompt_suffix: str | None, prompt_template: str | None, overlong_prefix: str) -> None:
     """
     Check the options that decide how step data is tokenized; see [`StepTokenizer`] for their meaning.
 
@@ -249,7 +298,7 @@ def check_options(prompt_suffix: str | None, prompt_template: str, overlong_pref
     """
     if prompt_suffix:
         resolve_text(prompt_suffix, PROMPT_SUFFIXES, "prompt_suffix")
-    template = resolve_text(prompt_template, PROMPT_TEMPLATES, "prompt_template")
+    template = resolve_text(prompt_template or "plain", PROMPT_TEMPLATES, "prompt_template")
     if template.count("{prompt}") != 1:
         raise ValueError(f"`prompt_template={prompt_template!r}` must contain {{prompt}} exactly once.")
     if overlong_prefix not in OVERLONG_PREFIX_CHOICES:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
     from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
 
+# Files that `dataset_name` may name, and what `datasets` calls them
+DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
 
 def make_parser(prog: str | None = None) -> "TrlParser":
     """TRL's parser for YAML files and command lines, over the options of this script."""
@@ -21,7 +24,15 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from .step_dpo_config import StepDPOConfig
 
     options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(options, prog=prog)
+    return TrlParser(
+        options,
+        prog=prog,
+        # The generated one is 160 lines long, printed before every error, and leaves out --config
+        usage="%(prog)s [--config FILE] [--option VALUE ...]",
+        description="Options may stand in FILE (YAML) without the dashes; the command line overrides the file. "
+        "`stepdpo train` takes the options of `accelerate launch` too, and --accelerate_config NAME_OR_FILE.",
+        allow_abbrev=False,
+    )
 
 
 def launcher_options() -> list[str]:
@@ -32,7 +43,9 @@ def launcher_options() -> list[str]:
     return ["--accelerate_config", *(name for name in options if name.startswith("--"))]
 
 
-def parse_arguments(argv: list[str], prog: str | None = None) -> tuple[tuple[Any, ...], list[str], list[str]]:
+def parse_arguments(
+    argv: list[str], prog: str | None = None, launcher: bool = False
+) -> tuple[tuple[Any, ...], list[str], list[str]]:
     """
     Parse a command line and the file it names with `--config`.
 
@@ -41,6 +54,9 @@ def parse_arguments(argv: list[str], prog: str | None = None) -> tuple[tuple[Any
             The command line, without the name of the program.
         prog (`str`, *optional*):
             Name of the program for help and errors.
+        launcher (`bool`, *optional*, defaults to `False`):
+            Whether options of `accelerate launch` may stand on the command line. They may always stand in the file,
+            which the launcher and the script share.
 
     Returns:
         `tuple`: The four argument objects, and what is meant for `accelerate launch` in the file and on the command
@@ -51,17 +67,29 @@ def parse_arguments(argv: list[str], prog: str | None = None) -> tuple[tuple[Any
     parser = make_parser(prog)
     try:
         *parsed, from_file, from_command_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
+            _split_config(argv), return_remaining_strings=True, separate_remaining_strings=True
         )
         _check_unknown([*from_file, *from_command_line], list(parser._option_string_actions))
+        if from_command_line and not launcher:
+            raise ValueError(
+                f"{from_command_line[0]} is not an argument of the script. What is meant for `accelerate launch` goes "
+                "before the script's name."
+            )
         script_args, _, model_args, dataset_args = parsed
         if not model_args.model_name_or_path:
             raise ValueError("Name the model with --model_name_or_path.")
-        if bool(dataset_args.datasets) == bool(script_args.dataset_name):
-            raise ValueError("Name the data with --dataset_name, or list it under `datasets` in the file; not both.")
+        _check_data(script_args, dataset_args)
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return tuple(parsed), from_file, from_command_line
+
+
+def _split_config(argv: list[str]) -> list[str]:
+    """Write `--config=FILE` as two words, the only form that TRL's parser takes."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv.count("--config") > 1 or argv[-1:] == ["--config"]:
+        raise ValueError("Give --config once, and a file after it.")
+    return argv
 
 
 def _check_unknown(remaining: list[str], known: list[str]) -> None:
@@ -73,22 +101,31 @@ def _check_unknown(remaining: list[str], known: list[str]) -> None:
             raise ValueError(f"{name} is not a known argument. Did you mean {nearest}?")
 
 
+def _check_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> None:
+    mixture = bool(dataset_args.datasets)
+    if mixture == bool(script_args.dataset_name):
+        raise ValueError("Name the data with --dataset_name, or list it under `datasets` in the file; not both.")
+    options: Any = script_args if mixture else dataset_args
+    for name in ("dataset_config", "dataset_streaming") if mixture else ("streaming", "test_split_size"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} has no effect with `{'datasets' if mixture else 'dataset_name'}`.")
+    path = Path(str(script_args.dataset_name))
+    if not mixture and path.suffix in DATA_FILES and not path.is_file():
+        raise FileNotFoundError(f"No such file: '{path}', given by --dataset_name.")
+
+
 def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> "DatasetDict | dict[str, Any]":
-    """
-    Load the data as `trl dpo` does: `datasets` (a mixture) or `dataset_name`, which may also be a local file.
-    """
+    """Load the data as `trl dpo` does: `datasets` (a mixture) or `dataset_name`, which may also be a local file."""
     from datasets import load_dataset
     from trl import get_dataset
 
     if dataset_args.datasets:
         return get_dataset(dataset_args)
-    path = Path(str(script_args.dataset_name))
-    kinds = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    if path.is_file() and path.suffix in kinds:
-        files = {script_args.dataset_train_split: str(path)}
-        return load_dataset(kinds[path.suffix], data_files=files, streaming=script_args.dataset_streaming)
+    source, files = str(script_args.dataset_name), None
+    if Path(source).suffix in DATA_FILES:
+        source, files = DATA_FILES[Path(source).suffix], {script_args.dataset_train_split: source}
     return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        source, name=script_args.dataset_config, data_files=files, streaming=script_args.dataset_streaming
     )
 
 
@@ -111,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     (script_args, training_args, model_args, dataset_args), _, _ = parse_arguments(
         sys.argv[1:] if argv is None else argv
     )
+    import torch
     from trl import get_peft_config, get_quantization_config
 
     from .step_dpo_trainer import StepDPOTrainer
@@ -123,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     data = load_data(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
-    trainer = StepDPOTrainer(
+    trainer: Any = StepDPOTrainer(
         model_args.model_name_or_path,
         args=training_args,
         train_dataset=_split(data, script_args.dataset_train_split),
@@ -131,6 +169,9 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.ignore_bias_buffers:  # DDP cannot synchronize boolean buffers
+        boolean = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = boolean
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")

@@ -1,5 +1,7 @@
 import json
+import math
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +100,42 @@ def test_accelerate_launch(overrides, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Model saved to {tmp_path / 'out'}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_two_processes(name, overrides, tmp_path):
+    """The optimizer updates float32 weights though the model is loaded in bfloat16, as the recipes say."""
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The configuration as shipped, with two processes instead of eight
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += [
+        "--config_file",
+        str(RECIPES / "accelerate_configs" / f"{name}.yaml"),
+        "--main_process_port",
+        str(port),
+    ]
+    command += [str(Path(__file__).parent / "distributed" / "recipe.py"), name, *overrides]
+    changes = {"bf16": True, "dtype": "bfloat16", "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
+    command += [str(part) for option, value in changes.items() for part in (f"--{option}", value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    loss = report.pop("loss")
+    assert report == {
+        "distributed_type": ACCELERATE_CONFIGS[name][0],
+        "processes": 2,
+        "epochs": 2,  # a step is 2 rows x 2 accumulated x 2 processes, all the data
+        "precomputed": True,
+        "optimized_types": ["torch.float32"],
+    }
+    assert loss[0] == pytest.approx(math.log(2), abs=0.01)  # the policy is still the reference, up to bfloat16
+    assert loss[1] < loss[0]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ACCELERATE_CONFIGS)

@@ -65,7 +65,7 @@ def test_bad_columns(columns, message):
 def test_misspelt_prefix_column(column):
     with pytest.raises(ValueError, match=f"Column `{column}` of the data looks like `initial_reason_steps`"):
         check_plain_columns(["prompt", column, "chosen", "rejected"], "the data")
-    check_plain_columns(["prompt", "chosen", "rejected", "reason", "steps"], "the data")
+    check_plain_columns(["prompt", "chosen", "rejected", "reason", "initial_steps"], "the data")
 
 
 def test_data_format_needs_the_standard_library_only():

@@ -117,6 +117,85 @@ def test_end_of_turn_only_where_the_row_says_so(name, end):
     assert written == out  # not a second time
 
 
+def test_prompt_template_takes_the_place_of_a_chat_template():
+    out = encode({**ROW, "chosen_ends_solution": True}, prompt_template="plain")
+    tokenizer = tokenizer_named("chat")
+    assert text_of(tokenizer, out["prompt_ids"]) == "What is 2 + 3?\nLet's think step by step.\nStep 1:"
+    assert out["chosen_ids"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|im_end|>\n", "<|im_end|>"),  # Qwen
+        (" </s>", "</s>"),  # Llama 2
+        ("<|im_end|>\n{% if loop.last and not add_generation_prompt %}</s>{% endif %}", "<|im_end|>"),  # Phi-3
+        ("\n\n", "<|im_end|>"),  # no token of its own: EOS
+    ],
+)
+def test_end_of_turn_is_the_first_special_token_after_the_solution(after, end):
+    tokenizer = byte_level_tokenizer(
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}" + after + "{% endfor %}"
+    )
+    out = encode({**ROW, "chosen_ends_solution": True}, tokenizer)
+    assert text_of(tokenizer, out["chosen_ids"]) == " 2 + 3 = 5" + end
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_template_of_a_processor_takes_parts():
+    row = {**ROW, "chosen_ends_solution": True}
+    assert encode(row, multimodal=True, chat_template=PARTS) == encode(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        # As a plain tokenizer's template, it would leave the problem out
+        ({}, {"chat_template": PARTS}, r"does not write out the last message of row 0, 'What is 2 \+ 3\?'"),
+        ({}, {"chat_template": "{{ raise_exception('no system role') }}"}, "cannot render row 0: .* no system role"),
+        ({"tools": "{"}, {}, "cannot render row 0: JSONDecodeError"),
+        (
+            {"chosen_ends_solution": True},
+            {"chat_template": "{{ messages[0].content }}"},
+            "The end of the solution in row 0 cannot be learnt: the chat template does not write out",
+        ),
+        (
+            {
+                "prompt": [{"role": "assistant", "content": "Step 1:"}],
+                "initial_reason_steps": "",
+            },
+            {},
+            "assistant's turn that ends `prompt` of row 0 cannot be continued",
+        ),
+    ],
+)
+def test_templates_that_do_not_work(change, options, message):
+    with pytest.raises(ValueError, match=message):
+        encode({**ROW, **change}, **options)
+
+
+def test_no_end_of_turn_to_learn():
+    tokenizer = character_tokenizer("2+3\nS:=5 6")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a chat template nor an EOS token"):
+        encode({**OVERLONG_ROW, "chosen_ends_solution": True}, tokenizer)
+
+
+def test_bos_stays_when_the_prefix_is_cut():
+    tokenizer = tokenizer_named("sentencepiece")
+    whole = encode(tokenizer=tokenizer)
+    longest = max(len(whole["chosen_ids"]), len(whole["rejected_ids"]))
+    cut = encode(tokenizer=tokenizer, max_length=longest + 5)["prompt_ids"]
+    assert cut == [tokenizer.bos_token_id, *whole["prompt_ids"][-4:]]
+    assert encode(tokenizer=tokenizer, max_length=longest + 1)["prompt_ids"] == whole["prompt_ids"][-1:]
+
+
 def test_tokenizer_that_appends_eos():
     tokenizer = sentencepiece_tokenizer()
     from tokenizers.processors import TemplateProcessing
@@ -194,7 +273,7 @@ def test_system_prompt_without_a_place():
 @pytest.mark.parametrize(
     ("tokenizer", "options", "message"),
     [
-        ("chat", {"system_prompt": "Be brief."}, "added to string prompts, but `prompt` of row 0 is a list"),
+        ("chat", {"system_prompt": "Be brief."}, "are for string prompts, but `prompt` of row 0 is a list"),
         ("byte-level", {}, "the tokenizer has no chat template to render it"),
     ],
 )

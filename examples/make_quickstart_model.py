@@ -1,0 +1,306 @@
+"""
+Make the model and the step pairs of the quickstart from nothing.
+
+    python examples/make_quickstart_model.py --output_dir quickstart
+
+The model is trained from scratch on solutions written by made-up students, who can do every step and sometimes work
+from left to right where a multiplication comes first (`MISTAKES`): so it has the right step in its distribution and
+does not reliably take it. This is by construction, and kinder to preference optimization than a model that does not
+know the right step. The step pairs are nothing but the model's own samples at temperature 1: its first wrong step, and
+a right step from the same prefix whose solution ends right. Pretraining takes about 13 minutes on one idle core,
+collecting the pairs about one.
+
+How the quickstart's settings were found: accuracy on 1,000 held-out problems after 4 epochs in batches of 32, greedy
+and sampled at temperature 1 (95 % intervals are within +-3 points). Before training 76.0 and 71.1.
+
+    learning rate   beta   seed   greedy   sampled
+    1.5e-5          0.4    0        91.6      83.5
+    3e-5            0.4    0        98.0      91.2   <- the quickstart
+    3e-5            0.4    1        97.9      91.4
+    3e-5            0.4    2        98.0      90.8
+    3e-5            0.1    0        97.9      91.3
+    6e-5            0.4    0        97.4      94.0
+    1e-4            0.4    0        85.2      78.0   too high: rewards/rejected falls to -4.8
+TABLE_REST
+An earlier task, sums of two-digit numbers with wrong carries, gained nothing at any learning rate although the pairs'
+reward accuracy was above 0.9: there the model found its operands in the problem by a mechanism it had barely learnt,
+and every update damaged that first. What preference optimization adds shows where the rest of the skill is firm.
+"""
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from stepdpo_trl.quickstart import (
+    Problem,
+    final_answer,
+    first_wrong_step,
+    generate_solutions,
+    make_problems,
+    measure_accuracy,
+    split_steps,
+    write_solution,
+)
+from stepdpo_trl.quickstart.arithmetic import LARGEST, OPENING, SMALLEST, iterate_problems
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# One token for "\nStep 3:", one for each number with the space before it, words otherwise. A step such as
+# " 3 * 4 = 12" begins and ends where tokens do.
+TOKEN_PATTERN = r"\n?Step \d+:| ?\d+|,? ?[^\s\d]+|\s"
+
+UPDATES = 1500
+LEARNING_RATE = 3e-3  # at the peak; warms up, and decays to 2 % of it
+WARMUP = 100
+N_OPERATIONS = (2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 7, 8, 9)  # of the problems in the corpus, by frequency
+STEPS_PER_BATCH = 180  # reasoning steps in a batch, whatever the length of the solutions
+
+# How often a student works the leftmost operation although a multiplication is due. Greedy decoding follows the
+# majority and so makes the first mistake wherever it can, the second only when it samples.
+MISTAKES = {"2 + 3 * 4": 0.7, "other": 0.15}
+
+
+def student_solution(rng: random.Random, problem: Problem) -> str:
+    """
+    Write a solution as a student would, who sometimes works from left to right where a multiplication comes first.
+
+    Mistakes are drawn for each step on its own; what follows is worked from what the mistake has left. Students notice
+    values that are not between 0 and 60, and begin again.
+    """
+    while True:
+        left, choices = problem, []
+        while left.operators and all(SMALLEST <= number <= LARGEST for number in left.numbers):
+            index = left.due
+            if index > 0:
+                kind = "2 + 3 * 4" if left.operators[:2] == ("+", "*") else "other"
+                index = 0 if rng.random() < MISTAKES[kind] else index
+            choices.append(index)
+            left = left.work(index)
+        if not left.operators and SMALLEST <= left.numbers[0] <= LARGEST:
+            return write_solution(problem, choices)
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """
+    Train a byte-level BPE tokenizer.
+
+    Args:
+        texts (`list[str]`):
+            Texts of the corpus.
+
+    Returns:
+        `PreTrainedTokenizerFast`: Tokenizer that gives back any text as it was.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        min_frequency=50,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Every number of the problems and answers, and the steps of longer problems, however rare in the corpus
+    numbers = "".join(f"\\boxed{{{number}}} {number} " for number in range(SMALLEST, LARGEST + 1))
+    steps = ["Step 1:", *(f"\nStep {number}:" for number in range(1, 11))]
+    tokenizer.train_from_iterator(texts + [numbers, *steps] * 60, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+class Corpus:
+    """
+    Problems with the solutions of students, each written once.
+
+    Args:
+        seed (`int`):
+            Seed of problems and mistakes.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.problems = {n: iterate_problems("corpus", n, seed) for n in set(N_OPERATIONS)}
+
+    def write(self, n_operations: int) -> str:
+        """Write the next problem of that length."""
+        problem = next(self.problems[n_operations])
+        solution = student_solution(self.rng, problem)
+        return f"{START}user\n{problem.text}{END}\n{START}assistant\n{solution}{END}"
+
+    def batch(self) -> list[str]:
+        """Write a batch of problems of one length."""
+        n_operations = self.rng.choice(N_OPERATIONS)
+        return [self.write(n_operations) for _ in range(STEPS_PER_BATCH // n_operations)]
+
+
+def pretrain(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Train tokenizer and model on solutions of students.
+
+    Args:
+        seed (`int`):
+            Seed of corpus and initialization.
+
+    Returns:
+        `PreTrainedModel`, `PreTrainedTokenizerBase`: The model and its tokenizer.
+    """
+    set_seed(seed)
+    corpus = Corpus(seed)
+    tokenizer = make_tokenizer([corpus.write(corpus.rng.choice(N_OPERATIONS)) for _ in range(4000)])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    bar = tqdm(range(UPDATES), desc="Pretraining")
+    for update in bar:
+        for group in optimizer.param_groups:
+            decay = 0.51 + 0.49 * math.cos(math.pi * update / UPDATES)
+            group["lr"] = LEARNING_RATE * min((update + 1) / WARMUP, decay)
+        # Solutions of one length have as many tokens: no padding
+        input_ids = torch.tensor(tokenizer(corpus.batch())["input_ids"])
+        # Problems are random numbers: only the assistant's turn can be learnt
+        is_start = input_ids[0] == torch.tensor(tokenizer.convert_tokens_to_ids(START))
+        targets = input_ids[:, int(is_start.nonzero()[1]) + 1 :]
+        logits = model(input_ids[:, :-1], logits_to_keep=targets.shape[1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model, tokenizer
+
+
+def collect_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, attempts: int = 4
+) -> list[dict[str, str]]:
+    """
+    Sample solutions from the model, and for its first wrong steps sample right ones.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        count (`int`):
+            How many pairs to collect, each from another problem.
+        seed (`int`):
+            Seed of problems and sampling.
+        attempts (`int`, *optional*, defaults to `4`):
+            How often to sample on from the last right step until the rest of the solution is right. A mistake that
+            the model never avoids gives no pair.
+
+    Returns:
+        `list[dict]`: Rows in the columns of `xinlai/Math-Step-DPO-10K`.
+    """
+    set_seed(seed)
+    problems = make_problems(2 * count, "pairs", seed=seed)
+    solutions = generate_solutions(
+        model, tokenizer, [problem.text for problem in problems], temperature=1.0, description="Finding mistakes"
+    )
+    mistakes = []
+    for problem, solution in zip(problems, solutions, strict=True):
+        index, steps = first_wrong_step(problem, solution), split_steps(solution)
+        # Right, or wrong in the number of steps: there is no step to reject
+        if index is None or index > min(len(steps), len(problem.operators)) or " = " not in steps[index - 1]:
+            continue
+        before = "".join(f"Step {number}:{step}\n" for number, step in enumerate(steps[: index - 1], start=1))
+        prefix = f"{OPENING}{before}Step {index}:"
+        if solution.startswith(prefix):
+            mistakes.append((problem, index, prefix, solution))
+
+    pairs: dict[int, dict[str, str]] = {}
+    for attempt in range(attempts):
+        left = [number for number in range(len(mistakes)) if number not in pairs]
+        if not left:
+            break
+        tries = generate_solutions(
+            model,
+            tokenizer,
+            [mistakes[number][0].text for number in left],
+            [mistakes[number][2] for number in left],
+            temperature=1.0,
+            description=f"Mending them, attempt {attempt + 1} of {attempts}",
+        )
+        for number, mended in zip(left, tries, strict=True):
+            problem, index, prefix, solution = mistakes[number]
+            if first_wrong_step(problem, mended) is None and final_answer(mended) == problem.answer:
+                pairs[number] = {
+                    "dataset": "stepdpo_trl-quickstart",
+                    "prompt": problem.text,
+                    "initial_reason_steps": prefix,
+                    "chosen": split_steps(mended)[index - 1],
+                    "rejected": split_steps(solution)[index - 1],
+                    "full_chosen": mended.removeprefix(prefix),
+                    "full_rejected": solution.removeprefix(prefix),
+                    "answer": problem.answer,
+                }
+    return [pairs[number] for number in sorted(pairs)][:count]
+
+
+def main() -> None:
+    """Make everything and save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart"), help="where to save (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=600, help="step pairs to collect (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (%(default)s)")
+    args = parser.parse_args()
+
+    model, tokenizer = pretrain(args.seed)
+    model.save_pretrained(args.output_dir / "model")
+    tokenizer.save_pretrained(args.output_dir / "model")
+    problems = make_problems(1000, "held_out")
+    for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
+        print(f"Accuracy, {name}: {measure_accuracy(model, tokenizer, problems, temperature, name)}")
+    pairs = collect_pairs(model, tokenizer, args.pairs, args.seed)
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (args.output_dir / "step_pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"{len(pairs)} step pairs, model and tokenizer are in {str(args.output_dir)!r}.")
+
+
+if __name__ == "__main__":
+    main()

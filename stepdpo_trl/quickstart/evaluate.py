@@ -1,0 +1,155 @@
+"""Accuracy of a model on problems of [`~stepdpo_trl.quickstart.arithmetic`], with its 95 % interval."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .arithmetic import Problem, final_answer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """
+    Share of problems solved.
+
+    Args:
+        right (`int`):
+            Problems whose final answer is right.
+        total (`int`):
+            All problems.
+    """
+
+    right: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """Share of right answers, from 0 to 1."""
+        return self.right / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval (Wilson score), from 0 to 1."""
+        z = 1.959964
+        spread = z**2 / self.total
+        centre = (self.value + spread / 2) / (1 + spread)
+        half = math.sqrt(self.value * (1 - self.value) * spread + spread**2 / 4) / (1 + spread)
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+
+
+@torch.no_grad()
+def generate_solutions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[str],
+    prefixes: Sequence[str] | None = None,
+    temperature: float = 0.0,
+    batch_size: int = 250,
+    max_new_tokens: int = 256,
+    description: str | None = None,
+) -> list[str]:
+    """
+    Let a model solve problems.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer, with a chat template.
+        problems (`Sequence[str]`):
+            What the user asks.
+        prefixes (`Sequence[str]`, *optional*):
+            How each solution begins, defaults to not at all.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature, 0 for greedy decoding. Sampling draws from torch's global generator.
+        batch_size (`int`, *optional*, defaults to `250`):
+            Problems solved at once.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Where a solution is cut at the latest; 256 is enough for 10 steps.
+        description (`str`, *optional*):
+            What to write beside the progress bar, defaults to no bar.
+
+    Returns:
+        `list[str]`: The solutions with their prefixes, in the order of the problems.
+    """
+    prefixes = [""] * len(problems) if prefixes is None else prefixes
+    prompts = [
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        + prefix
+        for problem, prefix in zip(problems, prefixes, strict=True)
+    ]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    generate: Any = model.generate
+    was_training = model.training
+    model.eval()
+    # Prompts of like length side by side: less padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    solutions = [""] * len(prompts)
+    with tqdm(total=len(prompts), desc=description, disable=description is None, unit=" problems") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = tokenizer(
+                [prompts[index] for index in batch],
+                add_special_tokens=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(model.device)
+            output = generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for index, text in zip(batch, texts, strict=True):
+                solutions[index] = prefixes[index] + text
+            bar.update(len(batch))
+    model.train(was_training)
+    return solutions
+
+
+def measure_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    temperature: float = 0.0,
+    description: str | None = None,
+) -> Accuracy:
+    """
+    Measure how many problems a model solves: a solution counts by its final answer.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        problems (`Sequence[Problem]`):
+            The problems.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature, 0 for greedy decoding. Sampling draws from torch's global generator.
+        description (`str`, *optional*):
+            What to write beside the progress bar, defaults to no bar.
+
+    Returns:
+        `Accuracy`: The accuracy with its interval.
+
+    Raises:
+        ValueError: If there are no problems.
+    """
+    if not problems:
+        raise ValueError("There are no problems to measure the accuracy on. Give at least one.")
+    texts = [problem.text for problem in problems]
+    solutions = generate_solutions(model, tokenizer, texts, temperature=temperature, description=description)
+    right = sum(
+        final_answer(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True)
+    )
+    return Accuracy(right, len(problems))

@@ -1,0 +1,58 @@
+"""Runs recipes/qwen2_7b.py on CPU processes under an accelerate configuration, and writes down what ran."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from stepdpo_trl import StepDPOTrainer
+from tests.distributed.train import prepare_cpu
+from tests.training import logged
+
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "qwen2_7b.py")
+
+
+def optimized_types(trainer) -> set[str]:
+    """Types of the tensors that the optimizer updates on this process."""
+    if trainer.is_deepspeed_enabled:
+        return {str(group.dtype) for group in trainer.model_wrapped.optimizer.fp32_partitioned_groups_flat}
+    return {str(parameter.dtype) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+
+
+class ReportingTrainer(StepDPOTrainer):
+    """Says after training what happened."""
+
+    def train(self, *args, **kwargs):
+        """As inherited."""
+        super().train(*args, **kwargs)
+        report = {
+            "distributed_type": self.accelerator.distributed_type.value,
+            "processes": self.accelerator.num_processes,
+            "epochs": self.state.epoch,
+            "precomputed": self.ref_model is None and "ref_chosen_logps" in self.train_dataset.column_names,
+            "optimized_types": sorted(optimized_types(self)),
+            "loss": logged(self, "loss"),
+        }
+        if self.is_world_process_zero():
+            Path(self.args.output_dir).mkdir(exist_ok=True)
+            (Path(self.args.output_dir) / "report.json").write_text(json.dumps(report))
+
+
+def main() -> None:
+    """The first argument is the back end, the others are the recipe's."""
+    mode, *arguments = sys.argv[1:]
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    for name, value in prepare_cpu(mode).items():
+        arguments += [f"--{name}", str(value)]
+    # Where the training script will look for it
+    sys.modules["stepdpo_trl.step_dpo_trainer"].StepDPOTrainer = ReportingTrainer
+    sys.argv = [RECIPE, *arguments]
+    runpy.run_path(RECIPE, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
