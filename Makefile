@@ -20,7 +20,7 @@ test-fast: $(VENV)/.test  ## Run the tests that take seconds
 test-oldest:  ## Run all the tests on the oldest supported TRL
 	mkdir -p .venv-oldest
 	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
-	sed -E "s/^trl==.*/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
+	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
 
 lint: $(VENV)/.dev  ## Check style and types
