@@ -27,7 +27,7 @@ from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, Accuracy, make_proble
 def parse_args() -> argparse.Namespace:
     """Read and check the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="quickstart-Step-DPO", help="where to save the model (%(default)s)")
+    parser.add_argument("--output_dir", default="outputs/quickstart", help="where to save the model (%(default)s)")
     parser.add_argument("--learning_rate", type=float, default=3e-5, help="learning rate (%(default)s)")
     parser.add_argument("--beta", type=float, default=0.4, help="beta of the DPO loss (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the pairs (%(default)s)")
