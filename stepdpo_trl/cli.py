@@ -21,8 +21,9 @@ def train(argv: list[str]) -> None:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
 
-    from .train import parse_arguments
+    from .train import parse_arguments, split_joined
 
+    argv = split_joined(argv)
     _, from_file, from_command_line = parse_arguments(argv, prog="stepdpo train", launcher=True)
     script_args = _subtract_subsequence(argv, from_command_line)
     script = "stepdpo_trl.train"

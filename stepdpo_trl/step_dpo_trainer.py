@@ -1,5 +1,6 @@
 """Step-DPO (arXiv 2406.18629): `trl.DPOTrainer` on single reasoning steps."""
 
+import dataclasses
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,15 @@ class StepDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Keep log-probabilities in float32 under FSDP2, whose default in bf16 rounds one of -40 to the next 0.25."""
+        super().create_accelerator_and_postprocess()
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        policy = plugin.mixed_precision_policy if plugin is not None and plugin.fsdp_version == 2 else None
+        if policy is not None and policy.output_dtype not in (None, torch.float32):
+            plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+            logger.info(f"FSDP2 would round log-probabilities to {policy.output_dtype}. They are left in float32.")
 
     def _prepare_dataset(
         self,

@@ -65,9 +65,12 @@ def parse_arguments(
     import yaml
 
     parser = make_parser(prog)
+    argv = split_joined(argv)
     try:
+        if argv.count("--config") > 1 or argv[-1:] == ["--config"]:
+            raise ValueError("Give --config once, and a file after it.")
         *parsed, from_file, from_command_line = parser.parse_args_and_config(
-            _split_config(argv), return_remaining_strings=True, separate_remaining_strings=True
+            argv, return_remaining_strings=True, separate_remaining_strings=True
         )
         _check_unknown([*from_file, *from_command_line], list(parser._option_string_actions))
         if from_command_line and not launcher:
@@ -84,12 +87,10 @@ def parse_arguments(
     return tuple(parsed), from_file, from_command_line
 
 
-def _split_config(argv: list[str]) -> list[str]:
-    """Write `--config=FILE` as two words, the only form that TRL's parser takes."""
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if argv.count("--config") > 1 or argv[-1:] == ["--config"]:
-        raise ValueError("Give --config once, and a file after it.")
-    return argv
+def split_joined(argv: list[str]) -> list[str]:
+    """Write `--config=FILE` as two words, the only form that TRL takes, and `--accelerate_config=NAME` likewise."""
+    joined = ("--config=", "--accelerate_config=")
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith(joined) else [word])]
 
 
 def _check_unknown(remaining: list[str], known: list[str]) -> None:
@@ -109,9 +110,9 @@ def _check_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureCon
     for name in ("dataset_config", "dataset_streaming") if mixture else ("streaming", "test_split_size"):
         if getattr(options, name):
             raise ValueError(f"--{name} has no effect with `{'datasets' if mixture else 'dataset_name'}`.")
-    path = Path(str(script_args.dataset_name))
-    if not mixture and path.suffix in DATA_FILES and not path.is_file():
-        raise FileNotFoundError(f"No such file: '{path}', given by --dataset_name.")
+    name = str(script_args.dataset_name)
+    if not mixture and Path(name).suffix in DATA_FILES and "://" not in name and not Path(name).is_file():
+        raise FileNotFoundError(f"No such file: {name!r}, given by --dataset_name.")
 
 
 def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> "DatasetDict | dict[str, Any]":

@@ -10,8 +10,9 @@ from trl import DPOConfig, DPOTrainer
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
 
+from .reference_dpo import step_dpo_loss
 from .tiny import plain_rows, step_rows, tiny_model
-from .training import assert_same_weights, logged, make_trainer, weights
+from .training import BETA, assert_same_weights, logged, make_trainer, weights
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
 
@@ -25,14 +26,26 @@ def test_accumulation_equals_one_large_batch(plain_model, tmp_path):
     assert_same_weights(weights(large), weights(small), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
-def test_plain_preference_data_trains_as_in_dpo_trainer_to_the_bit(stream, plain_model, tmp_path):
-    dataset = Dataset.from_list(plain_rows())
-    dataset = dataset.to_iterable_dataset() if stream else dataset
+def conversational_rows(number):
+    """Ordinary preference pairs, as messages."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")},
+        }
+        for row in plain_rows(number)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["map-style", "stream", "conversational"])
+def test_plain_preference_data_trains_as_in_dpo_trainer_to_the_bit(kind, plain_model, chat_model, tmp_path):
+    dataset = Dataset.from_list(conversational_rows(8) if kind == "conversational" else plain_rows())
+    dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
+    model = chat_model if kind == "conversational" else plain_model
     options = {"config_cls": DPOConfig, "max_steps": 4, "optim": "adamw_torch", "gradient_checkpointing": True}
     result = {}
     for cls in (DPOTrainer, StepDPOTrainer):
-        trainer = make_trainer(plain_model, tmp_path, dataset, cls, **options)
+        trainer = make_trainer(model, tmp_path, dataset, cls, **options)
         trainer.train()
         result[cls] = weights(trainer)
     assert_same_weights(result[DPOTrainer], result[StepDPOTrainer], rtol=0, atol=0)
@@ -72,13 +85,7 @@ def test_stream_trains_as_the_map_style_data_set(chat_model, tmp_path):
 
 
 def test_steps_and_plain_pairs_side_by_side_in_evaluation(chat_model, tmp_path):
-    messages = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")},
-        }
-        for row in plain_rows(4)
-    ]
+    messages = conversational_rows(4)
     evals = {
         "steps": Dataset.from_list(step_rows(4)),
         "stream": Dataset.from_list(step_rows(4)).to_iterable_dataset(),
@@ -154,7 +161,13 @@ def test_lora_reference_is_the_base_model(chat_model, tmp_path):
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert logged(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
-    assert logged(trainer, "rewards/margins")[-1] > 0
+
+    triples = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
+    base = AutoModelForCausalLM.from_pretrained(chat_model)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert loss.item() < 0.69
+    torch.testing.assert_close(loss, step_dpo_loss(trainer.model, base, triples, BETA), rtol=1e-5, atol=1e-5)
 
 
 def test_peft_model_reference_is_its_own_adapter(chat_model, tmp_path):
@@ -183,3 +196,14 @@ def test_model_card_and_tags(chat_model, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "trained with DPO" in card
     assert "step-dpo" not in card
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_oracle(chat_model, tmp_path):
+    trainer = make_trainer(chat_model, tmp_path, use_cpu=False, ref_model=tiny_model(300, seed=2))
+    assert trainer.model.device.type == "cuda"
+    policy, reference = AutoModelForCausalLM.from_pretrained(chat_model), tiny_model(300, seed=2)
+    triples = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    loss = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss.cpu(), step_dpo_loss(policy, reference, triples, BETA), rtol=1e-4, atol=1e-4)

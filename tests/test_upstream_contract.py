@@ -1,9 +1,15 @@
 """Names of TRL and friends that this package overrides or leans on. A failure says what moved."""
 
+import dataclasses
 import inspect
 
 import pytest
-from trl import DPOConfig, DPOTrainer
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.cli.commands.training import _subtract_subsequence
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id
 
@@ -70,3 +76,19 @@ def test_config_is_a_dataclass_with_the_fields_read_here():
 
 def test_model_id_helper():
     assert parameters(get_config_model_id) == ["config"]
+
+
+def test_fsdp2_policy_is_set_when_the_accelerator_is_made():
+    assert parameters(Trainer.create_accelerator_and_postprocess) == ["self"]
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=None)
+    plugin.set_mixed_precision("bf16")
+    policy = plugin.mixed_precision_policy
+    assert dataclasses.replace(policy, output_dtype=None).output_dtype is None
+    assert policy.output_dtype == torch.bfloat16, "accelerate no longer rounds: the override can go"
+
+
+def test_names_of_the_command_line():
+    assert parameters(resolve_accelerate_config_argument) == ["launch_args"]
+    assert _subtract_subsequence(["a", "b", "a"], ["b"]) == ["a", "a"]
+    assert "separate_remaining_strings" in parameters(TrlParser.parse_args_and_config)
+    assert all(callable(function) for function in (get_dataset, get_peft_config, get_quantization_config))

@@ -26,6 +26,11 @@ def optimized_types(trainer) -> set[str]:
 class ReportingTrainer(StepDPOTrainer):
     """Says after training what happened."""
 
+    def compute_loss(self, model, *args, **kwargs):
+        """As inherited."""
+        with model.register_forward_hook(lambda *call: setattr(self, "type_seen", str(call[-1].log_probs.dtype))):
+            return super().compute_loss(model, *args, **kwargs)
+
     def train(self, *args, **kwargs):
         """As inherited."""
         super().train(*args, **kwargs)
@@ -35,6 +40,7 @@ class ReportingTrainer(StepDPOTrainer):
             "epochs": self.state.epoch,
             "precomputed": self.ref_model is None and "ref_chosen_logps" in self.train_dataset.column_names,
             "optimized_types": sorted(optimized_types(self)),
+            "type_of_log_probs": self.type_seen,
             "loss": logged(self, "loss"),
         }
         if self.is_world_process_zero():
