@@ -45,3 +45,13 @@ def test_qlora_trains_the_adapter_on_a_quantized_base(chat_model, tmp_path):
     expected = step_dpo_loss(trainer.model, reference, triples, BETA)
     assert loss.item() != pytest.approx(0.6931, abs=1e-3)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_warning_where_bitsandbytes_repacks_weights(chat_model, tmp_path, monkeypatch, caplog):
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
+    assert "AVX512" not in caplog.text
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
+    assert "gradients are wrong from then on. Do not evaluate, generate or set" in caplog.text
