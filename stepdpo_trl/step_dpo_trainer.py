@@ -108,7 +108,7 @@ class StepDPOTrainer(DPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = StepDPOConfig(f"{model_name.split('/')[-1]}-{self._name}")
         _check_special_tokens(processing_class)
-        if quantization_config is not None or getattr(model, "is_loaded_in_4bit", False):
+        if getattr(quantization_config, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False):
             _warn_of_repacking()
         super().__init__(
             model=model,
@@ -281,7 +281,7 @@ def _warn_of_repacking() -> None:
 
     if getattr(modules, "has_avx512bf16", lambda: False)():
         logger.warning(
-            "On this CPU (AVX512-BF16) bitsandbytes repacks 4-bit weights in the first forward in evaluation mode, and "
-            "gradients are wrong from then on. Do not evaluate, generate or set `precompute_ref_log_probs` before "
+            "On this CPU (AVX512-BF16) bitsandbytes repacks 4-bit weights in the first forward in evaluation mode, "
+            "and gradients are wrong from then on. Do not evaluate, generate or set `precompute_ref_log_probs` before "
             "training ends, or train on a GPU."
         )
