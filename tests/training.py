@@ -35,6 +35,7 @@ def make_trainer(model, output_dir, rows=None, cls=StepDPOTrainer, config_cls=St
     names = ("callbacks", "compute_metrics", "eval_dataset", "peft_config", "processing_class", "ref_model")
     names += ("quantization_config",)
     trainer_options = {name: options.pop(name) for name in names if name in options}
+    torch.manual_seed(0)  # older TRL draws the adapter without setting the seed
     dataset = rows if isinstance(rows, (Dataset, IterableDataset)) else Dataset.from_list(rows or step_rows())
     return cls(model, args=config(output_dir, config_cls, **options), train_dataset=dataset, **trainer_options)
 
