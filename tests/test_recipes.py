@@ -126,13 +126,14 @@ def test_two_processes(name, overrides, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     loss = report.pop("loss")
+    # In bfloat16, -40 would be rounded to the next 0.25. None: older TRL
+    assert report.pop("type_of_log_probs") in ("torch.float32", None)
     assert report == {
         "distributed_type": ACCELERATE_CONFIGS[name][0],
         "processes": 2,
         "epochs": 2,  # a step is 2 rows x 2 accumulated x 2 processes, all the data
         "precomputed": True,
         "optimized_types": ["torch.float32"],
-        "type_of_log_probs": "torch.float32",  # in bfloat16, -40 would be rounded to 0.25
     }
     assert loss[0] == pytest.approx(math.log(2), abs=0.01)  # the policy is still the reference, up to bfloat16
     assert loss[1] < loss[0]

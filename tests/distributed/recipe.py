@@ -28,8 +28,12 @@ class ReportingTrainer(StepDPOTrainer):
 
     def compute_loss(self, model, *args, **kwargs):
         """As inherited."""
-        with model.register_forward_hook(lambda *call: setattr(self, "type_seen", str(call[-1].log_probs.dtype))):
+        with model.register_forward_hook(self.see_type):
             return super().compute_loss(model, *args, **kwargs)
+
+    def see_type(self, module, inputs, output):
+        """Type of the log-probabilities that the model returns; older TRL has it return logits."""
+        self.type_seen = str(output.log_probs.dtype) if hasattr(output, "log_probs") else None
 
     def train(self, *args, **kwargs):
         """As inherited."""
