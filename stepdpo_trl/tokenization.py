@@ -124,9 +124,9 @@ class StepTokenizer:
 
         overlong = self._overlong(prefix_ids, step_ids, where)
         if overlong and self.overlong_prefix == "truncate":
-            kept = prefix_ids[overlong:]
+            first, kept = prefix_ids[0], prefix_ids[overlong:]
             # Many models depend on BOS
-            prefix_ids = [prefix_ids[0], *kept[1:]] if prefix_ids[0] == self._bos_token_id and kept[1:] else kept
+            prefix_ids = [first, *kept[1:]] if first == self.tokenizer.bos_token_id and len(kept) > 1 else kept
         return {
             "prompt_ids": prefix_ids,
             "chosen_ids": step_ids["chosen"],
@@ -147,10 +147,6 @@ class StepTokenizer:
     @property
     def _plain_template(self) -> str:
         return resolve_text(self.prompt_template or "plain", PROMPT_TEMPLATES, "prompt_template")
-
-    @property
-    def _bos_token_id(self) -> int | None:
-        return self.tokenizer.bos_token_id
 
     def _messages_and_prefix(self, pair: StepPreference, where: str) -> tuple[list[dict[str, Any]], str]:
         """Messages up to the assistant's turn, and what the assistant has said in it."""
