@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := deepspeed,quantization,gguf,test
+EXTRAS := deepspeed,quantization,gguf,report,test
 
 .PHONY: help quickstart test test-fast test-oldest lint format clean
 

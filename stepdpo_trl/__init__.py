@@ -1,4 +1,4 @@
-"""Step-DPO (arXiv 2406.18629) for Hugging Face TRL."""
+"""Step-DPO (arXiv 2406.18629) and stepwise DPO (sDPO, arXiv 2403.19270) for Hugging Face TRL."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,16 +6,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .gamma import measure_gamma
     from .schema import StepPreference
+    from .sdpo_callback import SDPOCallback
+    from .stages import split_stages
     from .step_dpo_config import StepDPOConfig
     from .step_dpo_trainer import StepDPOTrainer
 
-__all__ = ["StepDPOConfig", "StepDPOTrainer", "StepPreference", "__version__"]
+__all__ = [
+    "SDPOCallback",
+    "StepDPOConfig",
+    "StepDPOTrainer",
+    "StepPreference",
+    "__version__",
+    "measure_gamma",
+    "split_stages",
+]
 
 _MODULES = {
+    "SDPOCallback": "sdpo_callback",
     "StepDPOConfig": "step_dpo_config",
     "StepDPOTrainer": "step_dpo_trainer",
     "StepPreference": "schema",
+    "measure_gamma": "gamma",
+    "split_stages": "stages",
 }
 
 

@@ -23,6 +23,9 @@ from trl.trainer.utils import get_config_model_id
 
 from . import __version__
 from .schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
+from .sdpo_callback import SDPOCallback
+from .staged_training import StagedTraining
+from .stages import join_stages
 from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class StepDPOTrainer(DPOTrainer):
+class StepDPOTrainer(StagedTraining, DPOTrainer):
     """
     [`~trl.DPOTrainer`] that learns from single reasoning steps (Step-DPO, arXiv 2406.18629).
 
@@ -88,7 +91,7 @@ class StepDPOTrainer(DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | IterableDataset | list[Dataset] | dict[str, Dataset] | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -97,6 +100,15 @@ class StepDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: "PeftConfig | None" = None,
     ) -> None:
+        callbacks, sdpo = _find_sdpo(callbacks)
+        if isinstance(train_dataset, (list, dict)):
+            if sdpo is None:
+                raise TypeError(
+                    f"The training data is a {type(train_dataset).__name__} of data sets. To spend them in stages "
+                    "(sDPO), pass `callbacks=[SDPOCallback()]`; otherwise choose one, or join them with "
+                    "`datasets.concatenate_datasets`."
+                )
+            train_dataset = join_stages(train_dataset)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             first_row = _first_row(train_dataset, "train dataset")
             _check_first_row(first_row, "train dataset")
@@ -110,6 +122,7 @@ class StepDPOTrainer(DPOTrainer):
         _check_special_tokens(processing_class)
         if getattr(quantization_config, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False):
             _warn_of_repacking()
+        self.sdpo = sdpo
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -124,6 +137,8 @@ class StepDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if sdpo is not None:
+            sdpo.attach(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in float32 under FSDP2, whose default in bf16 rounds one of -40 to the next 0.25."""
@@ -183,6 +198,15 @@ class StepDPOTrainer(DPOTrainer):
                 "`max_length`, or cut the prefixes with `overlong_prefix='truncate'`."
             )
         return dataset.remove_columns("overlong")
+
+
+def _find_sdpo(callbacks: list[Any] | None) -> tuple[list[Any] | None, SDPOCallback | None]:
+    """The callbacks, and the one for stages among them, made where the class is given as the Trainer allows."""
+    made = [callback() if callback is SDPOCallback else callback for callback in callbacks or []]
+    found = [callback for callback in made if isinstance(callback, SDPOCallback)]
+    if len(found) > 1:
+        raise ValueError(f"There are {len(found)} SDPOCallbacks. One runs all stages.")
+    return (made if found else callbacks), (found[0] if found else None)
 
 
 class _StreamEncoder:

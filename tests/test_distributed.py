@@ -24,18 +24,26 @@ EXPECTED = {
 }
 
 
-def launch(mode, model, output_dir, lora):
+def launch(script, backend, *arguments):
+    """Run a script of `distributed/` in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{mode}.yaml")]
-    command += ["--main_process_port", str(port), str(FOLDER / "train.py"), mode, model, str(output_dir)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{backend}.yaml")]
+    command += ["--main_process_port", str(port), str(FOLDER / script), backend, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command + ["--lora"] * lora, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((output_dir / "report.json").read_text())
+
+
+def read_report(output_dir, backend):
+    """What the processes said of themselves, which is checked against what they should have been."""
+    report = json.loads((output_dir / "report.json").read_text())
+    assert report["processes"] == 2
+    expected = EXPECTED[backend]
+    assert (report["distributed_type"], report["sharded"]) == (expected["distributed_type"], expected["sharded"])
+    assert report["wrapper"].startswith(expected["wrapper"])
+    return report
 
 
 def saved_weights(model, output_dir, lora):
@@ -59,12 +67,9 @@ def test_two_processes_equal_one(mode, lora, chat_model, tmp_path):
     )
     single.train()
     single.save_model()
-    report = launch(mode, chat_model, tmp_path / "two", lora)
+    launch("train.py", mode, chat_model, tmp_path / "two", *["--lora"] * lora)
 
-    assert report["processes"] == 2
-    expected = EXPECTED[mode]
-    assert (report["distributed_type"], report["sharded"]) == (expected["distributed_type"], expected["sharded"])
-    assert report["wrapper"].startswith(expected["wrapper"])
+    report = read_report(tmp_path / "two", mode)
     assert report["loss"] == pytest.approx(logged(single, "loss"), abs=1e-5)
     assert report["margins"] == pytest.approx(logged(single, "rewards/margins"), abs=1e-5)
     assert report["margins"][-1] > 1e-3  # something was learnt

@@ -1,7 +1,7 @@
 """Trainers on tiny models, and what to compare of them."""
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
 
@@ -32,10 +32,12 @@ def config(output_dir, cls=StepDPOConfig, **options):
 
 def make_trainer(model, output_dir, rows=None, cls=StepDPOTrainer, config_cls=StepDPOConfig, **options):
     """Trainer on step rows; options of the trainer are passed on, the others go into the config."""
-    names = ("compute_metrics", "eval_dataset", "peft_config", "processing_class", "quantization_config", "ref_model")
+    names = ("callbacks", "compute_metrics", "eval_dataset", "peft_config", "processing_class")
+    names += ("quantization_config", "ref_model")
     trainer_options = {name: options.pop(name) for name in names if name in options}
     torch.manual_seed(0)  # older TRL draws the adapter without setting the seed
-    dataset = rows if isinstance(rows, (Dataset, IterableDataset)) else Dataset.from_list(rows or step_rows())
+    rows = step_rows() if rows is None else rows
+    dataset = Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
     return cls(model, args=config(output_dir, config_cls, **options), train_dataset=dataset, **trainer_options)
 
 

@@ -1,0 +1,64 @@
+"""What training in stages does not go together with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Mapping[str, float]]) -> None:
+    """
+    Refuse what does not go together with stages.
+
+    Raises:
+        ValueError: Saying what, why, and what to do.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config if trainer.is_deepspeed_enabled else {}
+    zero = deepspeed.get("zero_optimization", {})
+    fsdp = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    restart = schedule == "restart"
+    offloads = [zero.get(name) or {} for name in ("offload_param", "offload_optimizer")]
+    refused = {
+        "sync_ref_model=True, which moves the reference within a stage: leave it out": args.sync_ref_model,
+        "auto_find_batch_size=True, which starts over in the middle of a run: set the batch size": (
+            args.auto_find_batch_size
+        ),
+        "ignore_data_skip=True, which would train rows of one stage in another on resuming: leave it out": (
+            args.ignore_data_skip
+        ),
+        "load_best_model_at_end=True by a loss or reward, which are measured against another reference in each stage: "
+        "leave it out, or choose among the folders stage-N by a measure of your own": (
+            args.load_best_model_at_end
+            and any(word in (args.metric_for_best_model or "loss") for word in ("loss", "rewards"))
+        ),
+        "max_steps together with a stage's num_train_epochs: leave one of them out": (
+            args.max_steps > 0 and any("num_train_epochs" in options for options in stage_options.values())
+        ),
+        "a learning-rate scheduler in the DeepSpeed configuration, which cannot begin anew: remove `scheduler` there "
+        "(the one of the training arguments is used then), or use schedule='continuous'": (
+            restart and "scheduler" in deepspeed
+        ),
+        "a scheduler of your own, which cannot begin anew: use schedule='continuous'": (
+            restart and trainer.lr_scheduler is not None
+        ),
+        f"optim={str(getattr(args.optim, 'value', args.optim))!r}, whose state is not only the optimizer's and cannot "
+        "be cleared: choose another, or use schedule='continuous'": (
+            restart and any(word in str(args.optim).lower() for word in ("layerwise", "schedule_free"))
+        ),
+        "parameters or optimizer offloaded to NVMe, which cannot be swapped in place: offload to the CPU": any(
+            offload.get("device") == "nvme" for offload in offloads
+        ),
+        "ZeRO-3 without whole models on saving: set `stage3_gather_16bit_weights_on_model_save` to true in the "
+        "DeepSpeed configuration (`zero3_save_16bit_model: true` for accelerate)": (
+            zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save")
+        ),
+        "FSDP 1: set `fsdp_version: 2`": fsdp is not None and fsdp.fsdp_version != 2,
+        "FSDP without whole models on saving: set `fsdp_state_dict_type: FULL_STATE_DICT`": (
+            fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type)
+        ),
+        "sequence or context parallelism": any(
+            getattr(accelerator.parallelism_config, name, False) for name in ("sp_enabled", "cp_enabled")
+        ),
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"SDPOCallback does not go together with {what}.")
