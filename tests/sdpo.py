@@ -26,10 +26,10 @@ OPTIONS = {
 }
 
 
-def two_stages(rows=plain_rows):
-    """Nine and eleven rows: neither fills a batch of two, nor an accumulation of two batches."""
-    rows = rows(20)
-    return [Dataset.from_list(rows[:9]), Dataset.from_list(rows[9:])]
+def two_stages(first=9, second=11, rows=plain_rows):
+    """Nine and eleven rows fill neither a batch of two nor an accumulation of two batches."""
+    rows = rows(first + second)
+    return [Dataset.from_list(rows[:first]), Dataset.from_list(rows[first:])]
 
 
 def lora(**options):
@@ -77,6 +77,34 @@ def separate_runs(model, folder, mode="full", stages=None, cls=DPOTrainer, confi
         trainers.append(trainer)
         model = str(output_dir)
     return trainers
+
+
+def record_rows(trainer):
+    """The rows that each update sees on this process, as `(global_step, tokens)`."""
+    seen, compute_loss = [], trainer.compute_loss
+
+    def record(model, inputs, *args, **kwargs):
+        pairs = len(inputs["input_ids"]) // 2
+        for ids, mask in zip(inputs["input_ids"][:pairs], inputs["attention_mask"][:pairs], strict=True):
+            seen.append((trainer.state.global_step, tuple(ids[mask.bool()].tolist())))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = record
+    return seen
+
+
+def check_rows(trainer, seen, repeated=0):
+    """
+    Each row of each stage once an epoch, in updates of that stage; `repeated` more where processes fill up batches.
+    """
+    for stage in trainer.stages:
+        rows = [tuple(row["prompt_ids"] + row["chosen_ids"]) for row in stage.dataset]
+        for epoch in range(stage.epochs):
+            first = stage.first_update + epoch * stage.updates_per_epoch
+            drawn = [row for update, row in seen if first <= update < first + stage.updates_per_epoch]
+            assert set(drawn) == set(rows)
+            assert len(drawn) == len(rows) + repeated
+        assert {row[0] for row in seen} >= set(range(stage.first_update, stage.last_update))
 
 
 def trained_weights(trainer):

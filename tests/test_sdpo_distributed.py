@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from .sdpo import separate_runs
+from .sdpo import separate_runs, two_stages
 from .test_distributed import EXPECTED, launch, read_report
 from .training import assert_same_weights, logged
 
@@ -19,7 +19,7 @@ def oracle(tmp_path_factory):
     def run(model, mode):
         if mode not in runs:
             folder = tmp_path_factory.mktemp(mode)
-            trainers = separate_runs(model, folder, mode)
+            trainers = separate_runs(model, folder, mode, two_stages(10, 14))
             runs[mode] = [loss for trainer in trainers for loss in logged(trainer, "loss")], folder / "2"
         return runs[mode]
 

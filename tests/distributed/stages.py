@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.distributed.train import is_sharded, prepare_cpu
-from tests.sdpo import staged_run
+from tests.sdpo import check_rows, record_rows, staged_run, two_stages
 from tests.training import logged
 
 
@@ -19,6 +20,21 @@ def finish(trainer) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     AcceleratorState._reset_state()
+
+
+def check_purity(model, folder, backend) -> None:
+    """Odd lengths, accumulation and workers: what an update sees on all processes is from one stage."""
+    trainer = staged_run(
+        model, folder, dataloader_num_workers=1, per_device_train_batch_size=2, **prepare_cpu(backend)
+    )
+    seen = record_rows(trainer)
+    trainer.train()
+    # Nine and eleven rows on two processes, in batches of two: three are repeated, and one
+    stages, both = trainer.stages, gather_object(seen)
+    for stage, repeated in zip(stages, (3, 1), strict=True):
+        trainer.stages = [stage]
+        check_rows(trainer, [row for row in both if stage.first_update <= row[0] < stage.last_update], repeated)
+    finish(trainer)
 
 
 def main() -> None:
@@ -33,7 +49,8 @@ def main() -> None:
     options = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 4}
     for mode in args.modes:
         folder = Path(args.output_dir) / mode
-        trainer = staged_run(args.model, folder, mode, **options, **prepare_cpu(args.backend))
+        # Even numbers of rows, which two processes share without repeating any
+        trainer = staged_run(args.model, folder, mode, two_stages(10, 14), **options, **prepare_cpu(args.backend))
         trainer.train()
         trainer.save_model()
         report = {
@@ -47,11 +64,12 @@ def main() -> None:
             (folder / "report.json").write_text(json.dumps(report))
         finish(trainer)
         # From within stage 2, whose reference must come back
-        trainer = staged_run(args.model, folder, mode, **options, **prepare_cpu(args.backend))
+        trainer = staged_run(args.model, folder, mode, two_stages(10, 14), **options, **prepare_cpu(args.backend))
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
         trainer.save_model(str(folder / "resumed"))
         finish(trainer)
-    trainer.accelerator.end_training()
+    check_purity(args.model, Path(args.output_dir) / "purity", args.backend)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
