@@ -12,9 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .reference_scores import without_scores
 from .sdpo_checks import check_arguments
 from .sdpo_report import check_plotting, write_report
+from .stage_scoring import without_scores
 from .staged_training import StagedTraining
 from .stages import STAGE_OPTIONS, Stage, find_stages
 

@@ -40,9 +40,9 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
         "a scheduler of your own, which cannot begin anew: use schedule='continuous'": (
             restart and trainer.lr_scheduler is not None
         ),
-        f"optim={str(getattr(args.optim, 'value', args.optim))!r}, whose state is not only the optimizer's and cannot "
-        "be cleared: choose another, or use schedule='continuous'": (
-            restart and any(word in str(args.optim).lower() for word in ("layerwise", "schedule_free"))
+        f"optim={str(getattr(args.optim, 'value', args.optim))!r}, whose state cannot be cleared: choose another, or "
+        "use schedule='continuous'": (
+            restart and any(word in str(args.optim).lower() for word in ("layerwise", "schedule_free", "adagrad"))
         ),
         "parameters or optimizer offloaded to NVMe, which cannot be swapped in place: offload to the CPU": any(
             offload.get("device") == "nvme" for offload in offloads

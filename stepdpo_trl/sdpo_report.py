@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate.logging import get_logger
 
-from .stage_files import scores_file
+from .stage_files import read_scores, scores_file
 
 if TYPE_CHECKING:
     from .staged_training import StagedTraining
@@ -63,11 +63,9 @@ def write_report(trainer: "StagedTraining") -> None:
 
 
 def _gamma(trainer: "StagedTraining", stage: Any) -> np.ndarray:
-    file = scores_file(trainer._output_dir, stage.number, "train")
-    if not file.is_file():  # training ended before
-        return np.array([])
-    chosen, rejected = np.load(file)
-    return chosen - rejected
+    assert trainer.sdpo is not None
+    scores = read_scores(scores_file(trainer._output_dir, stage.number, "train"), trainer.sdpo.record["run"])
+    return np.array([]) if scores is None else scores[0] - scores[1]  # none where training ended before
 
 
 def _summary(gamma: np.ndarray) -> dict[str, Any] | None:

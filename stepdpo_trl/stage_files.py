@@ -2,7 +2,7 @@
 What a run in stages keeps in `output_dir`, and how it tells what was written to the end.
 
     stage-1/ ...                  the model after each stage, with `sdpo_stage.json`
-    sdpo/stage-1-train.npy ...    log-probabilities under each stage's reference
+    sdpo/stage-1-train.npz ...    log-probabilities under each stage's reference
     checkpoint-100/ ...           the Trainer's, which say in `trainer_state.json` what the stages were
 """
 
@@ -42,15 +42,23 @@ def seal(partial: Path, folder: Path, record: dict[str, Any]) -> None:
 
 def scores_file(output_dir: str | Path, number: int, name: str) -> Path:
     """Where the log-probabilities under a stage's reference are, of shape `(2, rows)`: chosen, rejected."""
-    return Path(output_dir) / "sdpo" / f"stage-{number}-{name}.npy"
+    return Path(output_dir) / "sdpo" / f"stage-{number}-{name}.npz"
 
 
-def write_scores(file: Path, scores: np.ndarray) -> None:
-    """Write scores; the file appears when all of it is written."""
+def write_scores(file: Path, scores: np.ndarray, run: str) -> None:
+    """Write the scores of a run; the file appears when all of it is written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npy")
-    np.save(partial, scores)
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, scores=scores, run=run)
     os.replace(partial, file)
+
+
+def read_scores(file: Path, run: str) -> np.ndarray | None:
+    """Read the scores, if there are such of this run."""
+    if not file.is_file():
+        return None
+    with np.load(file) as content:
+        return content["scores"] if content["run"].item() == run else None
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | None:

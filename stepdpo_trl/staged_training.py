@@ -9,52 +9,31 @@ import copy
 import shutil
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from .reference import AdapterReference, ModelReference, ScoredReference
-from .reference_scores import reference_logps, with_scores
 from .stage_files import (
     check_record,
     find_checkpoint,
     is_whole,
-    scores_file,
     seal,
     stage_folder,
     trainer_state,
-    write_scores,
 )
+from .stage_scoring import StageScoring
 from .stages import Stage
-
-if TYPE_CHECKING:
-    from trl import DPOTrainer
-
-    from .sdpo_callback import SDPOCallback
-else:
-    DPOTrainer = object  # a mixin, put before whichever trainer it serves
 
 logger = get_logger(__name__)
 
-GAMMA_ROWS = 1000  # how many rows gamma_ref is measured on where the reference scores no whole stage
 
-
-class StagedTraining(DPOTrainer):
+class StagedTraining(StageScoring):
     """Mixin for [`~trl.DPOTrainer`] and its subclasses: trains the stages of an [`SDPOCallback`] one after another."""
 
-    args: Any
-    model: Any
-    sdpo: "SDPOCallback | None" = None
-    stages: list[Stage] = []  # noqa: RUF012  (set when the callback is attached)
-    stage: Stage | None = None  # the one in training
-    reference: ModelReference | AdapterReference | ScoredReference
-    _eval_data: Any = None  # eval_dataset without reference scores
     _first_batch_is_due = False
     _pending_logs: dict[str, float] = {}  # noqa: RUF012  (replaced, never changed)
 
@@ -66,10 +45,9 @@ class StagedTraining(DPOTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if self.sdpo not in self.callback_handler.callbacks:
             self.add_callback(self.sdpo)
-        started, self.stage = self.stage, None
         self._plan()
         if not resume_from_checkpoint:
-            if started is not None:
+            if self.stage is not None:
                 raise RuntimeError(
                     "This trainer has already trained, and its reference is no longer the first stage's. Make a new "
                     "trainer, or pass `resume_from_checkpoint`."
@@ -80,12 +58,13 @@ class StagedTraining(DPOTrainer):
         state: Any = trainer_state(path)
         self.sdpo.record = check_record(path, state, self._description())
         stage = self._stage_at(state["global_step"])
+        if stage.number == 1 and self.stage is not None and self.stage.number > 1:
+            raise RuntimeError(
+                f"{path} is from the first stage, whose reference this trainer no longer has. Make a new trainer and "
+                "resume from there."
+            )
+        self.stage = None
         if stage.first_update < state["global_step"]:
-            if stage.number == 1 and started is not None and started.number > 1:
-                raise RuntimeError(
-                    f"{path} is from the first stage, whose reference this trainer no longer has. Make a new trainer "
-                    "and resume from there."
-                )
             self._reopen(stage)
         return super().train(str(path), *args, **kwargs)
 
@@ -230,8 +209,7 @@ class StagedTraining(DPOTrainer):
             self.reference.restore(folder)
         self.stage, self.beta, self.train_dataset = stage, stage.beta, stage.dataset
         if self.reference.kind == "scores":
-            self.train_dataset = with_scores(stage.dataset, self._read_scores(stage, "train"))
-            self._map_eval(lambda name, data: with_scores(data, self._read_scores(stage, name)))
+            self._reopen_scores(stage)
 
     def _open_loader(self) -> None:
         self._loader = self.get_train_dataloader()
@@ -252,72 +230,6 @@ class StagedTraining(DPOTrainer):
         if self.is_world_process_zero():
             seal(partial, folder, {"run": run, **stage.record()})
         self.accelerator.wait_for_everyone()
-
-    @property
-    def _output_dir(self) -> str:
-        return str(self.args.output_dir)
-
-    # ------------------------------------------------------------------------------------------------ scores
-
-    def _score(self, stage: Stage) -> np.ndarray:
-        """
-        Score the stage's rows with its reference.
-
-        Returns:
-            `np.ndarray`: gamma_ref of each row, or of `GAMMA_ROWS` of them where there is a reference model.
-        """
-        args = self.args
-        self.train_dataset = stage.dataset
-        if self.reference.kind != "scores":
-            rows = np.random.default_rng(args.seed).permutation(len(stage.dataset))[:GAMMA_ROWS]
-            sample = stage.dataset.select(rows)
-            chosen, rejected = self._scored(stage, "train", sample, args.per_device_train_batch_size)
-            return chosen - rejected
-        size = args.precompute_ref_batch_size
-        scores = self._scored(stage, "train", stage.dataset, size or args.per_device_train_batch_size)
-        self.train_dataset = with_scores(stage.dataset, scores)
-        eval_size = size or args.per_device_eval_batch_size
-        self._map_eval(lambda name, data: with_scores(data, self._scored(stage, name, data, eval_size)))
-        return scores[0] - scores[1]
-
-    def _scored(self, stage: Stage, name: str, dataset: Dataset, batch_size: int) -> np.ndarray:
-        scores = reference_logps(self, dataset, name, batch_size)
-        if self.is_world_process_zero():
-            write_scores(scores_file(self._output_dir, stage.number, name), scores)
-        self.accelerator.wait_for_everyone()
-        return scores
-
-    def _map_eval(self, function: Callable[[str, Dataset], Dataset]) -> None:
-        if isinstance(self._eval_data, dict):
-            self.eval_dataset = {name: function(f"eval-{name}", data) for name, data in self._eval_data.items()}
-        elif self._eval_data is not None:
-            self.eval_dataset = function("eval", self._eval_data)
-
-    def _read_scores(self, stage: Stage, name: str) -> np.ndarray:
-        file = scores_file(self._output_dir, stage.number, name)
-        if not file.is_file():
-            raise ValueError(f"Cannot resume in stage {stage.number}: {file}, which holds its reference, is missing.")
-        return np.load(file)
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Leave the scores to the stages, whose references do not exist yet."""
-        if self.sdpo is None:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        if not self.stages:  # while the trainer is made
-            return dataset
-        if self.stage is not None and self.stage.number > 1:
-            raise ValueError(
-                "With `precompute_ref_log_probs=True` no reference is kept, so data given to `evaluate()` cannot be "
-                "scored after the first stage. Give it to the trainer as `eval_dataset`: it is scored in each stage."
-            )
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, against the reference of the stage in training."""
-        if self.sdpo is not None and self.reference.kind == "scores" and self.stage is None:
-            size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            self._map_eval(lambda name, data: super(StagedTraining, self)._precompute_ref_logps(data, name, size))
-        return super().evaluate(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -347,7 +259,7 @@ class StagedTraining(DPOTrainer):
         if self.is_world_process_zero():
             try:
                 decision = [decide()]
-            except ValueError as error:
+            except Exception as error:
                 decision = [error]
         broadcast_object_list(decision, from_process=0)
         if isinstance(decision[0], Exception):

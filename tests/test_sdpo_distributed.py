@@ -34,6 +34,8 @@ def test_two_processes_equal_separate_runs(backend, oracle, chat_model, tmp_path
     launch("stages.py", backend, chat_model, tmp_path, *CELLS[backend])
     for mode in CELLS[backend]:
         report = read_report(tmp_path / mode, backend)
+        peak, largest = report["swap"]
+        assert peak <= largest
         losses, expected = oracle(chat_model, mode)
         # QLoRA trains its adapter in bfloat16, whose rounding differs with the number of processes
         tolerance = 1e-3 if mode == "qlora" else 1e-5
