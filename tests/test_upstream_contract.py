@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer, TrlParser, get_dataset, get_peft_config, 
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence
 from trl.trainer import dpo_trainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
 SOURCE = {
     name: inspect.getsource(getattr(DPOTrainer, name))
@@ -85,6 +85,53 @@ def test_fsdp2_policy_is_set_when_the_accelerator_is_made():
     policy = plugin.mixed_precision_policy
     assert dataclasses.replace(policy, output_dtype=None).output_dtype is None
     assert policy.output_dtype == torch.bfloat16, "accelerate no longer rounds: the override can go"
+
+
+STAGED = {
+    "train": ["resume_from_checkpoint"],
+    "get_train_dataloader": [],
+    "set_initial_training_values": ["args", "dataloader"],
+    "_init_training_state": [],
+    "_prepare_for_training": [],
+    "_run_epoch": ["epoch", "epochs_trained", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch"],
+    "_finalize_training": [],
+    "create_scheduler": ["num_training_steps", "optimizer"],
+    "save_model": ["output_dir", "_internal_call"],
+    "_save_rng_state": ["output_dir"],
+    "_load_from_checkpoint": [],
+    "_precompute_ref_logps": ["dataset", "name", "batch_size"],
+    "compute_ref_log_probs": ["model", "inputs"],
+    "compute_loss": ["model", "inputs"],
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_methods_that_stages_answer(name):
+    assert set(STAGED[name]) <= set(parameters(getattr(DPOTrainer, name))), f"StagedTraining.{name} must follow"
+
+
+def test_training_loop_asks_in_the_order_that_stages_rely_on():
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    asked = ["get_train_dataloader", "set_initial_training_values", "_init_training_state", "_prepare_for_training"]
+    asked += ["on_train_begin", "_run_epoch", "_finalize_training"]
+    places = [loop.index(f"{name}(") for name in asked]
+    assert places == sorted(places), "the Trainer's loop goes another way: StagedTraining must follow"
+    assert "epoch=epoch," in loop, "StagedTraining._run_epoch takes its arguments by name"
+
+
+def test_a_checkpoint_is_whole_when_its_state_is_written():
+    saving = inspect.getsource(Trainer._save_checkpoint)
+    places = [saving.index(name) for name in ("_save_rng_state", "save_to_json", "rotate_checkpoints")]
+    assert places == sorted(places), "stage_files.find_checkpoint takes trainer_state.json for the last file written"
+
+
+def test_reference_adapter_is_used_where_it_is():
+    reference = inspect.getsource(DPOTrainer.compute_ref_log_probs)
+    for source in (SOURCE["_compute_loss"], reference):
+        assert 'adapter_name="ref" if "ref" in' in source, "DPOTrainer names its reference adapter otherwise"
+    assert "self.ref_model is None and is_peft_model" in reference, "scoring with the policy must follow"
+    assert "self.beta" in SOURCE["_compute_loss"]
+    assert all(callable(function) for function in (create_model_from_path, disable_dropout_in_model))
 
 
 def test_names_of_the_command_line():
