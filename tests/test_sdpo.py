@@ -1,5 +1,6 @@
 """One run in stages gives the weights of separate runs, and what is between the stages happens as it should."""
 
+import inspect
 import json
 import math
 
@@ -165,6 +166,8 @@ def test_an_adapter_that_is_passed_in(chat_model, tmp_path):
     "adapter", [lora(bias="lora_only"), PromptTuningConfig(num_virtual_tokens=2)], ids=["bias", "prompt"]
 )
 def test_scores_need_no_second_adapter(adapter, chat_model, tmp_path):
+    if adapter.peft_type != "LORA" and "virtual tokens" not in inspect.getsource(DPOTrainer._compute_loss):
+        pytest.skip("this TRL trains no prompts")
     if adapter.peft_type == "LORA":
         with pytest.raises(ValueError, match=r"trains biases.*precompute_ref_log_probs=True"):
             staged_run(chat_model, tmp_path, peft_config=adapter)
