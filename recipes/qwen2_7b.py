@@ -6,13 +6,9 @@ Step-DPO of Qwen2-7B-Instruct on Math-Step-DPO-10K with the paper's settings (qw
 The options override the file; `--config FILE` takes another recipe's file instead.
 """
 
-import sys
 from pathlib import Path
 
 from stepdpo_trl.train import main
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(word.partition("=")[0] == "--config" for word in arguments):
-        arguments = ["--config", str(Path(__file__).with_suffix(".yaml")), *arguments]
-    main(arguments)
+    main(config=Path(__file__).with_suffix(".yaml"))

@@ -1,10 +1,12 @@
 """
 The training script, one for all models: `accelerate launch -m stepdpo_trl.train --config FILE [--option value ...]`.
 
-Options are those of `trl dpo` and of [`StepDPOConfig`]; the command line overrides the file.
+Options are those of `trl dpo`, of [`StepDPOConfig`] and of [`SDPOArguments`]; the command line overrides the file.
 """
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,10 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     """TRL's parser for YAML files and command lines, over the options of this script."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+    from .sdpo_arguments import SDPOArguments
     from .step_dpo_config import StepDPOConfig
 
-    options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig)
+    options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig, SDPOArguments)
     return TrlParser(
         options,
         prog=prog,
@@ -59,7 +62,7 @@ def parse_arguments(
             which the launcher and the script share.
 
     Returns:
-        `tuple`: The four argument objects, and what is meant for `accelerate launch` in the file and on the command
+        `tuple`: The five argument objects, and what is meant for `accelerate launch` in the file and on the command
         line. Exits with status 2 and one sentence on stderr if an argument is unusable or unknown.
     """
     import yaml
@@ -78,10 +81,11 @@ def parse_arguments(
                 f"{from_command_line[0]} is not an argument of the script. What is meant for `accelerate launch` goes "
                 "before the script's name."
             )
-        script_args, _, model_args, dataset_args = parsed
+        script_args, _, model_args, dataset_args, sdpo_args = parsed
         if not model_args.model_name_or_path:
             raise ValueError("Name the model with --model_name_or_path.")
         _check_data(script_args, dataset_args)
+        sdpo_args.check_sources(script_args, dataset_args)
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return tuple(parsed), from_file, from_command_line
@@ -115,11 +119,28 @@ def _check_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureCon
         raise FileNotFoundError(f"No such file: {name!r}, given by --dataset_name.")
 
 
-def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> "DatasetDict | dict[str, Any]":
-    """Load the data as `trl dpo` does: `datasets` (a mixture) or `dataset_name`, which may also be a local file."""
+def load_data(
+    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", in_stages: bool = False
+) -> "DatasetDict | dict[str, Any]":
+    """
+    Load the data as `trl dpo` does: `datasets` or `dataset_name`, which may also be a local file.
+
+    Args:
+        script_args (`ScriptArguments`), dataset_args (`DatasetMixtureConfig`):
+            What to load.
+        in_stages (`bool`, *optional*, defaults to `False`):
+            Whether each of `datasets` is a stage, so that they make a list rather than a mixture.
+
+    Returns:
+        `dict`: Data by the name of the split.
+    """
     from datasets import load_dataset
     from trl import get_dataset
 
+    if dataset_args.datasets and in_stages:
+        return {
+            "train": [get_dataset(replace(dataset_args, datasets=[part]))["train"] for part in dataset_args.datasets]
+        }
     if dataset_args.datasets:
         return get_dataset(dataset_args)
     source, files = str(script_args.dataset_name), None
@@ -130,25 +151,40 @@ def load_data(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfi
     )
 
 
-def _split(data: Any, name: str) -> "Dataset | IterableDataset":
+def _split(
+    data: Any, name: str, convert: "Callable[[Dataset], Dataset] | None"
+) -> "Dataset | IterableDataset | list[Dataset]":
     if name not in data:
         raise ValueError(
             f"The data has no split {name!r}, only {sorted(data)}. Set `dataset_train_split` or `..._test_...`."
         )
-    return data[name]
+    part = data[name]
+    if convert is None:
+        return part
+    return [convert(stage) for stage in part] if isinstance(part, list) else convert(part)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(
+    argv: list[str] | None = None,
+    config: str | Path | None = None,
+    convert: "Callable[[Dataset], Dataset] | None" = None,
+) -> None:
     """
     Train, save, and push to the Hub if asked.
 
     Args:
         argv (`list[str]`, *optional*):
             The command line, without the name of the program. Defaults to `sys.argv[1:]`.
+        config (`str` or `Path`, *optional*):
+            The file of options where the command line names none with `--config`.
+        convert (`Callable[[Dataset], Dataset]`, *optional*):
+            Brings each data set, as loaded, into the format of the trainer. With `sdpo` and `datasets` it is called
+            for each stage.
     """
-    (script_args, training_args, model_args, dataset_args), _, _ = parse_arguments(
-        sys.argv[1:] if argv is None else argv
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    if config is not None and not any(word.partition("=")[0] == "--config" for word in argv):
+        argv = ["--config", str(config), *argv]
+    (script_args, training_args, model_args, dataset_args, sdpo_args), _, _ = parse_arguments(argv)
     import torch
     from trl import get_peft_config, get_quantization_config
 
@@ -160,13 +196,17 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    data = load_data(script_args, dataset_args)
+    data = load_data(script_args, dataset_args, in_stages=sdpo_args.sdpo)
+    train_dataset = _split(data, script_args.dataset_train_split, convert)
+    if sdpo_args.sdpo and not isinstance(train_dataset, list):
+        sdpo_args.check_stages(train_dataset)
     evaluates = training_args.eval_strategy != "no"
     trainer: Any = StepDPOTrainer(
         model_args.model_name_or_path,
         args=training_args,
-        train_dataset=_split(data, script_args.dataset_train_split),
-        eval_dataset=_split(data, script_args.dataset_test_split) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=_split(data, script_args.dataset_test_split, convert) if evaluates else None,
+        callbacks=[sdpo_args.make_callback()] if sdpo_args.sdpo else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -104,7 +104,7 @@ def test_data_from_files_and_mixtures(tmp_path):
     Dataset.from_list(step_rows(6)).to_parquet(tmp_path / "pairs.parquet")
     Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
     for file, rows in (("pairs.parquet", 6), ("pairs.jsonl", 4)):
-        (script_args, _, _, dataset_args), _, _ = parse_arguments([*CPU, "--dataset_name", str(tmp_path / file)])
+        (script_args, _, _, dataset_args, _), _, _ = parse_arguments([*CPU, "--dataset_name", str(tmp_path / file)])
         data = load_data(script_args, dataset_args)
         assert [dict(row) for row in data["train"]] == step_rows(rows)
     config = tmp_path / "config.yaml"

@@ -67,7 +67,7 @@ def test_every_recipe_is_tested():
 def test_settings(name):
     # bf16 is refused where there is no GPU
     argv = ["--config", str(RECIPES / f"{name}.yaml"), "--bf16", "false", "--use_cpu", "true"]
-    (script, training, model, _), from_file, from_command_line = parse_arguments(argv)
+    (script, training, model, _, _), from_file, from_command_line = parse_arguments(argv)
     assert (from_file, from_command_line) == ([], [])
     learning_rate, beta, epochs, gpus = SETTINGS[name]
     assert (training.learning_rate, training.beta, training.num_train_epochs) == (learning_rate, beta, epochs)
