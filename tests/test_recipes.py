@@ -10,6 +10,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 
 from stepdpo_trl.train import parse_arguments
 
@@ -22,7 +23,42 @@ SETTINGS = {
     "qwen2_7b": (5e-7, 0.5, 8, 8),
     "qwen2_7b_lora": (5e-6, 0.5, 8, 1),
     "qwen2_7b_qlora": (5e-6, 0.5, 8, 1),
+    "qwen2_7b_step_sdpo": (5e-7, 0.5, 8, 8),
     "qwen2_72b": (5e-7, 0.4, 4, 8),
+}
+SOLAR_SETTINGS = {
+    "solar_10_7b_sdpo": (5e-7, 0.01, 1, 8),
+    "solar_10_7b_sdpo_lora": (5e-6, 0.01, 1, 1),
+}
+# The scripts of the recipes that need one of their own
+SCRIPTS = {
+    "qwen2_7b_step_sdpo": "qwen2_7b_step_sdpo.py",
+    **dict.fromkeys(SOLAR_SETTINGS, "solar_10_7b_sdpo.py"),
+}
+# Rows with the columns that the data sets have on the Hub
+HUB = {
+    ("Intel/orca_dpo_pairs", "train"): [
+        {
+            "system": "You are an AI assistant." if i % 2 else "",
+            "question": f"What is {i} + 1?",
+            "chosen": f"It is {i + 1}.",
+            "rejected": f"It is {i + 2}, I think.",
+        }
+        for i in range(8)
+    ],
+    ("allenai/ultrafeedback_binarized_cleaned", "train_prefs"): [
+        {
+            "source": "flan_v2_cot",
+            "prompt": f"Spell {i}.",
+            "prompt_id": f"{i:064x}",
+            "chosen": [{"content": f"Spell {i}.", "role": "user"}, {"content": "o" * i, "role": "assistant"}],
+            "rejected": [{"content": f"Spell {i}.", "role": "user"}, {"content": "e" * i, "role": "assistant"}],
+            "messages": [{"content": f"Spell {i}.", "role": "user"}, {"content": "o" * i, "role": "assistant"}],
+            "score_chosen": 8.5,
+            "score_rejected": 4.0,
+        }
+        for i in range(1, 7)
+    ],
 }
 ACCELERATE_CONFIGS = {
     "single_gpu": ("NO", 1, {}),
@@ -58,8 +94,28 @@ def overrides(chat_model, tmp_path):
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
+@pytest.fixture
+def _hub(monkeypatch):
+    """The data sets of the Hub, a few rows of each."""
+
+    def load_dataset(path, split, **options):
+        return Dataset.from_list(HUB[path, split])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+def run_recipe(monkeypatch, name, *options):
+    """Run a recipe's script in this process."""
+    script = SCRIPTS.get(name, "qwen2_7b.py")
+    # A script takes the file of its name by itself
+    config = [] if Path(script).stem == name else ["--config", str(RECIPES / f"{name}.yaml")]
+    monkeypatch.setattr(sys, "argv", [script, *config, *options])
+    runpy.run_path(str(RECIPES / script), run_name="__main__")
+
+
 def test_every_recipe_is_tested():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == SETTINGS.keys()
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*SETTINGS, *SOLAR_SETTINGS}
+    assert {path.name for path in RECIPES.glob("*.py")} == {"qwen2_7b.py", *SCRIPTS.values()}
     assert {path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml")} == ACCELERATE_CONFIGS.keys()
 
 
@@ -67,7 +123,7 @@ def test_every_recipe_is_tested():
 def test_settings(name):
     # bf16 is refused where there is no GPU
     argv = ["--config", str(RECIPES / f"{name}.yaml"), "--bf16", "false", "--use_cpu", "true"]
-    (script, training, model, _, _), from_file, from_command_line = parse_arguments(argv)
+    (script, training, model, _, sdpo), from_file, from_command_line = parse_arguments(argv)
     assert (from_file, from_command_line) == ([], [])
     learning_rate, beta, epochs, gpus = SETTINGS[name]
     assert (training.learning_rate, training.beta, training.num_train_epochs) == (learning_rate, beta, epochs)
@@ -76,6 +132,7 @@ def test_settings(name):
     assert script.dataset_name == "xinlai/Math-Step-DPO-10K"
     assert model.use_peft == ("lora" in name)
     assert model.load_in_4bit == ("qlora" in name)
+    assert sdpo.sdpo == ("sdpo" in name)
     # read before the override
     assert yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["bf16"] is True
 
@@ -85,11 +142,66 @@ def test_two_steps_on_a_tiny_model(name, overrides, tmp_path, monkeypatch):
     if name.endswith("qlora"):
         pytest.importorskip("bitsandbytes", reason="needs the extra quantization")
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
-    config = ["--config", str(RECIPES / f"{name}.yaml")]
-    monkeypatch.setattr(sys, "argv", ["qwen2_7b.py", *config * (name != "qwen2_7b"), *overrides])
-    runpy.run_path(str(RECIPES / "qwen2_7b.py"), run_name="__main__")
+    run_recipe(monkeypatch, name, *overrides)
     saved = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
     assert (tmp_path / "out" / saved).is_file()
+    if "sdpo" in name:
+        assert [rows for rows, _ in stages(tmp_path / "out", saved)] == [4, 4]
+
+
+def stages(folder, saved, tolerance=1e-4):
+    """Rows and beta of each stage of a run, all of which must have been trained for two steps and saved."""
+    report = json.loads((folder / "sdpo_report.json").read_text())["stages"]
+    for stage in report:
+        assert stage["updates"] == 2
+        assert stage["first_batch"]["loss"] == pytest.approx(math.log(2), abs=tolerance)
+        assert (folder / stage["folder"] / saved).is_file()
+    return [(stage["rows"], stage["beta"]) for stage in report]
+
+
+@pytest.mark.parametrize("name", SOLAR_SETTINGS)
+def test_solar_settings(name):
+    argv = ["--config", str(RECIPES / f"{name}.yaml"), "--bf16", "false", "--use_cpu", "true"]
+    (_, training, model, data, sdpo), from_file, from_command_line = parse_arguments(argv)
+    assert (from_file, from_command_line) == ([], [])
+    learning_rate, beta, epochs, gpus = SOLAR_SETTINGS[name]
+    assert (training.learning_rate, training.beta, training.num_train_epochs) == (learning_rate, beta, epochs)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus == 128
+    assert [(part.path, part.split) for part in data.datasets] == list(HUB)
+    assert (sdpo.sdpo, sdpo.stage_schedule, training.precompute_ref_log_probs) == (True, "restart", True)
+    assert model.use_peft == ("lora" in name)
+
+
+@pytest.mark.usefixtures("_hub")
+@pytest.mark.parametrize("name", SOLAR_SETTINGS)
+def test_two_steps_a_stage_of_solar(name, overrides, tmp_path, monkeypatch):
+    run_recipe(monkeypatch, name, *overrides, "--dataset_name", "")
+    saved = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+    assert stages(tmp_path / "out", saved) == [(8, 0.01), (6, 0.01)]
+
+
+def test_solar_conversion():
+    convert = runpy.run_path(str(RECIPES / "solar_10_7b_sdpo.py"))["convert"]
+    orca, ultrafeedback = (convert(Dataset.from_list(rows)) for rows in HUB.values())
+    assert orca.features == ultrafeedback.features
+    user = {"role": "user", "content": "What is 0 + 1?"}
+    answers = [[{"role": "assistant", "content": text}] for text in ("It is 1.", "It is 2, I think.")]
+    assert orca[0] == {"prompt": [user], "chosen": answers[0], "rejected": answers[1]}
+    assert orca[1]["prompt"] == [
+        {"role": "system", "content": "You are an AI assistant."},
+        {"role": "user", "content": "What is 1 + 1?"},
+    ]
+    assert ultrafeedback[2] == {
+        "prompt": [{"role": "user", "content": "Spell 3."}],
+        "chosen": [{"role": "assistant", "content": "ooo"}],
+        "rejected": [{"role": "assistant", "content": "eee"}],
+    }
+
+
+def test_early_errors_come_first():
+    convert = runpy.run_path(str(RECIPES / "qwen2_7b_step_sdpo.py"))["early_errors_first"]
+    rows = [{"initial_reason_steps": steps} for steps in ("abcd", None, "ab", "abcde")]
+    assert convert(Dataset.from_list(rows))["stage"][:] == [2, 1, 1, 2]
 
 
 @pytest.mark.slow
@@ -102,16 +214,13 @@ def test_accelerate_launch(overrides, tmp_path):
     assert f"Model saved to {tmp_path / 'out'}" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
-def test_two_processes(name, overrides, tmp_path):
-    """The optimizer updates float32 weights though the model is loaded in bfloat16, as the recipes say."""
+def launch(recipe, name, *options):
+    """Run a recipe under an accelerate configuration as shipped, with two processes instead of eight."""
     if name.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The configuration as shipped, with two processes instead of eight
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command += [
         "--config_file",
@@ -119,11 +228,18 @@ def test_two_processes(name, overrides, tmp_path):
         "--main_process_port",
         str(port),
     ]
-    command += [str(Path(__file__).parent / "distributed" / "recipe.py"), name, *overrides]
+    command += [str(Path(__file__).parent / "distributed" / "recipe.py"), name, str(RECIPES / recipe), *options]
     changes = {"bf16": True, "dtype": "bfloat16", "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
     command += [str(part) for option, value in changes.items() for part in (f"--{option}", value)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_two_processes(name, overrides, tmp_path):
+    """The optimizer updates float32 weights though the model is loaded in bfloat16, as the recipes say."""
+    launch("qwen2_7b.py", name, *overrides)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     loss = report.pop("loss")
     # In bfloat16, -40 would be rounded to the next 0.25. None: older TRL
@@ -138,6 +254,13 @@ def test_two_processes(name, overrides, tmp_path):
     assert loss[0] == pytest.approx(math.log(2), abs=0.01)  # the policy is still the reference, up to bfloat16
     assert loss[1] < loss[0]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_stages_on_two_processes(overrides, tmp_path):
+    launch("qwen2_7b_step_sdpo.py", "zero3", *overrides)
+    # In bfloat16 a row scored in one batch and trained in another differs by a tenth of a nat, times beta = 0.5
+    assert [rows for rows, _ in stages(tmp_path / "out", "model.safetensors", tolerance=0.05)] == [4, 4]
 
 
 @pytest.mark.parametrize("name", ACCELERATE_CONFIGS)

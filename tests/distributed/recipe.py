@@ -1,4 +1,4 @@
-"""Runs recipes/qwen2_7b.py on CPU processes under an accelerate configuration, and writes down what ran."""
+"""Runs a recipe on CPU processes under an accelerate configuration, and writes down what ran."""
 
 import json
 import runpy
@@ -12,8 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from stepdpo_trl import StepDPOTrainer
 from tests.distributed.train import prepare_cpu
 from tests.training import logged
-
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "qwen2_7b.py")
 
 
 def optimized_types(trainer) -> set[str]:
@@ -53,15 +51,15 @@ class ReportingTrainer(StepDPOTrainer):
 
 
 def main() -> None:
-    """The first argument is the back end, the others are the recipe's."""
-    mode, *arguments = sys.argv[1:]
+    """The first argument is the back end, the second the recipe, and the others are the recipe's."""
+    mode, recipe, *arguments = sys.argv[1:]
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     for name, value in prepare_cpu(mode).items():
         arguments += [f"--{name}", str(value)]
     # Where the training script will look for it
     sys.modules["stepdpo_trl.step_dpo_trainer"].StepDPOTrainer = ReportingTrainer
-    sys.argv = [RECIPE, *arguments]
-    runpy.run_path(RECIPE, run_name="__main__")
+    sys.argv = [recipe, *arguments]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 if __name__ == "__main__":
