@@ -2,6 +2,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from trl.scripts.utils import DatasetConfig
 
 from stepdpo_trl.train import main, parse_arguments
 
@@ -24,7 +25,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Names the data, with a column if there is one to add."""
+    """Writes step pairs, with a column `stage` if one is given, and names them on the command line."""
 
     def write(stage=None):
         dataset = Dataset.from_list(step_rows(8))
@@ -76,8 +77,8 @@ def test_bad_options(capsys, config, argv, text, message):
     assert len(err.splitlines()) <= 3
 
 
+@pytest.mark.skipif("fraction" not in DatasetConfig.__dataclass_fields__, reason="older TRL has none")
 def test_fraction_of_a_mixture(capsys, config):
-    pytest.importorskip("trl", minversion="1.15", reason="older TRL has no fraction")
     with pytest.raises(SystemExit):
         parse_arguments([*config("{sdpo: true, datasets: [{path: x, fraction: 0.5}]}"), *CPU, *NAMES[:2]])
     assert "`fraction` under `datasets` is a share of a mixture" in capsys.readouterr().err
@@ -100,7 +101,7 @@ def test_data_without_stages(pairs, stage, argv, message):
 
 @pytest.mark.parametrize("source", ["fractions", "column", "datasets"])
 def test_stages_of_a_run(source, chat_model, config, pairs, tmp_path):
-    """Six and two rows, however they are told apart; evaluated on both."""
+    """Six and two rows, however they are told apart."""
     options = {
         "model_name_or_path": chat_model,
         "output_dir": str(tmp_path / "out"),
