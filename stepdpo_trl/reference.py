@@ -5,11 +5,14 @@ Three kinds, one for each way in which [`~trl.DPOTrainer`] keeps its reference: 
 adapter on the policy's own base, or scores that are computed before training.
 """
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
@@ -37,7 +40,7 @@ class ModelReference:
             )
 
     def _models(self) -> tuple[nn.Module, nn.Module]:
-        unwrap = self.trainer.accelerator.unwrap_model
+        unwrap: Any = partial(self.trainer.accelerator.unwrap_model, keep_torch_compile=False)
         return unwrap(self.trainer.model), unwrap(self.trainer.ref_model)
 
     def become_policy(self) -> None:
@@ -59,7 +62,7 @@ class AdapterReference:
     kind = "adapter"
 
     def __init__(self, trainer: "DPOTrainer") -> None:
-        self.model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        self.model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         args: Any = trainer.args
         if list(self.model.active_adapters) != [POLICY]:
             raise ValueError(
@@ -75,10 +78,24 @@ class AdapterReference:
             )
         if REFERENCE not in self.model.peft_config:
             self._add(config)
-            if args.disable_dropout:
-                disable_dropout_in_model(self.model)
+        elif changes_base(config):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base model when an adapter is added, and "
+                "DPOTrainer has added one as the reference. Merge the adapter into the base model and train a new "
+                "one, or pass `peft_config` rather than a PeftModel."
+            )
+        for policy, reference in self._pairs():
+            # A copy with the policy's dtype, which for QLoRA is not the one that PEFT gives a new adapter
+            reference.data = reference.data.to(policy.dtype)
+            copy_tensor(policy, reference)
+            reference.requires_grad_(False)
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
 
     def _add(self, config: Any) -> None:
+        config = copy.deepcopy(config)
+        if changes_base(config):
+            config.init_lora_weights = False  # its weights are copied from the policy's in any case
         try:
             self.model.add_adapter(REFERENCE, config)
         except (ValueError, NotImplementedError, TypeError) as error:
@@ -86,11 +103,6 @@ class AdapterReference:
                 f"PEFT adds no second adapter of this kind ({type(config).__name__}) as the reference: {error} Set "
                 "`precompute_ref_log_probs=True`, which needs none."
             ) from error
-        for policy, reference in self._pairs():
-            # A copy with the policy's dtype, which for QLoRA is not the one that PEFT gives a new adapter
-            reference.data = reference.data.to(policy.dtype)
-            copy_tensor(policy, reference)
-            reference.requires_grad_(False)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         parameters = dict(self.model.named_parameters())
@@ -109,6 +121,7 @@ class AdapterReference:
 
     def become_policy(self) -> None:
         """Copy the trained adapter into the frozen one."""
+        reshard(self.model)
         for policy, reference in self._pairs():
             copy_tensor(policy, reference)
 
@@ -131,16 +144,31 @@ class ScoredReference:
         """Nothing: the scores of the stage are on disk."""
 
 
+def changes_base(config: Any) -> bool:
+    """Whether PEFT subtracts a new adapter of this kind from the base model (PiSSA, OLoRA, CorDA, LoftQ ...)."""
+    initialization = getattr(config, "init_lora_weights", True)
+    return isinstance(initialization, str) and initialization.lower() not in ("gaussian", "orthogonal", "eva")
+
+
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy parameters and buffers of one model into another of the same architecture, one by one."""
+    reshard(source)
+    reshard(target)
     for tensors in ("named_parameters", "named_buffers"):
         sources = dict(getattr(source, tensors)())
         for name, tensor in getattr(target, tensors)():
             copy_tensor(sources[name], tensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered for a forward and may have kept: the shards are the model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

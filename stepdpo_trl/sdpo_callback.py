@@ -16,7 +16,7 @@ from .sdpo_checks import check_arguments
 from .sdpo_report import check_plotting, write_report
 from .stage_scoring import without_scores
 from .staged_training import StagedTraining
-from .stages import STAGE_OPTIONS, Stage, find_stages
+from .stages import STAGE_OPTIONS, Stage, check_fractions, find_stages
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 SCHEDULES = ("restart", "continuous")
-# At the first batch of a stage: how far margin / beta (in nats) and loss may be off where weights are in 16 bits
-MARGIN_TOLERANCE, LOSS_TOLERANCE = 0.5, 0.05
-# Above this share of rows with gamma_ref > 0, of at least so many rows, the reference has probably seen them
-SEEN_SHARE, SEEN_ROWS = 0.95, 20
+# At the first batch of a stage: how far margin / beta (in nats) and loss may be off, in float32 and in 16 bits
+TOLERANCES = {False: (0.01, 0.001), True: (0.5, 0.05)}
+# From this share of rows with gamma_ref > 0 and this mean on (in nats; the paper has 84 for a reference that was
+# trained on the data, -25 and -39 for others), the reference has probably seen them
+SEEN_SHARE, SEEN_GAMMA = 0.95, 20
 
 
 class SDPOCallback(TrainerCallback, ExportableState):
@@ -80,8 +81,15 @@ class SDPOCallback(TrainerCallback, ExportableState):
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"Unknown schedule {schedule!r}: it is 'restart' or 'continuous'.")
-        self.fractions = fractions
+        self.fractions = None if fractions is None else [float(fraction) for fraction in fractions]
+        if self.fractions is not None:
+            check_fractions(self.fractions)
         self.schedule = schedule
+        if not all(isinstance(options, Mapping) for options in (stage_options or {}, *(stage_options or {}).values())):
+            raise ValueError(
+                f"stage_options={stage_options!r} must map names of stages to their options, like "
+                "{'2': {'beta': 0.05}}."
+            )
         self.stage_options = {str(name): dict(options) for name, options in (stage_options or {}).items()}
         for name, options in self.stage_options.items():
             _check_options(name, options, schedule)
@@ -95,9 +103,17 @@ class SDPOCallback(TrainerCallback, ExportableState):
         names = ("fractions", "schedule", "stage_options")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {"record": self.record}}
 
-    def attach(self, trainer: "DPOTrainer") -> None:
-        """Make a trainer train in stages."""
+    def attach(self, trainer: "DPOTrainer", names: Sequence[Any] = ()) -> None:
+        """
+        Make a trainer train in stages.
+
+        Args:
+            trainer ([`~trl.DPOTrainer`]): The trainer.
+            names (`list`, *optional*): Stages that there were before rows were left out as overlong.
+        """
         staged: Any = trainer
+        if getattr(staged, "stages", []):
+            raise ValueError("The trainer has an SDPOCallback already. One runs all stages.")
         if staged.ref_model is not None and isinstance(staged.model, PeftModel):
             raise ValueError(
                 "A `ref_model` was given together with an adapter. In stages the reference is the adapter of the "
@@ -108,9 +124,19 @@ class SDPOCallback(TrainerCallback, ExportableState):
             # The loop is the trainer's own, with what differs between stages put before it
             trainer.__class__ = type(f"Staged{type(trainer).__name__}", (StagedTraining, type(trainer)), {})
         stages = find_stages(staged.train_dataset, self.fractions)
+        emptied = [str(name) for name in names if str(name) not in stages]
+        if emptied:
+            raise ValueError(
+                f"Stage {emptied[0]!r} is empty: all its rows are longer than max_length={staged.args.max_length}. "
+                "Raise that, or leave the stage out."
+            )
         unknown = [name for name in self.stage_options if name not in stages]
         if unknown:
-            raise ValueError(f"`stage_options` names the stage {unknown[0]!r}; the stages are {list(stages)}.")
+            nearest = get_close_matches(unknown[0], list(stages), n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"`stage_options` names the stage {unknown[0]!r}, and the stages are {list(stages)}. Did you mean "
+                f"{nearest!r}?"
+            )
         defaults = {name: getattr(staged.args, name) for name in STAGE_OPTIONS}
         staged.stages = [
             Stage(number, name, without_scores(rows), **{**defaults, **self.stage_options.get(name, {})})
@@ -124,7 +150,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
             if isinstance(evaluation, dict)
             else without_scores(evaluation)
         )
-        staged.train_dataset = staged.stages[0].dataset
+        staged.train_dataset, staged.beta = staged.stages[0].dataset, staged.stages[0].beta
         staged.sdpo, self.trainer = self, trainer
         check_plotting()
 
@@ -150,34 +176,44 @@ class SDPOCallback(TrainerCallback, ExportableState):
         """At a stage's last update log, so that no figure mixes stages, and save where a run's end is saved."""
         stage = self.trainer.stage
         if state.global_step == stage.last_update:
-            control.should_log = True
+            control.should_log = args.logging_strategy != "no"
             control.should_save = control.should_save or args.save_strategy == "steps"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the report."""
+        last = self.trainer.stages[-1]
+        if state.global_step < last.last_update:
+            logger.warning(
+                f"Training has ended at global_step={state.global_step} of {last.last_update}, in stage "
+                f"{self.trainer.stage.number} of {last.number}. The stages after it have not been trained."
+            )
         if state.is_world_process_zero:
             write_report(self.trainer)
 
-    def tell_gamma(self, trainer: Any, stage: Stage, gamma: np.ndarray) -> None:
-        """Log gamma_ref, and warn where the reference seems to have been trained on the stage's data."""
+    def tell_gamma(self, stage: Stage, gamma: np.ndarray) -> dict[str, float]:
+        """Warn where the reference seems to have been trained on the stage's data; returns what is logged."""
         share = float((gamma > 0).mean())
-        trainer.log({"sdpo/gamma_ref": float(gamma.mean()), "sdpo/ref_accuracy": share})
-        if share >= SEEN_SHARE and len(gamma) >= SEEN_ROWS:
+        if share >= SEEN_SHARE and gamma.mean() >= SEEN_GAMMA:
             logger.warning(
                 f"Stage {stage.number} ({stage.name!r}): its reference prefers the chosen answer in {share:.1%} of "
                 f"{len(gamma)} rows, with a mean gamma_ref of {gamma.mean():.1f}. It seems to have been trained on "
                 "them, which leaves little to learn. Check that the stages share no data with each other or with what "
                 "the model was trained on before."
             )
+        return {"sdpo/gamma_ref": float(gamma.mean()), "sdpo/ref_accuracy": share}
 
     def tell_first_batch(self, trainer: Any, loss: float, margins: float, accuracies: float) -> dict[str, float]:
         """Warn where policy and reference differ at the first batch of a stage; returns what is logged."""
         stage = trainer.stage
         plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting and trainer.args.loss_weights is None
-        off = plain and abs(loss - math.log(2)) > LOSS_TOLERANCE
-        if trainer.args.disable_dropout and (off or abs(margins) > MARGIN_TOLERANCE * stage.beta):
+        short = (
+            trainer.args.bf16 or trainer.args.fp16 or any(p.dtype.itemsize == 2 for p in trainer.model.parameters())
+        )
+        margin_tolerance, loss_tolerance = TOLERANCES[short]
+        off = plain and abs(loss - math.log(2)) > loss_tolerance
+        if trainer.args.disable_dropout and (off or abs(margins) > margin_tolerance * stage.beta):
             logger.warning(
                 f"Stage {stage.number} ({stage.name!r}) does not start from its reference: at its first batch the "
                 f"loss is {loss:.4f} (ln 2 = 0.6931 is expected) and the reward margin {margins:.4f} (0 is expected). "

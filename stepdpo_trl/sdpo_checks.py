@@ -3,6 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import IterableDataset
+
+# Optimizers that make their state with themselves, or keep it elsewhere
+NOT_CLEARED = ("layerwise", "schedule_free", "schedulefree", "adagrad", "lomo")
+
+
+def compares_references(args: Any) -> bool:
+    """Whether the best model is chosen by a loss or reward, which each stage measures against another reference."""
+    metric = args.metric_for_best_model or "loss"
+    return "loss" in metric or "rewards" in metric
+
 
 def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Mapping[str, float]]) -> None:
     """
@@ -16,6 +27,7 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
     zero = deepspeed.get("zero_optimization", {})
     fsdp = accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     restart = schedule == "restart"
+    optimizer = f"{getattr(args.optim, 'value', args.optim)} {type(trainer.optimizer).__name__}".lower()
     offloads = [zero.get(name) or {} for name in ("offload_param", "offload_optimizer")]
     refused = {
         "sync_ref_model=True, which moves the reference within a stage: leave it out": args.sync_ref_model,
@@ -27,8 +39,7 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
         ),
         "load_best_model_at_end=True by a loss or reward, which are measured against another reference in each stage: "
         "leave it out, or choose among the folders stage-N by a measure of your own": (
-            args.load_best_model_at_end
-            and any(word in (args.metric_for_best_model or "loss") for word in ("loss", "rewards"))
+            args.load_best_model_at_end and compares_references(args)
         ),
         "max_steps together with a stage's num_train_epochs: leave one of them out": (
             args.max_steps > 0 and any("num_train_epochs" in options for options in stage_options.values())
@@ -37,13 +48,14 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
         "(the one of the training arguments is used then), or use schedule='continuous'": (
             restart and "scheduler" in deepspeed
         ),
+        "a learning rate of a stage and an optimizer of your own, which has its own: leave one of them out": (
+            trainer.optimizer is not None and any("learning_rate" in options for options in stage_options.values())
+        ),
         "a scheduler of your own, which cannot begin anew: use schedule='continuous'": (
             restart and trainer.lr_scheduler is not None
         ),
         f"optim={str(getattr(args.optim, 'value', args.optim))!r}, whose state cannot be cleared: choose another, or "
-        "use schedule='continuous'": (
-            restart and any(word in str(args.optim).lower() for word in ("layerwise", "schedule_free", "adagrad"))
-        ),
+        "use schedule='continuous'": (restart and any(word in optimizer for word in NOT_CLEARED)),
         "parameters or optimizer offloaded to NVMe, which cannot be swapped in place: offload to the CPU": any(
             offload.get("device") == "nvme" for offload in offloads
         ),
@@ -51,6 +63,8 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
         "DeepSpeed configuration (`zero3_save_16bit_model: true` for accelerate)": (
             zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save")
         ),
+        "precompute_ref_log_probs=True and a stream of evaluation data, which cannot be scored: load it with "
+        "`streaming=False`": trainer.precompute_ref_logps and _has_stream(trainer.eval_dataset),
         "FSDP 1: set `fsdp_version: 2`": fsdp is not None and fsdp.fsdp_version != 2,
         "FSDP without whole models on saving: set `fsdp_state_dict_type: FULL_STATE_DICT`": (
             fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type)
@@ -62,3 +76,8 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
     for what, is_set in refused.items():
         if is_set:
             raise ValueError(f"SDPOCallback does not go together with {what}.")
+
+
+def _has_stream(evaluation: Any) -> bool:
+    datasets = evaluation.values() if isinstance(evaluation, dict) else [evaluation]
+    return any(isinstance(dataset, IterableDataset) for dataset in datasets)

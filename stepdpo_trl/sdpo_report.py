@@ -36,7 +36,7 @@ def write_report(trainer: "StagedTraining") -> None:
     history = trainer.state.log_history
     gammas = {stage.number: _gamma(trainer, stage) for stage in trainer.stages}
     report = {
-        **{name: trainer.sdpo.record.get(name) for name in ("run", "schedule", "reference")},
+        **{name: trainer.sdpo.record.get(name) for name in ("schedule", "reference")},
         "stages": [
             {
                 "number": stage.number,
@@ -58,14 +58,19 @@ def write_report(trainer: "StagedTraining") -> None:
     }
     (folder / "sdpo_report.json").write_text(json.dumps(report, indent=2))
     if find_spec("matplotlib") is not None:
-        plot_report(report, gammas, folder / "sdpo_report.png")
+        try:
+            plot_report(report, gammas, folder / "sdpo_report.png")
+        except Exception as error:  # the training is worth more than its picture
+            logger.warning(f"The report has no picture: {type(error).__name__}: {error}")
     logger.info(f"Report of the stages: {folder / 'sdpo_report.json'}")
 
 
 def _gamma(trainer: "StagedTraining", stage: Any) -> np.ndarray:
     assert trainer.sdpo is not None
-    scores = read_scores(scores_file(trainer._output_dir, stage.number, "train"), trainer.sdpo.record["run"])
-    return np.array([]) if scores is None else scores[0] - scores[1]  # none where training ended before
+    if stage.number > len(trainer.sdpo.record["ids"]):  # training ended before
+        return np.array([])
+    scores = read_scores(scores_file(trainer._output_dir, stage.number, "train"), trainer._id(stage, stage.dataset))
+    return np.array([]) if scores is None else scores[0] - scores[1]
 
 
 def _summary(gamma: np.ndarray) -> dict[str, Any] | None:
@@ -104,6 +109,7 @@ def plot_report(report: dict[str, Any], gammas: dict[int, np.ndarray], file: Pat
         number, color = stage["number"], COLORS[(stage["number"] - 1) % len(COLORS)]
         gamma = gammas[number]
         label = f"{number}: {stage['name']}" if stage["name"] != str(number) else f"{number}"
+        label = label.replace("$", r"\$")  # which would begin a formula
         if len(gamma):
             label += f" (mean {gamma.mean():.1f})"
             weights = np.full(len(gamma), 1 / len(gamma))

@@ -26,17 +26,18 @@ def stage_folder(output_dir: str | Path, number: int) -> Path:
     return Path(output_dir) / f"stage-{number}"
 
 
-def is_whole(folder: Path, run: str) -> bool:
-    """Whether this run has saved a stage's model, to the end."""
+def is_whole(folder: Path, id: str) -> bool:
+    """Whether a stage's model was saved to the end, and is the one that the next stage started with."""
     file = folder / STAGE_FILE
-    return file.is_file() and json.loads(file.read_text())["run"] == run
+    return file.is_file() and json.loads(file.read_text())["id"] == id
 
 
 def seal(partial: Path, folder: Path, record: dict[str, Any]) -> None:
     """Give the folder that a stage's model was written to its name."""
     shutil.rmtree(partial / "ref", ignore_errors=True)  # the reference's adapter, which PEFT saves too
     (partial / STAGE_FILE).write_text(json.dumps(record, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    if folder.exists():  # of an earlier run
+        shutil.rmtree(folder)
     os.replace(partial, folder)
 
 
@@ -45,20 +46,20 @@ def scores_file(output_dir: str | Path, number: int, name: str) -> Path:
     return Path(output_dir) / "sdpo" / f"stage-{number}-{name}.npz"
 
 
-def write_scores(file: Path, scores: np.ndarray, run: str) -> None:
-    """Write the scores of a run; the file appears when all of it is written."""
+def write_scores(file: Path, scores: np.ndarray, id: str) -> None:
+    """Write the scores of a stage's start and data; the file appears when all of it is written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npz")
-    np.savez(partial, scores=scores, run=run)
+    np.savez(partial, scores=scores, id=id)
     os.replace(partial, file)
 
 
-def read_scores(file: Path, run: str) -> np.ndarray | None:
-    """Read the scores, if there are such of this run."""
+def read_scores(file: Path, id: str) -> np.ndarray | None:
+    """Read the scores, if they are of this start and data."""
     if not file.is_file():
         return None
     with np.load(file) as content:
-        return content["scores"] if content["run"].item() == run else None
+        return content["scores"] if content["id"].item() == id else None
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
@@ -69,22 +70,24 @@ def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def find_checkpoint(output_dir: str | Path, given: str | bool) -> Path:
+def find_checkpoint(output_dir: str | Path, given: str | bool) -> tuple[Path, dict[str, Any]]:
     """
-    The checkpoint to resume from: the one given, or the last one that was written to the end.
+    The checkpoint to resume from, and its state: the one given, or the last one that was written to the end.
 
     Raises:
         ValueError: If there is none.
     """
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
-        if trainer_state(path) is None:
+        state = trainer_state(path)
+        if state is None:
             raise ValueError(f"{path} is no whole checkpoint: its trainer_state.json is missing or cut off.")
-        return path
+        return path, state
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for path in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if trainer_state(path) is not None:
-            return path
+        state = trainer_state(path)
+        if state is not None:
+            return path, state
         logger.warning(f"{path} was not written to the end and is passed over.")
     raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .reference import AdapterReference, ModelReference, ScoredReference
 from .stage_files import read_scores, scores_file, write_scores
-from .stages import Stage
+from .stages import Stage, digest, row_digests
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -36,6 +37,25 @@ class StageScoring(DPOTrainer):
     reference: ModelReference | AdapterReference | ScoredReference
     _eval_data: Any = None  # eval_dataset without scores
 
+    def _id(self, stage: Stage, dataset: Dataset | None = None) -> str:
+        """What tells a start of a stage from others, and with a data set also its rows."""
+        assert self.sdpo is not None
+        id = self.sdpo.record["ids"][stage.number - 1]
+        return id if dataset is None else f"{id}-{digest(row_digests(dataset))}"
+
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """What the first process decides, on all of them; its errors too."""
+        decision: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                decision = [decide()]
+            except Exception as error:
+                decision = [error]
+        broadcast_object_list(decision, from_process=0)
+        if isinstance(decision[0], Exception):
+            raise decision[0]
+        return decision[0]
+
     @property
     def _output_dir(self) -> str:
         return str(self.args.output_dir)
@@ -51,8 +71,7 @@ class StageScoring(DPOTrainer):
         self.train_dataset = stage.dataset
         if self.reference.kind != "scores":
             rows = np.random.default_rng(args.seed).permutation(len(stage.dataset))[:GAMMA_ROWS]
-            sample = stage.dataset.select(rows)
-            chosen, rejected = self._scored(stage, "train", sample, args.per_device_train_batch_size)
+            chosen, rejected = self._scored(stage, "train", stage.dataset, args.per_device_train_batch_size, rows)
             return chosen - rejected
         size = args.precompute_ref_batch_size
         scores = self._scored(stage, "train", stage.dataset, size or args.per_device_train_batch_size)
@@ -61,15 +80,19 @@ class StageScoring(DPOTrainer):
         self._map_eval(lambda name, data: with_scores(data, self._scored(stage, name, data, eval_size)))
         return scores[0] - scores[1]
 
-    def _scored(self, stage: Stage, name: str, dataset: Dataset, batch_size: int) -> np.ndarray:
-        scores = reference_logps(self, dataset, name, batch_size)
+    def _scored(
+        self, stage: Stage, name: str, dataset: Dataset, batch_size: int, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Score a data set, or some rows of it, and keep the scores on disk."""
+        scores = reference_logps(self, dataset if rows is None else dataset.select(rows), name, batch_size)
         if self.is_world_process_zero():
-            assert self.sdpo is not None
-            write_scores(scores_file(self._output_dir, stage.number, name), scores, self.sdpo.record["run"])
+            file = scores_file(self._output_dir, stage.number, name)
+            write_scores(file, scores, self._id(stage, dataset))
         self.accelerator.wait_for_everyone()
         return scores
 
     def _map_eval(self, function: Callable[[str, Dataset], Dataset]) -> None:
+        self.__dict__.pop("_eval_dataloaders", None)  # which persistent workers keep, with the scores of before
         if isinstance(self._eval_data, dict):
             self.eval_dataset = {name: function(f"eval-{name}", data) for name, data in self._eval_data.items()}
         elif self._eval_data is not None:
@@ -79,10 +102,9 @@ class StageScoring(DPOTrainer):
         """Restore the scores of a stage that a checkpoint was saved in."""
 
         def restore(name: str, dataset: Dataset) -> Dataset:
-            assert self.sdpo is not None
             file = scores_file(self._output_dir, stage.number, name)
-            scores = read_scores(file, self.sdpo.record["run"])
-            if scores is None or scores.shape[1] != len(dataset):
+            scores = self._agree(lambda: read_scores(file, self._id(stage, dataset)))
+            if scores is None:
                 raise ValueError(
                     f"Cannot resume in stage {stage.number}: {file}, which holds its reference, is missing, of "
                     f"another run, or for other data than the {len(dataset)} {name} rows. Resume from a checkpoint of "
@@ -156,8 +178,8 @@ def with_scores(dataset: Dataset, scores: np.ndarray) -> Dataset:
 
 def without_scores(dataset: Any) -> Any:
     """Remove scores, which for a trainer that is made already are those of the model before all stages."""
-    if dataset is None:
-        return None
+    if not isinstance(dataset, Dataset):
+        return dataset
     return dataset.select_columns([name for name in dataset.column_names if name not in SCORES])
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback
 
+from .sdpo_checks import compares_references
 from .stage_files import (
     check_record,
     find_checkpoint,
     is_whole,
     seal,
     stage_folder,
-    trainer_state,
 )
 from .stage_scoring import StageScoring
 from .stages import Stage
@@ -52,10 +52,9 @@ class StagedTraining(StageScoring):
                     "This trainer has already trained, and its reference is no longer the first stage's. Make a new "
                     "trainer, or pass `resume_from_checkpoint`."
                 )
-            self.sdpo.record = {"run": self._agree(lambda: uuid.uuid4().hex), **self._description()}
+            self.sdpo.record = {"ids": [], **self._description()}
             return super().train(None, *args, **kwargs)
-        path = self._agree(lambda: find_checkpoint(self._output_dir, resume_from_checkpoint))
-        state: Any = trainer_state(path)
+        path, state = self._agree(lambda: find_checkpoint(self._output_dir, resume_from_checkpoint))
         self.sdpo.record = check_record(path, state, self._description())
         stage = self._stage_at(state["global_step"])
         if stage.number == 1 and self.stage is not None and self.stage.number > 1:
@@ -133,9 +132,14 @@ class StagedTraining(StageScoring):
             super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
             return
         stage = next(stage for stage in self.stages if epoch < stage.first_epoch + stage.epochs)
+        local = epoch - stage.first_epoch
+        if epoch != epochs_trained and self.state.global_step != stage.first_update + local * stage.updates_per_epoch:
+            raise RuntimeError(
+                f"An epoch before epoch {local + 1} of stage {stage.number} was cut short, by a callback that sets "
+                "`control.should_epoch_stop`. Stages count updates: stop training instead, or train for fewer epochs."
+            )
         if stage is not self.stage:
             self._begin(stage)
-        local = epoch - stage.first_epoch
         updates = min(stage.updates_per_epoch, stage.updates - local * stage.updates_per_epoch)
         whole = updates == stage.updates_per_epoch
         kwargs["train_dataloader"] = self._loader
@@ -166,7 +170,7 @@ class StagedTraining(StageScoring):
 
     def _factor(self, stage: Stage) -> Callable[[int], float]:
         """The stage's learning rate after each of its updates, as a multiple of `args.learning_rate`."""
-        scheduler = super().create_scheduler(stage.updates, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        scheduler = super().create_scheduler(stage.updates, torch.optim.SGD([torch.zeros(1)], lr=stage.learning_rate))
         self.lr_scheduler = None
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
@@ -183,31 +187,36 @@ class StagedTraining(StageScoring):
     def _begin(self, stage: Stage) -> None:
         """Start a stage: what has been trained so far becomes the reference, and the optimizer starts afresh."""
         assert self.sdpo is not None
+        # What belongs to this start of the stage carries its id: model of the stage before, scores, checkpoints
+        self.sdpo.record["ids"] = [*self.sdpo.record["ids"][: stage.number - 1], self._agree(lambda: uuid.uuid4().hex)]
         if stage.number > 1:
             self._save_stage(self.stages[stage.number - 2])
             self.reference.become_policy()
             if self.sdpo.schedule == "restart":
                 clear_optimizer_state(self.optimizer)
+                _set_course(self.lr_scheduler, stage.first_update)
+            forget_best(self)
         self.stage, self.beta = stage, stage.beta
         logger.info(f"Stage {stage.number} of {len(self.stages)}, {stage.name!r}: {len(stage.dataset)} rows.")
         gamma = self._score(stage)
         self._first_batch_is_due = True
         self._open_loader()
-        self.sdpo.tell_gamma(self, stage, gamma)
+        self._pending_logs = self.sdpo.tell_gamma(stage, gamma)
 
     def _reopen(self, stage: Stage) -> None:
         """Restore the reference of a stage that a checkpoint was saved in."""
         assert self.sdpo is not None
         if stage.number > 1:
             folder = stage_folder(self._output_dir, stage.number - 1)
-            if not is_whole(folder, self.sdpo.record["run"]):
+            if not self._agree(lambda: is_whole(folder, self._id(stage))):
                 raise ValueError(
                     f"Cannot resume in stage {stage.number}: its reference is the model in {folder}, which is "
-                    "missing, incomplete or of another run. Resume from a checkpoint of an earlier stage, or train "
-                    "anew."
+                    "missing, incomplete or of another run. Put that of the checkpoint's run there, resume from a "
+                    "checkpoint of an earlier stage, or train anew."
                 )
             self.reference.restore(folder)
         self.stage, self.beta, self.train_dataset = stage, stage.beta, stage.dataset
+        self._first_batch_is_due, self._pending_logs = False, {}
         if self.reference.kind == "scores":
             self._reopen_scores(stage)
 
@@ -218,18 +227,15 @@ class StagedTraining(StageScoring):
     def _save_stage(self, stage: Stage) -> None:
         """Save the stage's model to `output_dir/stage-N`, which appears when all of it is written."""
         assert self.sdpo is not None
-        folder, run = stage_folder(self._output_dir, stage.number), self.sdpo.record["run"]
-        if self._agree(lambda: is_whole(folder, run)):
-            return
+        record = {"id": self.sdpo.record["ids"][-1], **stage.record()}
+        folder = stage_folder(self._output_dir, stage.number)
         partial = folder.with_name(f"{folder.name}.partial")
         if self.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.save_model(str(partial), _internal_call=True)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            seal(partial, folder, {"run": run, **stage.record()})
-        self.accelerator.wait_for_everyone()
+        self._agree(lambda: seal(partial, folder, record))
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -253,19 +259,6 @@ class StagedTraining(StageScoring):
         stages = [stage.record() for stage in self.stages]
         return {"schedule": self.sdpo.schedule, "reference": self.reference.kind, "stages": stages}
 
-    def _agree(self, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, on all of them; its errors too."""
-        decision: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                decision = [decide()]
-            except Exception as error:
-                decision = [error]
-        broadcast_object_list(decision, from_process=0)
-        if isinstance(decision[0], Exception):
-            raise decision[0]
-        return decision[0]
-
     # ------------------------------------------------------------------------------------------------ what it tells
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,15 +269,37 @@ class StagedTraining(StageScoring):
             self._first_batch_is_due = False
             metrics = {name: self._metrics["train"][f"rewards/{name}"][-1] for name in ("margins", "accuracies")}
             loss_value = self.accelerator.gather(loss.detach().float().reshape(1)).mean().item()
-            self._pending_logs = self.sdpo.tell_first_batch(self, loss_value, **metrics)
+            self._pending_logs |= self.sdpo.tell_first_batch(self, loss_value, **metrics)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the stage."""
         if self.stage is not None:
-            logs = {**logs, "sdpo/stage": self.stage.number, **self._pending_logs}
-            self._pending_logs = {}
+            logs["sdpo/stage"] = self.stage.number
+            if "loss" in logs:  # of training
+                logs |= self._pending_logs
+                self._pending_logs = {}
         super().log(logs, *args, **kwargs)
+
+
+def forget_best(trainer: Any) -> None:
+    """Begin anew what compares losses or rewards of evaluations: those of a stage are against its own reference."""
+    if not compares_references(trainer.args):
+        return
+    state = trainer.state
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            callback.early_stopping_patience_counter = 0
+
+
+def _set_course(scheduler: Any, update: int) -> None:
+    """Put the learning rate where it is at an update; it lags where fp16 has skipped updates."""
+    while hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    if scheduler.last_epoch != update:
+        scheduler.last_epoch = update - 1
+        scheduler.step()
 
 
 def clear_optimizer_state(optimizer: Any) -> None:

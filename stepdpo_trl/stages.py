@@ -49,7 +49,7 @@ class Stage:
     @property
     def digest(self) -> str:
         """A hash of all rows in their order."""
-        return hashlib.blake2b(b"".join(self.digests), digest_size=8).hexdigest()
+        return digest(self.digests)
 
     @property
     def last_update(self) -> int:
@@ -60,6 +60,11 @@ class Stage:
         """What a checkpoint must agree with to go on in this stage."""
         names = ("name", "digest", "updates", *STAGE_OPTIONS)
         return {"rows": len(self.dataset), **{name: getattr(self, name) for name in names}}
+
+
+def digest(digests: list[bytes]) -> str:
+    """A hash of rows in their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=8).hexdigest()
 
 
 def row_digests(dataset: Dataset) -> list[bytes]:
@@ -90,6 +95,8 @@ def join_stages(stages: Any) -> Dataset:
         )
     if not isinstance(stages, Mapping):
         stages = {str(number): dataset for number, dataset in enumerate(stages, start=1)}
+    if len({str(name) for name in stages}) < len(stages):
+        raise ValueError(f"Two stages have the same name: {[str(name) for name in stages]}.")
     if not stages:
         raise ValueError("There are no stages: the list or dict of data sets is empty.")
     parts, columns = [], None
@@ -142,6 +149,7 @@ def find_stages(dataset: Any, fractions: Sequence[float] | None = None) -> dict[
             f"SDPOCallback found {given}. Pass StepDPOTrainer a list or dict of data sets, or give the data a column "
             f"`{STAGE_COLUMN}`, or set SDPOCallback(fractions=[...])."
         )
+    dataset = dataset.with_format(None)  # plain values
     if fractions is not None:
         return _named(_cut(dataset, range(len(dataset)), fractions))
     values = dataset[:][STAGE_COLUMN]
@@ -161,7 +169,7 @@ def split_stages(
     how: str,
     fractions: Sequence[float] | None = None,
     source_column: str | None = None,
-    gamma: Sequence[float] | None = None,
+    gamma: Sequence[float] | np.ndarray | None = None,
     by: str = "reward_accuracy",
     seed: int = 42,
 ) -> dict[str, Dataset]:
@@ -181,7 +189,7 @@ def split_stages(
             Share of the rows in each stage; they sum to 1. Not for `"easy_to_hard"` with `source_column`.
         source_column (`str`, *optional*):
             Column that names the source of a row.
-        gamma (`list[float]`, *optional*):
+        gamma (`np.ndarray` or `list[float]`, *optional*):
             \\( \log \pi(y_w|x) - \log \pi(y_l|x) \\) of each row under the model to be trained, from
             [`measure_gamma`]. For `"easy_to_hard"`.
         by (`str`, *optional*, defaults to `"reward_accuracy"`):
@@ -239,10 +247,20 @@ def _rows_by_source(dataset: Dataset, column: str | None) -> dict[Any, list[int]
     return sources
 
 
-def _bounds(number: int, fractions: Sequence[float]) -> list[int]:
-    """Where each stage ends among `number` rows."""
+def check_fractions(fractions: Sequence[float]) -> None:
+    """
+    Check the shares of the stages.
+
+    Raises:
+        ValueError: If they are not positive or do not sum to 1.
+    """
     if not all(0 < fraction <= 1 for fraction in fractions) or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
         raise ValueError(f"fractions={list(fractions)}: they must be positive and sum to 1.")
+
+
+def _bounds(number: int, fractions: Sequence[float]) -> list[int]:
+    """Where each stage ends among `number` rows."""
+    check_fractions(fractions)
     return [round(number * float(total)) for total in np.cumsum(fractions)]
 
 

@@ -25,7 +25,7 @@ from . import __version__
 from .schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
 from .sdpo_callback import SDPOCallback
 from .staged_training import StagedTraining
-from .stages import join_stages
+from .stages import STAGE_COLUMN, join_stages
 from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
 
@@ -123,6 +123,9 @@ class StepDPOTrainer(StagedTraining, DPOTrainer):
         if getattr(quantization_config, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False):
             _warn_of_repacking()
         self.sdpo = sdpo
+        stage_names: list[Any] = []  # before rows are dropped as overlong
+        if sdpo is not None and isinstance(train_dataset, Dataset) and STAGE_COLUMN in train_dataset.column_names:
+            stage_names = train_dataset.unique(STAGE_COLUMN)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -138,7 +141,7 @@ class StepDPOTrainer(StagedTraining, DPOTrainer):
             peft_config=peft_config,
         )
         if sdpo is not None:
-            sdpo.attach(self)
+            sdpo.attach(self, stage_names)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in float32 under FSDP2, whose default in bf16 rounds one of -40 to the next 0.25."""

@@ -219,6 +219,7 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.accelerator.wait_for_everyone()  # the first process may still be writing
     trainer.accelerator.end_training()
 
 

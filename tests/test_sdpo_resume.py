@@ -61,6 +61,31 @@ def test_a_resumed_run_ends_as_the_unbroken_one(restored, checkpoint, saved, cha
     assert_same_weights(trained_weights(trainer), unbroken, rtol=0, atol=0)
 
 
+def test_a_stage_is_saved_as_it_was_trained_last(saved, chat_model, tmp_path):
+    """A run that goes on from before the swap with another result has other models, and they are the ones kept."""
+    trainer = resumed(chat_model, saved, tmp_path / "copy", max_grad_norm=0.01)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
+    written = load_file(tmp_path / "copy" / "stage-2" / "model.safetensors")
+    assert_same_weights(trained_weights(trainer), written, rtol=0, atol=0)
+    first = load_file(tmp_path / "copy" / "stage-1" / "model.safetensors")
+    before = load_file(saved / "stage-1" / "model.safetensors")
+    assert any((first[name] - before[name]).abs().max() > 1e-5 for name in first)
+    # A checkpoint of before has another reference than the one that is there now
+    shutil.rmtree(tmp_path / "copy" / "checkpoint-8")
+    shutil.copytree(saved / "checkpoint-8", tmp_path / "copy" / "checkpoint-8")
+    with pytest.raises(ValueError, match="missing, incomplete or of another run"):
+        staged_run(chat_model, tmp_path / "copy").train(str(tmp_path / "copy" / "checkpoint-8"))
+
+
+def test_scores_of_other_evaluation_data_are_refused(chat_model, tmp_path):
+    def make(rows):
+        return staged_run(chat_model, tmp_path, "scores", eval_dataset=rows, eval_strategy="epoch", **SAVING)
+
+    make(two_stages()[0]).train()
+    with pytest.raises(ValueError, match=r"stage-2-eval.npz.*for other data than the 9 eval rows"):
+        make(two_stages()[1].select(range(9))).train(str(tmp_path / "checkpoint-8"))
+
+
 def test_a_finished_run_is_left_as_it_is(saved, chat_model, tmp_path):
     trainer = resumed(chat_model, saved, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "stage-2")  # as if killed before it was saved
@@ -102,7 +127,7 @@ def test_a_missing_reference_is_refused(saved, chat_model, tmp_path):
     """Nothing but the model of stage 1 is the reference of stage 2, least of all that of another run."""
     trainer = resumed(chat_model, saved, tmp_path / "copy")
     mark = tmp_path / "copy" / "stage-1" / "sdpo_stage.json"
-    mark.write_text(json.dumps({**json.loads(mark.read_text()), "run": "another"}))
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "id": "another"}))
     with pytest.raises(ValueError, match=r"stage 2: its reference is the model in .*stage-1, which is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
 

@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl import SDPOCallback, StepDPOTrainer, measure_gamma, split_stages
 from stepdpo_trl.stages import find_stages, join_stages
 
 from .sdpo import OPTIONS, staged_run, two_stages
 from .test_sdpo import gamma
-from .tiny import plain_rows
-from .training import config, logged, make_trainer
+from .tiny import plain_rows, step_rows
+from .training import config, make_trainer
 
 NUMBERS = Dataset.from_dict({"number": list(range(10)), "source": ["a", "b"] * 5})
 
@@ -105,10 +106,11 @@ ROWS = Dataset.from_list(plain_rows(4))
         ([ROWS, ROWS.remove_columns("prompt")], ValueError, r"\['prompt'\] are in one of them only"),
         ([ROWS, ROWS.map(lambda row: {"prompt": [{"role": "user", "content": "?"}]})], ValueError, "different types"),
         ({"a": ROWS, "b": ROWS.to_iterable_dataset()}, TypeError, "'b' is a IterableDataset.*streaming=False"),
+        ({1: ROWS, "1": ROWS}, ValueError, "same name"),
         ({"a": ROWS.add_column("stage", [1] * 4), "b": ROWS}, ValueError, "column `stage` of its own"),
         (DatasetDict({"train": ROWS, "test": ROWS}), ValueError, r"splits \['test', 'train'\]"),
     ],
-    ids=["none", "empty", "columns", "types", "stream", "stage-column", "splits"],
+    ids=["none", "empty", "columns", "types", "stream", "names", "stage-column", "splits"],
 )
 def test_unusable_stages(stages, error, message):
     with pytest.raises(error, match=message):
@@ -133,6 +135,8 @@ def test_stages_that_cannot_be_told(chat_model, tmp_path):
     ("options", "message"),
     [
         ({"schedule": "linear"}, "'restart' or 'continuous'"),
+        ({"fractions": [0.5, 0.6]}, "sum to 1"),
+        ({"stage_options": {"beta": 0.1}}, "must map names of stages"),
         ({"stage_options": {"2": {"betta": 0.1}}}, "unknown option 'betta'. Did you mean 'beta'"),
         ({"stage_options": {"2": {"beta": 0}}}, "must be a positive number"),
         ({"stage_options": {"2": {"beta": "0.1"}}}, "must be a positive number"),
@@ -144,8 +148,52 @@ def test_unusable_options(options, message):
         SDPOCallback(**options)
 
 
+def test_a_stage_whose_rows_are_all_overlong(chat_model, tmp_path):
+    rows = Dataset.from_list(step_rows(8))
+    long = rows.map(lambda row: {"chosen": row["chosen"] + " and so on" * 99})
+    with pytest.raises(ValueError, match="Stage '2' is empty: all its rows are longer than max_length=300"):
+        staged_run(chat_model, tmp_path, stages=[rows, long, rows], max_length=300, overlong_prefix="drop")
+
+
+def test_fractions_of_any_kind(chat_model, tmp_path):
+    """They go into checkpoints as JSON."""
+    callback = SDPOCallback(fractions=np.array([0.5, 0.5]))
+    staged = staged_run(chat_model, tmp_path, stages=plain_rows(), callback=callback, save_strategy="epoch")
+    staged.train()
+    assert [len(stage.dataset) for stage in staged.stages] == [4, 4]
+
+
+def test_data_in_torch_format(chat_model, tmp_path):
+    rows = Dataset.from_list([{**row, "stage": i % 2} for i, row in enumerate(plain_rows())]).with_format("torch")
+    staged = staged_run(chat_model, tmp_path, stages=rows)
+    assert [stage.name for stage in staged.stages] == ["0", "1"]
+
+
+def test_a_stream_of_evaluation_data(chat_model, tmp_path):
+    stream = ROWS.to_iterable_dataset()
+    staged_run(chat_model, tmp_path, eval_dataset=stream)
+    with pytest.raises(ValueError, match="stream of evaluation data"):
+        staged_run(chat_model, tmp_path, "scores", eval_dataset={"a": stream})
+
+
+def test_an_optimizer_of_ones_own(chat_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    optimizers = torch.optim.AdamW(model.parameters(), lr=1e-3), None
+    options = {"processing_class": AutoTokenizer.from_pretrained(chat_model), "optimizers": optimizers}
+    callback = SDPOCallback(stage_options={"2": {"learning_rate": 1e-4}})
+    with pytest.raises(ValueError, match="an optimizer of your own"):
+        staged_run(model, tmp_path, callback=callback, **options)
+    staged_run(model, tmp_path, **options).train()
+
+
+def test_two_callbacks_one_after_the_other(chat_model, tmp_path):
+    staged = staged_run(chat_model, tmp_path)
+    with pytest.raises(ValueError, match="has an SDPOCallback already"):
+        SDPOCallback(staged)
+
+
 def test_an_unknown_stage(chat_model, tmp_path):
-    with pytest.raises(ValueError, match=r"'3'; the stages are \['1', '2'\]"):
+    with pytest.raises(ValueError, match=r"'3', and the stages are \['1', '2'\]"):
         staged_run(chat_model, tmp_path, callback=SDPOCallback(stage_options={3: {"beta": 0.1}}))
 
 
@@ -213,8 +261,9 @@ def test_one_stage_and_shared_rows_are_warned_of(chat_model, tmp_path, caplog):
 def test_a_reference_that_has_seen_the_data_is_warned_of(chat_model, tmp_path, caplog):
     staged = staged_run(chat_model, tmp_path)
     gamma = np.linspace(-1, 200, 100)
-    staged.sdpo.tell_gamma(staged, staged.stages[1], np.concatenate([gamma, [-1.0] * 10]))
+    staged.sdpo.tell_gamma(staged.stages[1], np.concatenate([gamma, [-1.0] * 10]))
+    staged.sdpo.tell_gamma(staged.stages[1], np.linspace(1, 10, 100))  # easy rows, as stage 1 has them
     assert "seems to have been trained on" not in caplog.text
-    staged.sdpo.tell_gamma(staged, staged.stages[1], gamma)
+    told = staged.sdpo.tell_gamma(staged.stages[1], gamma)
     assert "prefers the chosen answer in 99.0% of 100 rows, with a mean gamma_ref of 99.5" in caplog.text
-    assert logged(staged, "sdpo/gamma_ref")[1] == pytest.approx(99.5)
+    assert told == pytest.approx({"sdpo/gamma_ref": 99.5, "sdpo/ref_accuracy": 0.99})

@@ -33,7 +33,7 @@ def config(output_dir, cls=StepDPOConfig, **options):
 def make_trainer(model, output_dir, rows=None, cls=StepDPOTrainer, config_cls=StepDPOConfig, **options):
     """Trainer on step rows; options of the trainer are passed on, the others go into the config."""
     names = ("callbacks", "compute_metrics", "eval_dataset", "peft_config", "processing_class")
-    names += ("quantization_config", "ref_model")
+    names += ("quantization_config", "ref_model", "optimizers")
     trainer_options = {name: options.pop(name) for name in names if name in options}
     torch.manual_seed(0)  # older TRL draws the adapter without setting the seed
     rows = step_rows() if rows is None else rows

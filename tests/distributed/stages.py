@@ -72,6 +72,7 @@ def main() -> None:
         finish(trainer)
     if args.backend == "ddp":  # batches are drawn alike under all
         check_purity(args.model, Path(args.output_dir) / "purity", args.backend)
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 
 
