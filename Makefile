@@ -12,7 +12,7 @@ quickstart: $(VENV)/.core  ## Train a small model with Step-DPO and print its ac
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test  ## Run all the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-fast: $(VENV)/.test  ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

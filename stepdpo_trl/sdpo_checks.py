@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import IterableDataset
+from peft import PeftModel
 
 # Optimizers that make their state with themselves, or keep it elsewhere
 NOT_CLEARED = ("layerwise", "schedule_free", "schedulefree", "adagrad", "lomo")
@@ -66,6 +67,13 @@ def check_arguments(trainer: Any, schedule: str, stage_options: Mapping[str, Map
         "precompute_ref_log_probs=True and a stream of evaluation data, which cannot be scored: load it with "
         "`streaming=False`": trainer.precompute_ref_logps and _has_stream(trainer.eval_dataset),
         "FSDP 1: set `fsdp_version: 2`": fsdp is not None and fsdp.fsdp_version != 2,
+        "an adapter under FSDP with `fsdp_reshard_after_forward: false`, where PEFT cannot change from policy to "
+        "reference and back: set that to true, or `precompute_ref_log_probs=True`": (
+            fsdp is not None
+            and not fsdp.reshard_after_forward
+            and not trainer.precompute_ref_logps
+            and isinstance(trainer.model, PeftModel)
+        ),
         "FSDP without whole models on saving: set `fsdp_state_dict_type: FULL_STATE_DICT`": (
             fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type)
         ),
