@@ -42,3 +42,30 @@ def test_students_make_the_mistakes_that_the_docstring_says():
     assert len(problems) > 500
     wrong = sum(script["student_solution"](rng, problem) != write_solution(problem) for problem in problems)
     assert wrong / len(problems) == pytest.approx(0.7, abs=0.06)
+
+
+@pytest.mark.slow
+def test_sdpo_stages(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), "--quick", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    # The easier source comes first
+    assert list(results["stages"].items()) == [("4 operations", 146), ("2 or 3 operations", 163)]
+    assert [run["arm"] for run in results["runs"]] == ["before", "dpo", "natural", "reversed", "random"]
+    assert all(len(run["greedy"]["solved"]) == 20 for run in results["runs"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--updates", "3"], "--updates is 3"),
+        (["--sedes", "5"], "unrecognized arguments: --sedes"),
+    ],
+)
+def test_sdpo_stages_refuses_wrong_arguments(arguments, message):
+    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
