@@ -18,6 +18,14 @@ Intervals of a mean over seeds, and of a difference from `dpo` at the same seeds
 errors, with se^2 = var(problems' means over seeds) / problems + var(seeds' means) / seeds. This counts the chance
 within a run twice and is therefore rather too wide; few seeds make it rather too narrow. With one seed it covers the
 choice of problems only. `results.json` holds every run with its Wilson interval, and is written after every run.
+
+What to expect: about 20 minutes on one core (estimated from the trial below). The full comparison has not been run
+yet. A trial without the choice of learning rates, `--seeds 1 --problems 300 --learning_rates 3e-5` (133 s), shows no
+difference between the arms; greedy is near its ceiling, so that it could hardly show one:
+
+    right answers, %   before    dpo   natural   reversed   random
+    greedy               70.7   97.7      98.0       97.7     98.0
+    sampled              68.3   87.0      86.7       86.3     87.7
 """
 
 import argparse
