@@ -56,16 +56,9 @@ def test_sdpo_stages(tmp_path):
     assert all(len(run["greedy"]["solved"]) == 20 for run in results["runs"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--updates", "3"], "--updates is 3"),
-        (["--sedes", "5"], "unrecognized arguments: --sedes"),
-    ],
-)
-def test_sdpo_stages_refuses_wrong_arguments(arguments, message):
-    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), *arguments]
+def test_sdpo_stages_refuses_wrong_arguments():
+    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), "--updates", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "--updates is 3, but must be even" in done.stderr
     assert "Traceback" not in done.stderr
