@@ -1,7 +1,6 @@
 """Options of the training script for stages (sDPO, arXiv 2403.19270)."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +71,13 @@ class SDPOArguments:
                     f"--stage_options {self.stage_options!r} is not JSON ({error}). Write it like "
                     """'{"2": {"beta": 0.05}}'."""
                 ) from error
-        options = self.stage_options or {}
-        if not isinstance(options, Mapping) or not all(isinstance(value, Mapping) for value in options.values()):
-            raise ValueError(
-                f"stage_options={self.stage_options!r} must map names of stages to their options, like "
-                '{"2": {"beta": 0.05}}.'
-            )
         given = {
             "stage_fractions": self.stage_fractions is not None,
             "stage_schedule": self.stage_schedule != "restart",
             "stage_options": bool(self.stage_options),
         }
         if self.sdpo:
-            self.make_callback()  # which refuses unknown names, here before anything is loaded
+            self.make_callback()  # which refuses unusable options, here before anything is loaded
         elif any(given.values()):
             name = next(name for name, is_given in given.items() if is_given)
             raise ValueError(f"--{name} has no effect without stages. Set --sdpo true too, or leave it out.")

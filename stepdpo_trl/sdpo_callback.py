@@ -85,12 +85,13 @@ class SDPOCallback(TrainerCallback, ExportableState):
         if self.fractions is not None:
             check_fractions(self.fractions)
         self.schedule = schedule
-        if not all(isinstance(options, Mapping) for options in (stage_options or {}, *(stage_options or {}).values())):
+        stages = stage_options or {}
+        if not isinstance(stages, Mapping) or not all(isinstance(options, Mapping) for options in stages.values()):
             raise ValueError(
                 f"stage_options={stage_options!r} must map names of stages to their options, like "
                 "{'2': {'beta': 0.05}}."
             )
-        self.stage_options = {str(name): dict(options) for name, options in (stage_options or {}).items()}
+        self.stage_options = {str(name): dict(options) for name, options in stages.items()}
         for name, options in self.stage_options.items():
             _check_options(name, options, schedule)
         self.record: dict[str, Any] = {}  # run and stages, as checkpoints keep them

@@ -63,6 +63,7 @@ def test_options_from_command_line_and_file(config):
         (NAMES, "{sdpo: true, stage_options: [1]}", "must map names of stages to their options"),
         ([*NAMES, "--stage_options", "beta=1"], "sdpo: true", "'beta=1' is not JSON"),
         ([*NAMES, "--dataset_streaming"], "sdpo: true", "--dataset_streaming does not go together with --sdpo"),
+        ([*NAMES, "--stage_fractions", "0.5", "0.6"], "sdpo: true", "must be positive and sum to 1"),
         ([], DATASETS % "streaming: true", "--streaming does not go together with --sdpo"),
         ([], DATASETS % "stage_fractions: [0.5, 0.5]", "each of `datasets` is a stage already"),
         ([], DATASETS % "test_split_size: 0.1", "--test_split_size draws other rows"),
@@ -89,7 +90,6 @@ def test_fraction_of_a_mixture(capsys, config):
     [
         (None, [], "cannot tell the stages: the data has no column `stage`"),
         ([1, 2] * 4, ["--stage_fractions", "0.5", "0.5"], "a column `stage`, and --stage_fractions is given as well"),
-        (None, ["--stage_fractions", "0.5", "0.6"], "must be positive and sum to 1"),
         (None, ["--stage_fractions", "0.01", "0.99"], "Stage 1 is empty"),
     ],
 )
