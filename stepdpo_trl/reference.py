@@ -1,5 +1,6 @@
 """
 The reference of sDPO and how it becomes the policy, in place: no second copy of a model, none gathered whole.
+(Saving the stage's model, as the Trainer does, gathers it; resuming within a stage loads one on every process.)
 
 Three kinds, one for each way in which [`~trl.DPOTrainer`] keeps its reference: a model beside the policy, a frozen
 adapter on the policy's own base, or scores that are computed before training.
