@@ -177,7 +177,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
         """At a stage's last update log, so that no figure mixes stages, and save where a run's end is saved."""
         stage = self.trainer.stage
         if state.global_step == stage.last_update:
-            control.should_log = args.logging_strategy != "no"
+            control.should_log = control.should_log or args.logging_strategy != "no"
             control.should_save = control.should_save or args.save_strategy == "steps"
 
     def on_train_end(

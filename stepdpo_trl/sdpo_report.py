@@ -69,7 +69,9 @@ def _gamma(trainer: "StagedTraining", stage: Any) -> np.ndarray:
     assert trainer.sdpo is not None
     if stage.number > len(trainer.sdpo.record["ids"]):  # training ended before
         return np.array([])
-    scores = read_scores(scores_file(trainer._output_dir, stage.number, "train"), trainer._id(stage, stage.dataset))
+    scores = read_scores(
+        scores_file(trainer._output_dir, stage.number, "train"), trainer._scores_id(stage, stage.dataset)
+    )
     return np.array([]) if scores is None else scores[0] - scores[1]
 
 

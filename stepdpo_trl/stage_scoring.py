@@ -37,11 +37,15 @@ class StageScoring(DPOTrainer):
     reference: ModelReference | AdapterReference | ScoredReference
     _eval_data: Any = None  # eval_dataset without scores
 
-    def _id(self, stage: Stage, dataset: Dataset | None = None) -> str:
-        """What tells a start of a stage from others, and with a data set also its rows."""
+    def _id(self, stage: Stage) -> str:
+        """What tells a start of a stage from others."""
         assert self.sdpo is not None
-        id = self.sdpo.record["ids"][stage.number - 1]
-        return id if dataset is None else f"{id}-{digest(row_digests(dataset))}"
+        return self.sdpo.record["ids"][stage.number - 1]
+
+    def _scores_id(self, stage: Stage, dataset: Dataset) -> str:
+        """What tells a start of a stage and the rows that were scored from others."""
+        rows = stage.digest if dataset is stage.dataset else digest(row_digests(dataset))
+        return f"{self._id(stage)}-{rows}"
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """What the first process decides, on all of them; its errors too."""
@@ -87,7 +91,7 @@ class StageScoring(DPOTrainer):
         scores = reference_logps(self, dataset if rows is None else dataset.select(rows), name, batch_size)
         if self.is_world_process_zero():
             file = scores_file(self._output_dir, stage.number, name)
-            write_scores(file, scores, self._id(stage, dataset))
+            write_scores(file, scores, self._scores_id(stage, dataset))
         self.accelerator.wait_for_everyone()
         return scores
 
@@ -103,7 +107,7 @@ class StageScoring(DPOTrainer):
 
         def restore(name: str, dataset: Dataset) -> Dataset:
             file = scores_file(self._output_dir, stage.number, name)
-            scores = self._agree(lambda: read_scores(file, self._id(stage, dataset)))
+            scores = self._agree(lambda: read_scores(file, self._scores_id(stage, dataset)))
             if scores is None:
                 raise ValueError(
                     f"Cannot resume in stage {stage.number}: {file}, which holds its reference, is missing, of "

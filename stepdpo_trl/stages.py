@@ -147,7 +147,7 @@ def find_stages(dataset: Any, fractions: Sequence[float] | None = None) -> dict[
         given = "both a column `stage` and `fractions`" if fractions else "neither"
         raise ValueError(
             f"SDPOCallback found {given}. Pass StepDPOTrainer a list or dict of data sets, or give the data a column "
-            f"`{STAGE_COLUMN}`, or set SDPOCallback(fractions=[...])."
+            f"`{STAGE_COLUMN}` (it has {dataset.column_names}), or set SDPOCallback(fractions=[...])."
         )
     dataset = dataset.with_format(None)  # plain values
     if fractions is not None:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.distributed.train import is_sharded, prepare_cpu
+from tests.distributed.train import describe, prepare_cpu
 from tests.sdpo import check_rows, record_rows, staged_run, two_stages
 from tests.test_reference import measure_swap
 from tests.training import logged
@@ -56,10 +56,7 @@ def main() -> None:
         peak, largest = measure_swap(trainer)
         report = {
             "swap": [peak, largest],
-            "distributed_type": trainer.accelerator.distributed_type.value,
-            "processes": trainer.accelerator.num_processes,
-            "wrapper": type(trainer.model_wrapped).__name__,
-            "sharded": args.backend != "ddp" and is_sharded(trainer),
+            **describe(trainer, args.backend),
             **{name: logged(trainer, name) for name in ("loss", "learning_rate", "sdpo/gamma_ref")},
         }
         if trainer.is_world_process_zero():

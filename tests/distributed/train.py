@@ -45,6 +45,16 @@ def is_sharded(trainer) -> bool:
     return all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in wrapped.parameters())
 
 
+def describe(trainer, mode: str) -> dict[str, object]:
+    """What ran, which the tests compare with what should have."""
+    return {
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "processes": trainer.accelerator.num_processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "sharded": mode != "ddp" and is_sharded(trainer),
+    }
+
+
 def main() -> None:
     """Train, save, report."""
     parser = argparse.ArgumentParser()
@@ -64,10 +74,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     report = {
-        "distributed_type": trainer.accelerator.distributed_type.value,
-        "processes": trainer.accelerator.num_processes,
-        "wrapper": type(trainer.model_wrapped).__name__,
-        "sharded": args.mode != "ddp" and is_sharded(trainer),
+        **describe(trainer, args.mode),
         "loss": logged(trainer, "loss"),
         "margins": logged(trainer, "rewards/margins"),
     }
