@@ -1,0 +1,158 @@
+"""
+Attention over a [`~stepdpo_trl.prefix_tree.Pack`]: a chain's queries see the keys of its row, up to their own place.
+
+Three ways, all exact: FlashAttention where the model uses it, PyTorch's variable-length kernel on CUDA otherwise, and
+where neither can (CPU, float32, soft-capping), the model's own attention function for one chain after the other.
+"""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from .prefix_tree import Pack, build_tree
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixAttention:
+    """
+    An attention function of transformers that also takes a [`~stepdpo_trl.prefix_tree.Pack`].
+
+    Args:
+        name (`str`): Its name, `"sdpa"`, `"eager"`, `"flash_attention_2"` ...
+        attention (`Callable`, *optional*): The function itself. For `"eager"` it is the model's own.
+    """
+
+    def __init__(self, name: str, attention: Callable[..., Any] | None) -> None:
+        self.name = name
+        self.attention = attention
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        prefix_pack: Pack | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Attend, as `attention` does, of tensors of shape `(batch, heads, tokens, head_dim)`."""
+        attention = self.attention or _eager_attention(module)
+        if prefix_pack is None:
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        keys, values = (states.index_select(2, prefix_pack.keys) for states in (key, value))
+        if "flash" in self.name:
+            kwargs.pop("position_ids", None)  # which would be taken for several sequences
+            offsets = {"cu_seq_lens_q": prefix_pack.query_offsets, "cu_seq_lens_k": prefix_pack.key_offsets}
+            most = {"max_length_q": prefix_pack.longest[0], "max_length_k": prefix_pack.longest[1]}
+            return attention(module, query, keys, values, None, *args, **kwargs, **offsets, **most)
+        if self.name == "sdpa" and _takes_varlen(query, **kwargs):
+            return _varlen(query, keys, values, prefix_pack, **kwargs), None
+
+        window = kwargs.get("sliding_window")
+
+        def of_chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # SDPA is causal by itself where the chain is the whole row
+            whole = self.name == "sdpa" and q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
+            return attention(module, q, k, v, None if whole else _causal_mask(q, k, window), *args, **kwargs)[0]
+
+        return _chain_by_chain(of_chain, query, keys, values, prefix_pack), None
+
+
+def _eager_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """The function beside the model's class, by the name that transformers gives it."""
+    beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)  # FSDP derives classes
+    return next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
+
+
+def _chain_by_chain(
+    attention: Callable[..., torch.Tensor], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pack: Pack
+) -> torch.Tensor:
+    """One call of `attention(query, key, value)` for each chain. Shape `(1, tokens, heads, head_dim)`."""
+    queries, lengths = zip(*pack.lengths, strict=True)
+    chains = zip(query.split(queries, 2), keys.split(lengths, 2), values.split(lengths, 2), strict=True)
+    return torch.cat([attention(*chain) for chain in chains], dim=1)
+
+
+def _causal_mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
+    """What to add to scores of shape `(1, 1, queries, keys)`: the last query has the place of the last key."""
+    places = torch.arange(key.shape[2], device=query.device)
+    distance = places[-query.shape[2] :, None] - places
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    return mask.masked_fill_(~seen, torch.finfo(query.dtype).min)[None, None]
+
+
+def _takes_varlen(query: torch.Tensor, dropout: float = 0.0, softcap: float | None = None, **_: Any) -> bool:
+    """Whether PyTorch's variable-length kernel can compute it."""
+    dtype = _autocast_dtype(query)
+    return (
+        query.is_cuda
+        and dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and not dropout
+        and softcap is None
+        and _varlen_is_exact(query.device, dtype)
+    )
+
+
+def _varlen(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pack: Pack,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """One call for all chains. Shape `(1, tokens, heads, head_dim)`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype = _autocast_dtype(query)
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, keys, values))
+    offsets = pack.query_offsets, pack.key_offsets
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    return varlen_attn(q, k, v, *offsets, *pack.longest, scale=scaling, window_size=window, enable_gqa=True)[None]  # type: ignore
+
+
+def _autocast_dtype(query: torch.Tensor) -> torch.dtype:
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+@functools.cache
+def _varlen_is_exact(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the kernel, and it puts the last query to the last key, in windows too."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
+        return False
+    (pack,) = build_tree([[*range(12)], [*range(9), 20, 21, 22, 23]], [[1] * 12, [1] * 13]).to(device).packs
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, pack.tokens, 64, generator=generator, device=device, dtype=dtype) for heads in (4, 2, 2)
+    )
+    keys, values = (states.index_select(2, pack.keys) for states in (key, value))
+    for window in (None, 4):
+
+        def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = window) -> torch.Tensor:
+            return scaled_dot_product_attention(q, k, v, _causal_mask(q, k, window), enable_gqa=True).transpose(1, 2)
+
+        expected = _chain_by_chain(masked, query, keys, values, pack)
+        if not torch.allclose(_varlen(query, keys, values, pack, None, window), expected, atol=2e-2, rtol=2e-2):
+            logger.warning(
+                "PyTorch's variable-length attention gives something else than its masked attention on this device. "
+                "The masked one is used, which is slower; `attn_implementation='flash_attention_2'` is not concerned."
+            )
+            return False
+    return True
