@@ -8,15 +8,17 @@ from .tokenization import OVERLONG_PREFIX_CHOICES, check_options
 
 # Options of StepDPOConfig that decide how step data becomes tokens
 STEP_OPTIONS = ("system_prompt", "prompt_suffix", "prompt_template", "overlong_prefix")
+SHARED_PREFIX_CHOICES = ("auto", "on", "off")
 
 
 @dataclass
 class StepDPOConfig(DPOConfig):
     r"""
-    Configuration of [`StepDPOTrainer`]: all of [`~trl.DPOConfig`], and how step data becomes tokens.
+    Configuration of [`StepDPOTrainer`]: all of [`~trl.DPOConfig`], how step data becomes tokens, and what is
+    computed once.
 
-    The options below concern step data, that is rows with a column `initial_reason_steps`; plain preference data is
-    treated as by [`~trl.DPOTrainer`].
+    The first four options concern step data, that is rows with a column `initial_reason_steps`; plain preference data
+    is tokenized as by [`~trl.DPOTrainer`]. The others concern the cost of training, for all data.
 
     Args:
         system_prompt (`str`, *optional*):
@@ -33,6 +35,18 @@ class StepDPOConfig(DPOConfig):
             What happens to a row with more than `max_length` tokens: `"truncate"` cuts its prefix (prompt and initial
             reasoning steps) from the left, `"drop"` leaves it out, `"error"` raises. How many rows that were is
             logged. A step is never cut.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            Whether the tokens that the sequences of a batch begin with alike (the prefix of a pair, the problem of
+            several pairs) are computed once: `"auto"` does where it is exact and says why where not, `"on"` raises
+            there, `"off"` computes padded sequences as [`~trl.DPOTrainer`] does. Loss, gradients and metrics are the
+            same but for the order in which floats are added.
+        max_tokens_per_forward (`int`, *optional*):
+            Most tokens computed at a time where prefixes are shared, shared ones counted once. A batch with more goes
+            through the model in parts, with the same gradient; all but one of the parts are computed twice. `None`
+            for no limit.
+        group_by_prompt (`bool`, *optional*, defaults to `False`):
+            Whether pairs with the same `prompt` follow each other, so that batches share more. Prompts are shuffled,
+            which is another order than [`~trl.DPOTrainer`]'s.
 
     Raises:
         ValueError: If an option has an unusable value.
@@ -65,6 +79,43 @@ class StepDPOConfig(DPOConfig):
         },
     )
 
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether tokens that the sequences of a batch begin with alike are computed once: 'auto' does "
+            "where it is exact and says why where not, 'on' raises there, 'off' computes padded sequences.",
+            "choices": list(SHARED_PREFIX_CHOICES),
+        },
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens computed at a time where prefixes are shared, shared ones counted once. A batch with "
+            "more goes through the model in parts, with the same gradient."
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={"help": "Whether pairs with the same prompt follow each other, so that batches share more."},
+    )
+
     def __post_init__(self) -> None:
         check_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
+        self._check_sharing()
         super().__post_init__()
+
+    def _check_sharing(self) -> None:
+        if self.shared_prefix not in SHARED_PREFIX_CHOICES:
+            raise ValueError(f"`shared_prefix={self.shared_prefix!r}` must be one of {list(SHARED_PREFIX_CHOICES)}.")
+        most = self.max_tokens_per_forward
+        if most is None:
+            return
+        if self.shared_prefix == "off":
+            raise ValueError(
+                f"`max_tokens_per_forward={most}` has no effect with `shared_prefix='off'`. Leave one of them out."
+            )
+        if most < (self.max_length or 1):
+            raise ValueError(
+                f"`max_tokens_per_forward={most}` must hold at least one sequence, and those have up to "
+                f"{self.max_length or 1} tokens (`max_length`). Raise it, or lower `max_length`."
+            )

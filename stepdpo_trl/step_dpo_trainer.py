@@ -22,6 +22,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import __version__
+from .prefix_sharing import PrefixSharing
+from .prompt_sampler import PromptGroupSampler
 from .schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
 from .sdpo_callback import SDPOCallback
 from .staged_training import StagedTraining
@@ -35,15 +37,16 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class StepDPOTrainer(StagedTraining, DPOTrainer):
+class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
     """
     [`~trl.DPOTrainer`] that learns from single reasoning steps (Step-DPO, arXiv 2406.18629).
 
     Rows with a column `initial_reason_steps` are step pairs. Prompt and initial steps are context, and the loss of
     eq. 2 of the paper falls on every token of `chosen` (s_win) and `rejected` (s_lose) and on no other; no end of turn
     follows a step, unless the row says in `chosen_ends_solution` or `rejected_ends_solution` that the solution ends
-    with it. Rows without the column are ordinary preference pairs, treated as by [`~trl.DPOTrainer`]. Loss, collator
-    and training loop are inherited, so every option of [`~trl.DPOConfig`] works on steps.
+    with it. Rows without the column are ordinary preference pairs, treated as by [`~trl.DPOTrainer`]. Loss and
+    training loop are inherited, so every option of [`~trl.DPOConfig`] works on steps. What the sequences of a batch
+    begin with alike is computed once (`shared_prefix` of [`StepDPOConfig`]).
 
     Args:
         model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, ...:
@@ -119,6 +122,10 @@ class StepDPOTrainer(StagedTraining, DPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = StepDPOConfig(f"{model_name.split('/')[-1]}-{self._name}")
+        # A stock DPOConfig on plain pairs is DPOTrainer to the bit
+        step_data = isinstance(train_dataset, (Dataset, IterableDataset)) and is_step_data(first_row)
+        self.shared_prefix = getattr(args, "shared_prefix", "auto" if step_data else "off")
+        _check_order(args, train_dataset)
         _check_special_tokens(processing_class)
         if getattr(quantization_config, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False):
             _warn_of_repacking()
@@ -140,8 +147,16 @@ class StepDPOTrainer(StagedTraining, DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self._start_sharing()
         if sdpo is not None:
             sdpo.attach(self, stage_names)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """With `group_by_prompt`, the pairs of a prompt one after the other."""
+        if not getattr(self.args, "group_by_prompt", False):
+            return super()._get_train_sampler(train_dataset)
+        whole: Any = self.train_dataset  # the Trainer passes it without its text
+        return PromptGroupSampler(whole["prompt"], self.args.data_seed or self.args.seed)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep log-probabilities in float32 under FSDP2, whose default in bf16 rounds one of -40 to the next 0.25."""
@@ -275,6 +290,18 @@ def _check_first_row(row: dict[str, Any], where: str) -> None:
         raise ValueError(
             f"The {where} has both `{PREFIX_COLUMN}` and images. Step pairs with images are not supported: remove the "
             f"images to train on the text, or remove `{PREFIX_COLUMN}` to train on ordinary preference pairs."
+        )
+
+
+def _check_order(args: Any, train_dataset: Any) -> None:
+    if not getattr(args, "group_by_prompt", False):
+        return
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError("`group_by_prompt=True` needs all rows at once, and the training data is a stream.")
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"`group_by_prompt=True` and train_sampling_strategy={args.train_sampling_strategy!r} are two orders. "
+            "Leave one of them out."
         )
 
 

@@ -51,7 +51,7 @@ def mode_options(mode):
 
 def staged_run(model, folder, mode="full", stages=None, callback=None, **options):
     """A run in stages, not yet begun. `options` are arguments of the trainer or its config."""
-    options = {**OPTIONS, **mode_options(mode), **options}
+    options = {"shared_prefix": "off", **OPTIONS, **mode_options(mode), **options}  # to the bit like its oracle
     return make_trainer(model, folder, stages or two_stages(), callbacks=[callback or SDPOCallback()], **options)
 
 

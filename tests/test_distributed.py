@@ -62,9 +62,8 @@ def test_two_processes_equal_one(mode, lora, chat_model, tmp_path):
     if mode.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None
-    single = make_trainer(
-        chat_model, tmp_path / "one", step_rows(12), peft_config=peft_config, per_device_train_batch_size=4
-    )
+    options = {"per_device_train_batch_size": 4, "max_length": 165, "shared_prefix": "off"}
+    single = make_trainer(chat_model, tmp_path / "one", step_rows(12), peft_config=peft_config, **options)
     single.train()
     single.save_model()
     launch("train.py", mode, chat_model, tmp_path / "two", *["--lora"] * lora)
@@ -73,6 +72,9 @@ def test_two_processes_equal_one(mode, lora, chat_model, tmp_path):
     assert report["loss"] == pytest.approx(logged(single, "loss"), abs=1e-5)
     assert report["margins"] == pytest.approx(logged(single, "rewards/margins"), abs=1e-5)
     assert report["margins"][-1] > 1e-3  # something was learnt
+    pairs = list(zip(*report["packs"], strict=True))  # what the two processes did at the same time
+    assert any(one[0] != other[0] for one, other in pairs)
+    assert all(one[1] == other[1] == max(one[0], other[0]) for one, other in pairs)
     assert_same_weights(
         saved_weights(chat_model, tmp_path / "one", lora),
         saved_weights(chat_model, tmp_path / "two", lora),

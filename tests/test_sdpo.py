@@ -47,6 +47,16 @@ def test_equals_separate_runs(mode, chat_model, tmp_path):
     assert logged(staged, "sdpo/first_batch_margin") == pytest.approx([0, 0], abs=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_separate_runs_with_shared_prefixes(mode, chat_model, tmp_path):
+    """To rounding, which Adam makes more of where a gradient is near zero."""
+    *_, last = separate_runs(chat_model, tmp_path / "separate", mode)
+    staged = staged_run(chat_model, tmp_path / "staged", mode, shared_prefix="on", max_tokens_per_forward=1024)
+    staged.train()
+    atol = 2e-3 if mode == "qlora" else 1e-4  # whose adapter has weights of 0.1 in bfloat16
+    assert_same_weights(trained_weights(staged), trained_weights(last), rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("rows", [two_stages(), two_stages(rows=step_rows)], ids=["plain", "steps"])
 def test_stock_trainer_with_a_stage_column(rows, chat_model, tmp_path):
     """The same callback on `trl.DPOTrainer`, whose rows need not stand in the order of the stages."""

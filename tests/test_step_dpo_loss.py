@@ -121,7 +121,8 @@ def test_gradient_comes_from_step_tokens_alone(options, tmp_path):
     """Whatever the loss: it is fed by each position that predicts a token of a step, and by no other."""
     tokenizer = byte_level_tokenizer(CHATML)
     policy, reference = tiny_model(len(tokenizer), 1), tiny_model(len(tokenizer), 2)
-    options = {"beta": 0.02, **options}  # small: hinge and the like must not be saturated
+    # The small beta keeps hinge and the like from being saturated. Whole rows have positions that are not to be fed
+    options = {"beta": 0.02, "shared_prefix": "off", **options}
     trainer = make_trainer(policy, tmp_path, step_rows(3), ref_model=reference, processing_class=tokenizer, **options)
     hidden_states = []
     trainer.model.base_model.register_forward_hook(lambda *call: hidden_states.append(call[-1].last_hidden_state))

@@ -129,6 +129,7 @@ def test_sync_ref_model(chat_model, tmp_path):
     assert_same_weights(weights(trainer), reference, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
 def test_compute_metrics(chat_model, tmp_path):
     seen = []
 

@@ -6,12 +6,17 @@ import inspect
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import Trainer
+from torch.nn.attention.varlen import varlen_attn
+from transformers import Trainer, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from trl import DPOConfig, DPOTrainer, TrlParser, get_dataset, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+from stepdpo_trl.prefix_attention import PrefixAttention
 
 SOURCE = {
     name: inspect.getsource(getattr(DPOTrainer, name))
@@ -139,3 +144,49 @@ def test_names_of_the_command_line():
     assert _subtract_subsequence(["a", "b", "a"], ["b"]) == ["a", "a"]
     assert "separate_remaining_strings" in parameters(TrlParser.parse_args_and_config)
     assert all(callable(function) for function in (get_dataset, get_peft_config, get_quantization_config))
+
+
+def test_loss_and_reference_are_computed_from_rows_and_what_a_model_says_of_them():
+    assert parameters(DPOTrainer._compute_loss) == ["self", "model", "inputs", "return_outputs"]
+    assert parameters(DPOTrainer.compute_ref_log_probs) == ["self", "model", "inputs"]
+    reference = inspect.getsource(DPOTrainer.compute_ref_log_probs)
+    for source in (SOURCE["_compute_loss"], reference):
+        assert "for k, v in inputs.items() if k not in _non_model_keys" in source, "a tree no longer reaches the model"
+    assert 'inputs["attention_mask"].sum()' in SOURCE["_compute_loss"], "num_tokens is counted in another way"
+
+
+def test_collator_that_trees_are_built_from():
+    collator = dpo_trainer.DataCollatorForPreference(pad_token_id=0)
+    batch = collator([{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}])
+    assert {"input_ids", "attention_mask", "completion_mask"} == batch.keys()
+
+
+def test_attention_is_looked_up_by_name_with_keyword_arguments_handed_through():
+    source = inspect.getsource(modeling_llama)
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+    assert "eager_attention_forward" in vars(modeling_llama)
+    assert ALL_ATTENTION_FUNCTIONS.get("eager") is None or isinstance(
+        ALL_ATTENTION_FUNCTIONS.get("eager"), PrefixAttention
+    ), "transformers registers an eager attention of its own"
+    masks = inspect.getsource(masking_utils._preprocess_mask_arguments)
+    assert "len(attention_mask.shape) == 4" in masks, "a mask of four dimensions is no longer handed through"
+
+
+def test_variable_length_attention():
+    expected = {
+        "query",
+        "key",
+        "value",
+        "cu_seq_q",
+        "cu_seq_k",
+        "max_q",
+        "max_k",
+        "scale",
+        "window_size",
+        "enable_gqa",
+    }
+    assert expected <= set(parameters(varlen_attn)), "without these, CUDA goes the slow way"
+
+
+def test_order_of_training_is_asked_for_in_one_place():
+    assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]

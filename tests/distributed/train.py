@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor, Shard
 
@@ -55,6 +55,19 @@ def describe(trainer, mode: str) -> dict[str, object]:
     }
 
 
+def record_packs(trainer) -> list[tuple[int, int]]:
+    """For each batch of this process, into how many packs it is cut, and how many the model runs."""
+    seen, in_step = [], trainer._in_step
+
+    def record(tree):
+        padded = in_step(tree)
+        seen.append((len(tree.packs), len(padded.packs)))
+        return padded
+
+    trainer._in_step = record
+    return seen
+
+
 def main() -> None:
     """Train, save, report."""
     parser = argparse.ArgumentParser()
@@ -69,14 +82,20 @@ def main() -> None:
         step_rows(12),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.lora else None,
         per_device_train_batch_size=2,
+        shared_prefix="on",
+        max_length=165,
+        max_tokens_per_forward=170,
+        gradient_checkpointing=args.lora and args.mode != "zero3",  # where it is reentrant, which parts exclude
         **prepare_cpu(args.mode),
     )
+    packs = record_packs(trainer)
     trainer.train()
     trainer.save_model()
     report = {
         **describe(trainer, args.mode),
         "loss": logged(trainer, "loss"),
         "margins": logged(trainer, "rewards/margins"),
+        "packs": gather_object([packs]),
     }
     if trainer.is_world_process_zero():
         (Path(args.output_dir) / "report.json").write_text(json.dumps(report))
