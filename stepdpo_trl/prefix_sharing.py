@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 
+from .activation_memory import CheckpointingAdvice
 from .prefix_forward import share_prefixes
 from .prefix_support import decoder, why_not_shared
 from .prefix_tree import PrefixTree, build_tree
@@ -83,6 +84,8 @@ class PrefixSharing(DPOTrainer):
             if most is not None:
                 check_parts(self.args, self.accelerator.num_processes)
             self.data_collator = SharedPrefixCollator(self.data_collator, most)
+            if self.args.gradient_checkpointing:
+                self.add_callback(CheckpointingAdvice(self))
         elif self.shared_prefix == "on":
             raise ValueError(f"`shared_prefix='on'` is not possible: {reason}. Set it to 'off' or 'auto'.")
         elif reason:
