@@ -39,7 +39,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
     if not isinstance(attention, PrefixAttention):
         # Under the name that the model has, so that all that asks for it (masks, kernels, generation) gets its answer
         AttentionInterface.register(name, PrefixAttention(name, attention))
-    if hasattr(backbone, "forward_without_tree"):
+    if getattr(backbone.forward, "takes_tree", False):
         return
     backbone.forward_without_tree = backbone.forward
 
@@ -49,6 +49,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
             return self.forward_without_tree(*args, **kwargs)
         return _forward_tree(self, prefix_tree, **kwargs)
 
+    forward.takes_tree = True  # type: ignore[attr-defined]
     backbone.forward = types.MethodType(forward, backbone)
 
 
@@ -60,8 +61,7 @@ def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> MoeModelOut
         output = backbone.forward_without_tree(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,
-            # A mask of four dimensions is handed through, and none is made. The attention function knows the pack
-            attention_mask=torch.zeros(1, 1, 1, 1, device=pack.input_ids.device),
+            attention_mask=_unfitting_mask(pack),
             use_cache=False,
             prefix_pack=pack,
             **kwargs,
@@ -80,6 +80,14 @@ def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> MoeModelOut
     return MoeModelOutputWithPast(
         last_hidden_state=_predicting(tree, hidden[own], hidden[: -tree.tokens]), router_logits=routers
     )
+
+
+def _unfitting_mask(pack: Pack) -> torch.Tensor:
+    """
+    A mask of four dimensions, which models hand through instead of making one. The attention function, which knows the
+    pack, does not look at it; should another one have been set meanwhile, it fails for the shape.
+    """
+    return torch.zeros(1, device=pack.input_ids.device).expand(1, 1, pack.tokens + 1, pack.tokens + 1)
 
 
 def _predicting(tree: PrefixTree, hidden: torch.Tensor, stand_ins: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .prefix_sharing import longest_first
 from .reference import AdapterReference, ModelReference, ScoredReference
 from .stage_files import read_scores, scores_file, write_scores
 from .stages import Stage, digest, row_digests
@@ -153,8 +154,9 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
     Returns:
         `np.ndarray`: Log-probabilities of chosen and of rejected, of shape `(2, rows)`, in nats.
     """
+    order = longest_first(dataset) if getattr(trainer, "shares_prefixes", False) else np.arange(len(dataset))
     loader = DataLoader(
-        dataset,
+        dataset.select(order),
         batch_size=batch_size,
         collate_fn=trainer.data_collator,
         num_workers=trainer.args.dataloader_num_workers,
@@ -170,7 +172,7 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
         ):
             logps = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(model, batch))
             parts.append(torch.stack(logps).float().cpu())
-    return torch.cat(parts, dim=1).numpy()
+    return torch.cat(parts, dim=1).numpy()[:, np.argsort(order)]
 
 
 def with_scores(dataset: Dataset, scores: np.ndarray) -> Dataset:

@@ -1,13 +1,16 @@
 """Decoders on a tree against the same decoders on separate sequences."""
 
+import copy
 import functools
 import inspect
+import pickle
 import random
 
 import pytest
 import torch
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stepdpo_trl import prefix_attention
 from stepdpo_trl.prefix_forward import share_prefixes
@@ -124,6 +127,33 @@ def test_without_a_tree_nothing_changes():
     assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)
     assert torch.equal(tiny_decoder("llama")(input_ids=ids).logits, before)  # nor for other models
+
+
+def test_another_attention_function_fails_loudly(monkeypatch):
+    """One that is set afterwards does not know the tree, and must not attend to all of it."""
+    for name, attention in (("eager", None), ("sdpa", sdpa_attention_forward)):
+        model = tiny_decoder("llama", attn_implementation="sdpa" if name == "eager" else "eager")
+        share_prefixes(model)
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, attention)
+        if attention is None:
+            monkeypatch.delitem(AttentionInterface._global_mapping, name)
+        model.set_attn_implementation(name)
+        with pytest.raises(RuntimeError, match="size"):
+            shared(model)
+
+
+def test_copies():
+    """A copy runs its own weights, and can be shared again where it came without."""
+    model = tiny_decoder("llama")
+    share_prefixes(model)
+    duplicate = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            parameter.mul_(1.1)
+    assert_equal(duplicate)
+    loaded = pickle.loads(pickle.dumps(model))
+    share_prefixes(loaded)
+    assert_equal(loaded)
 
 
 def test_one_pack_at_a_time_is_kept(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,15 @@ def test_trainers_that_cannot(chat_model, tmp_path):
     assert "cuts batches into parts" in reason(accelerator_config={"dispatch_batches": True})
     assert "`torch_compile=True`" in reason(torch_compile=True)
     assert "takes masks of its own" in reason(model_init_kwargs={"attn_implementation": "flex_attention"})
+
+
+@pytest.mark.parametrize(("short", "kind"), [("cp", "context"), ("sp", "sequence"), ("tp", "tensor")])
+def test_parallelism_that_cannot(short, kind, chat_model, tmp_path):
+    trainer = make_trainer(chat_model, tmp_path, shared_prefix="off")
+    parallelism = SimpleNamespace(**{f"{other}_enabled": other == short for other in ("cp", "sp", "tp")})
+    state = {"parallelism_config": parallelism, "dataloader_config": trainer.accelerator.dataloader_config}
+    trainer.accelerator = SimpleNamespace(**state)
+    assert why_not_shared(trainer) == f"{kind} parallelism splits sequences or heads"
 
 
 class OtherCollator:
