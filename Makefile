@@ -3,7 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := deepspeed,quantization,gguf,report,test
 
-.PHONY: help quickstart test test-fast test-oldest lint format clean
+# For bench-gpu: all that is needed and neither large nor always there beside torch (numpy, pandas, pyarrow)
+PYTHON_VERSION ?= 3.12
+MACHINE ?= x86_64
+WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock fsspec h11 hf-xet httpcore2 httpx2 \
+	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
+	tqdm transformers trl truststore typing_extensions xxhash
+
+.PHONY: help quickstart test test-fast test-oldest bench bench-gpu wheels lint format clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +29,26 @@ test-oldest:  ## Run all the tests on the oldest supported TRL
 	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+
+bench: $(VENV)/.core  ## Compare the speed with DPOTrainer's on this CPU (ten minutes on two cores)
+	mkdir -p build
+	$(BIN)/python examples/benchmark_throughput.py --all --rounds 3 --steps 1 --json build/bench.json
+
+# What is installed besides torch may be of any version there: the wheels stand in front of it
+bench-gpu: | build/wheels  ## The same on a GPU of 80 GB, for 7B parameters; needs python3 with torch, and no network after `make wheels`
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/bench_site build/wheels/*.whl
+	PYTHONPATH=build/bench_site:. $(PYTHON) examples/benchmark_throughput.py \
+		--all --config qwen2.5-7b --peft --rounds 4 --json build/bench-gpu.json
+
+wheels:  ## Download what bench-gpu needs beside torch, for PYTHON_VERSION=3.12 and MACHINE=x86_64 or others
+	rm -rf build/wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint $(CONSTRAINTS) --dest build/wheels \
+		--implementation cp --python-version $(PYTHON_VERSION) \
+		--platform manylinux_2_28_$(MACHINE) --platform manylinux_2_17_$(MACHINE) --platform manylinux2014_$(MACHINE) \
+		$(WHEELS)
+
+build/wheels:
+	$(MAKE) wheels
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .

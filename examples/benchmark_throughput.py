@@ -1,0 +1,311 @@
+"""
+Throughput of trl.DPOTrainer and StepDPOTrainer, turn and turn about in one process on the same pairs.
+
+    python examples/benchmark_throughput.py                        # 10 million parameters, for a CPU
+    python examples/benchmark_throughput.py --all --json cpu.json  # all rows of the README's table
+    python examples/benchmark_throughput.py --config qwen2.5-7b --peft --lengths long   # for a GPU of 80 GB
+
+The model has random weights, unless --model names one, and the pairs are random words in lengths as in real data,
+unless --dataset names some. Both trainers get the same tokens: those that StepDPOTrainer makes of the pairs. In each
+round both train on the same new pairs, in the Trainer's own loop: one step to warm up, then --steps steps, timed as a
+whole (batches made, policy and reference forward, backward, optimizer). Before that, one step on two pairs has to
+give the same loss, log-probabilities and gradient norm on both sides.
+
+--settings says which options the two have:
+    same          both those of DPOTrainer's defaults: reference in each step, gradient checkpointing
+    recommended   StepDPOTrainer precomputed reference scores and no gradient checkpointing, DPOTrainer its defaults
+    tuned         both precomputed reference scores and no gradient checkpointing
+
+Reported are medians over the rounds, and their quotient with the least and the greatest quotient of a round.
+Positions are what goes through the policy in its forwards, padding included. Unique tokens are the nodes of a trie of
+each batch, counted here once more. Memory is the peak above weights and optimizers. Model FLOPs utilisation counts for
+each unique token 6 times the parameters of the linear layers (4 with LoRA, whose frozen weights need no gradients),
+and 2 times more where the reference is computed in the step; attention, head and recomputation do not count.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+warnings.filterwarnings("ignore")
+
+import datasets  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from benchmark_inputs import (  # noqa: E402
+    CONFIGS,
+    LENGTHS,
+    count_linear,
+    load_model,
+    load_pairs,
+    load_tokenizer,
+    share_weights,
+    write_pairs,
+)
+from benchmark_measure import CUDA, Phases, Side, Turn, operator_shares  # noqa: E402
+
+from stepdpo_trl import StepDPOConfig, StepDPOTrainer  # noqa: E402
+
+NAMES = ("DPOTrainer", "StepDPOTrainer")
+LEAN = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+# Options of DPOTrainer and of StepDPOTrainer
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "same": ({}, {}),
+    "recommended": ({}, LEAN),
+    "tuned": (LEAN, LEAN),
+}
+TABLE = [("math-step-dpo", settings) for settings in SETTINGS] + [
+    (lengths, "same") for lengths in ("equal", "four-per-problem", "ultrafeedback")
+]
+CPU_NOTE = (
+    "On a CPU TRL's fused head scores every position, so a large vocabulary would flatter whoever scores fewer; the\n"
+    "small model has one of 2,000."
+)
+CHECKED = ("loss", "logps/chosen", "logps/rejected", "grad_norm")  # of what the first step logs
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative
+FORMATS = {
+    "pairs_per_second": ("pairs per second", "{:.2f}"),
+    "positions_per_unique": ("positions computed / unique tokens", "{:.3f}"),
+    "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
+    "utilisation": ("model FLOPs utilisation", "{:.1%}"),
+    "collator_share": ("share of time making batches", "{:.2%}"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read and check the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--lengths", choices=LENGTHS, help="lengths of the pairs (math-step-dpo)")
+    parser.add_argument("--dataset", help="instead: data set id, or a .jsonl or .parquet file; needs --model")
+    parser.add_argument("--settings", choices=SETTINGS, help="options of the two sides (same)")
+    parser.add_argument("--all", action="store_true", help="the rows of the README's table, one after the other")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="model id or folder")
+    model.add_argument(
+        "--config", default="small", help=f"{', '.join(CONFIGS)} or a config.json: random weights (%(default)s)"
+    )
+    parser.add_argument("--peft", action="store_true", help="LoRA of rank 64 on all linear layers")
+    parser.add_argument(
+        "--dtype", choices=TOLERANCE, default="bfloat16" if CUDA else "float32", help="of the weights (%(default)s)"
+    )
+    parser.add_argument("--batch-size", type=_count, default=8, help="pairs of a step (%(default)s)")
+    parser.add_argument("--rounds", type=_count, default=5, help="turns of each side (%(default)s)")
+    parser.add_argument("--steps", type=_count, default=4, help="timed steps of a turn (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, pairs and order (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also say where StepDPOTrainer's time goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    args = parser.parse_args()
+    if args.all and (args.lengths or args.settings or args.dataset):
+        parser.error("--all chooses the rows itself. Leave --lengths, --settings and --dataset out.")
+    if args.dataset and args.lengths:
+        parser.error("--dataset and --lengths both choose the pairs. Leave one of them out.")
+    if args.dataset and not args.model:
+        parser.error("--dataset is text and needs a tokenizer. Say with --model whose.")
+    if args.config not in CONFIGS and not Path(args.config).exists():
+        parser.error(f"--config is {args.config!r}, which is neither a file nor one of {', '.join(CONFIGS)}.")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json is in {str(args.json.parent)!r}, which does not exist. Create it first.")
+    return args
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def make_sides(
+    base: Any, tokenizer: Any, pairs: datasets.Dataset, options: dict[str, Any], settings: str, args: Any
+) -> list[Side]:
+    """Make DPOTrainer and StepDPOTrainer, the latter with `options`, of the weights of a model."""
+    common = {
+        "per_device_train_batch_size": args.batch_size,
+        "max_length": None,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+        "seed": args.seed,
+        "bf16": args.dtype == "bfloat16",
+        "use_cpu": not CUDA,
+        "dataloader_pin_memory": CUDA,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "logging_first_step": True,  # which is not timed
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    stock, own = SETTINGS[settings]
+    kinds = (
+        # DPOTrainer knows no steps: it is made with one pair, and trains on the tokens that StepDPOTrainer has of all
+        (trl.DPOTrainer, trl.DPOConfig(args.output_dir, **common, **stock), pairs.select([0])),
+        (StepDPOTrainer, StepDPOConfig(args.output_dir, **common, **own, **options), pairs),
+    )
+    lora = peft.LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+    sides = []
+    for kind, config, rows in kinds:
+        transformers.set_seed(args.seed)  # of the adapter
+        trainer = kind(
+            model=share_weights(base) if args.peft else copy.deepcopy(base),
+            ref_model=None if args.peft or config.precompute_ref_log_probs else share_weights(base),
+            args=config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=lora if args.peft else None,
+        )
+        sides.append(Side(trainer, args.steps, count_linear(base)))
+    return sides
+
+
+def check_first_step(sides: list[Side], pairs: datasets.Dataset, dtype: str) -> dict[str, float]:
+    """
+    Train both sides on a small batch, and compare what they log of it.
+
+    Returns:
+        `dict`: Relative differences. Empty where a side has too little memory.
+
+    Raises:
+        SystemExit: If a difference is more than rounding.
+    """
+    stock, own = (side.first_step(pairs) for side in sides)
+    if stock is None or own is None:
+        return {}
+    differences = {name: abs(own[name] - stock[name]) / abs(stock[name]) for name in CHECKED}
+    print(f"    loss of the first step: {stock['loss']:.6f} and {own['loss']:.6f}. Relative differences:")
+    print("    " + ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()), flush=True)
+    if not max(differences.values()) <= TOLERANCE[dtype]:
+        raise SystemExit(f"That is more than {TOLERANCE[dtype]:.0e}: the two do not compute the same.")
+    return differences
+
+
+def run_row(base: Any, tokenizer: Any, lengths: str, settings: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one row of the table, and print it."""
+    turn_pairs = (args.steps + 2) * args.batch_size  # a step to warm up, and the batch that is made ahead
+    number = turn_pairs * args.rounds
+    if args.dataset:
+        pairs = load_pairs(args.dataset, number, args.seed)
+    else:
+        pairs = write_pairs(lengths, number, len(tokenizer), args.seed)
+    grouped = lengths == "four-per-problem"
+    print(f"\n{lengths}, settings: {settings}{', StepDPOTrainer with group_by_prompt' if grouped else ''}", flush=True)
+    options = {"shared_prefix": "on", "group_by_prompt": grouped}
+    sides = make_sides(base, tokenizer, pairs, options, settings, args)
+    tokens = sides[1].trainer.train_dataset
+    differences = check_first_step(sides, tokens.select(range(min(2, args.batch_size))), args.dtype)
+    turns: list[list[Turn | None]] = [[], []]
+    for start in range(0, number, turn_pairs):
+        rows = tokens.select(range(start, start + turn_pairs))
+        for side, own in zip(sides, turns, strict=True):
+            own.append(None if None in own else side.measure(rows))
+    row = {"lengths": lengths, "settings": settings, "pairs": number, "first_step_differences": differences}
+    row |= summarize(turns)
+    print_row(row)
+    if args.profile and None not in turns[1]:
+        print_shares("operators of StepDPOTrainer", operator_shares(lambda: sides[1].measure(rows)))
+        phases = Phases(sides[1])
+        sides[1].measure(rows)
+        print_shares("a step of StepDPOTrainer", phases.shares())
+    return row
+
+
+def summarize(turns: list[list[Turn | None]]) -> dict[str, Any]:
+    """
+    Sum up the turns of DPOTrainer and of StepDPOTrainer.
+
+    Returns:
+        `dict`: `turns` and `medians` of each, by name, and `ratios`, StepDPOTrainer over DPOTrainer: the quotient of
+        the medians, and the least and the greatest of a round. What is not known, or was too large, is `None`.
+    """
+    medians: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
+    ratios: dict[str, Any] = {}
+    for figure in (field.name for field in fields(Turn)):
+        columns: list[list[Any]] = [[getattr(turn, figure, None) for turn in own] for own in turns]
+        for name, values in zip(NAMES, columns, strict=True):
+            medians[name][figure] = None if None in values else statistics.median(values)
+        stock, own = (medians[name][figure] for name in NAMES)
+        ratios[figure] = None
+        if stock is not None and own is not None:
+            quotients = [mine / theirs for theirs, mine in zip(*columns, strict=True)]
+            ratios[figure] = {"of_medians": own / stock, "least": min(quotients), "greatest": max(quotients)}
+    raw = {name: [turn and asdict(turn) for turn in own] for name, own in zip(NAMES, turns, strict=True)}
+    return {"turns": raw, "medians": medians, "ratios": ratios}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print the medians of both sides, and their ratios."""
+    print(f"    {'':<36}{NAMES[0]:>16}{NAMES[1]:>16}   ratio (least to greatest of a round)")
+    fits = [None not in row["turns"][name] for name in NAMES]
+    for figure, (title, style) in FORMATS.items():
+        values = [row["medians"][name][figure] for name in NAMES]
+        if any(fits) and values == [None, None]:
+            continue  # not known on this machine
+        cells = ["out of memory" if value is None else style.format(value) for value in values]
+        ratio = row["ratios"][figure]
+        text = "{of_medians:.2f} ({least:.2f} to {greatest:.2f})".format(**ratio) if ratio else "-"
+        print(f"    {title:<36}{cells[0]:>16}{cells[1]:>16}   {text}", flush=True)
+
+
+def print_shares(title: str, shares: dict[str, float]) -> None:
+    """Print where time goes."""
+    print(f"    Of {title}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, GPU, versions."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if CUDA else None,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in (torch, transformers, trl, peft)},
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = parse_args()
+    start = time.perf_counter()
+    datasets.disable_progress_bars()
+    transformers.set_seed(args.seed)
+    machine = describe_machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    base = load_model(args.model, args.config, getattr(torch, args.dtype), "cuda" if CUDA else "cpu")
+    tokenizer = load_tokenizer(args.model if args.dataset else None, base.config.vocab_size)
+    lora = ", LoRA of rank 64" if args.peft else ""
+    print(f"Model: {base.num_parameters():,} parameters, {args.dtype}{lora}. Batches of {args.batch_size} pairs.")
+    if not CUDA:
+        print(CPU_NOTE)
+    rows = TABLE if args.all else [(args.dataset or args.lengths or "math-step-dpo", args.settings or "same")]
+    results = []
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        for lengths, settings in rows:
+            results.append(run_row(base, tokenizer, lengths, settings, args))
+            gc.collect()
+    if args.json:
+        command = shlex.join(["python", *sys.argv])
+        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": results}, indent=2) + "\n")
+    print(f"\nTook {time.perf_counter() - start:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()
