@@ -119,6 +119,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--dataset and --lengths both choose the pairs. Leave one of them out.")
     if args.dataset and not args.model:
         parser.error("--dataset is text and needs a tokenizer. Say with --model whose.")
+    if args.dataset and args.dataset.endswith((".jsonl", ".json", ".parquet")) and not Path(args.dataset).is_file():
+        parser.error(f"--dataset is {args.dataset!r}, which does not exist.")
     if args.config not in CONFIGS and not Path(args.config).exists():
         parser.error(f"--config is {args.config!r}, which is neither a file nor one of {', '.join(CONFIGS)}.")
     if args.json and not args.json.absolute().parent.is_dir():

@@ -120,6 +120,21 @@ def test_a_side_without_enough_memory(examples, capsys):
     assert "utilisation" not in printed
 
 
+def test_out_of_memory_is_caught(examples):
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
+    trainer = argparse.Namespace(model=model, data_collator=None, train_dataset=None)
+    trainer.add_callback = trainer.remove_callback = lambda callback: None
+
+    def train():
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    trainer.train = train
+    side = examples.measure.Side(trainer, steps=1, linear=0)
+    assert side.first_step(None) is None
+    assert side.measure(None) is None
+
+
 def test_command_line(tiny_config, tmp_path):
     command = [sys.executable, str(EXAMPLES / "benchmark_throughput.py"), "--config", tiny_config, "--lengths"]
     command += ["four-per-problem", "--batch-size", "4", "--rounds", "3", "--steps", "1", "--profile", "--json"]
@@ -160,6 +175,7 @@ def test_command_line(tiny_config, tmp_path):
         (["--rounds", "0"], "'0' is not a whole number from 1"),
         (["--dataset", "pairs.jsonl"], "needs a tokenizer"),
         (["--dataset", "pairs.jsonl", "--lengths", "long"], "Leave one of them out"),
+        (["--dataset", "no/pairs.jsonl", "--model", "gpt2"], "which does not exist"),
         (["--all", "--settings", "same"], "--all chooses the rows itself"),
         (["--config", "qwen"], "neither a file nor one of small, qwen2.5-7b"),
         (["--model", "gpt2", "--config", "qwen2.5-7b"], "not allowed with argument --model"),
