@@ -55,7 +55,7 @@ def test_loss_and_gradients_agree_with_equation_2(name, rows):
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for parameter_name, parameter in policy.named_parameters():
-        torch.testing.assert_close(gradients[parameter_name], parameter.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients[parameter_name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_by_hand(tmp_path):
