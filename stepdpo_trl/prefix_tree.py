@@ -195,16 +195,11 @@ def _cut(lengths: list[int], shared: list[int], max_tokens: int | None) -> list[
     # Of the first `end` rows: the fewest tokens, the fewest packs for them, and where the last pack begins
     best = [(0, 0, 0)]
     for end in range(1, len(lengths) + 1):
-        candidates, tokens = [], 0
+        candidates, added = [], 0  # by the rows after the first of the last pack
         for first in reversed(range(end)):
-            if first + 1 < end:
-                tokens += lengths[first + 1] - shared[first + 1]
-            whole = lengths[first] + tokens
-            if whole > max_tokens and first + 1 < end:
-                if tokens > max_tokens:
-                    break
-                continue
-            candidates.append((best[first][0] + whole, best[first][1] + 1, first))
+            if lengths[first] + added <= max_tokens or first == end - 1:
+                candidates.append((best[first][0] + lengths[first] + added, best[first][1] + 1, first))
+            added += lengths[first] - shared[first]
         best.append(min(candidates))
     starts, end = [], len(lengths)
     while end:

@@ -239,9 +239,13 @@ def test_exactness_of_the_kernel_is_found_out(monkeypatch, caplog):
         filled.__signature__ = signature
         monkeypatch.setattr(varlen, "varlen_attn", filled)
         prefix_attention._varlen_is_exact.cache_clear()
-        assert prefix_attention._varlen_is_exact(torch.device("cpu"), torch.float32) is exact
+        assert prefix_attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16) is exact
     prefix_attention._varlen_is_exact.cache_clear()
     assert "variable-length attention gives something else" in caplog.text
+    monkeypatch.undo()
+    assert not prefix_attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16)
+    assert "variable-length attention does not run" in caplog.text  # PyTorch has none for a CPU
+    prefix_attention._varlen_is_exact.cache_clear()
 
 
 def with_scale(kernel, query, *args, scale=None, **kwargs):
@@ -264,7 +268,7 @@ def test_equals_separate_sequences_on_cuda(name):
     model = tiny_decoder(name, **sizes).to("cuda", torch.bfloat16)
     share_prefixes(model)
     if name != "gemma2":
-        assert prefix_attention._varlen_is_exact(torch.device("cuda", 0), torch.bfloat16)
+        assert prefix_attention._varlen_is_exact(torch.device("cuda", 0), torch.bfloat16, 64)
     rows, labelled = rows_and_labels()
     tree = build_tree(rows, labelled).to("cuda")
     with torch.no_grad():
@@ -277,27 +281,8 @@ def test_equals_separate_sequences_on_cuda(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 5])
-def test_gradients_of_the_kernel(window):
-    """Against the chain-by-chain way, which the tests above compare with separate sequences."""
-    (pack,) = build_tree(*rows_and_labels()).to("cuda").packs
-    torch.manual_seed(0)
-    states = [
-        torch.randn(1, heads, pack.tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
-    results = []
-    for takes in (True, False):
-        query, keys, values = states[0], *(state.index_select(2, pack.keys) for state in states[1:])
-        if takes:
-            output = prefix_attention._varlen(query, keys, values, pack, None, window)
-        else:
-            output = prefix_attention._chain_by_chain(
-                lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, prefix_attention._causal_mask(q, k, window), enable_gqa=True
-                ).transpose(1, 2),
-                *(query, keys, values, pack),
-            )
-        results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kernel_is_exact_on_cuda(dtype, head_dim):
+    """Forward and backward, with and without a window."""
+    assert prefix_attention._varlen_is_exact(torch.device("cuda", 0), dtype, head_dim)
