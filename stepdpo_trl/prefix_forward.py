@@ -93,6 +93,7 @@ def _unfitting_mask(pack: Pack) -> torch.Tensor:
 def _predicting(tree: PrefixTree, hidden: torch.Tensor, stand_ins: torch.Tensor) -> torch.Tensor:
     """Hidden states of shape `(rows, steps, hidden)` that predict the labelled tokens, from those of all tokens."""
     rows, steps = tree.sources.shape
-    predicting = hidden.index_select(0, tree.sources.flatten()).view(rows, steps, -1)
+    sources = tree.sources.flatten().to(hidden.device)  # a model split over devices ends on another one
+    predicting = hidden.index_select(0, sources).view(rows, steps, -1)
     # So that the backward of the stand-ins runs, as it does elsewhere
     return predicting + 0 * stand_ins.sum() if len(stand_ins) else predicting

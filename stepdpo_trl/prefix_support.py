@@ -47,7 +47,7 @@ def _of_trainer(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
     if trainer._is_vision_dataset:
         return "the data has images"
-    if not isinstance(trainer.data_collator, DataCollatorForPreference):
+    if type(trainer.data_collator) is not DataCollatorForPreference:  # one derived from it may add to a batch
         return f"batches of a {type(trainer.data_collator).__name__} are not known; DPOTrainer's own collator is"
     if accelerator.dataloader_config.dispatch_batches:
         return "`dispatch_batches=True` cuts batches into parts, and a tree cannot be cut"

@@ -270,16 +270,21 @@ def test_parallelism_that_cannot(short, kind, chat_model, tmp_path):
     assert why_not_shared(trainer) == f"{kind} parallelism splits sequences or heads"
 
 
-class OtherCollator:
-    def __call__(self, examples):
-        return DataCollatorForPreference(pad_token_id=0)(examples)
+class OtherCollator(DataCollatorForPreference):
+    """Adds what a tree does not know of."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
 
 
 def test_collators(chat_model, tmp_path):
     dataset = Dataset.from_list(step_rows())
     options = {"ref_model": None, "train_dataset": dataset}
     with pytest.raises(ValueError, match="batches of a OtherCollator are not known"):
-        StepDPOTrainer(chat_model, args=config(tmp_path, shared_prefix="on"), data_collator=OtherCollator(), **options)
+        StepDPOTrainer(
+            chat_model, args=config(tmp_path, shared_prefix="on"), data_collator=OtherCollator(0), **options
+        )
     own = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=64)
     trainer = StepDPOTrainer(chat_model, args=config(tmp_path), data_collator=own, **options)
     assert trainer.shares_prefixes
