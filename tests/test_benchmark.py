@@ -97,12 +97,12 @@ def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
 
 
 def test_a_difference_is_an_error(examples):
-    def side(loss):
-        logged = {**dict.fromkeys(examples.script.CHECKED, 0.7), "loss": loss}
+    def side(grad_norm):
+        logged = {**dict.fromkeys(examples.script.CHECKED, 0.7), "grad_norm": grad_norm}
         return argparse.Namespace(first_step=lambda pairs: logged)
 
     check = examples.script.check_first_step
-    assert check([side(0.7), side(0.7014)], None, "bfloat16")["loss"] == pytest.approx(0.002)
+    assert check([side(0.7), side(0.7014)], None, "bfloat16")["grad_norm"] == pytest.approx(0.002)
     for other in (0.7014, float("nan")):
         with pytest.raises(SystemExit, match="do not compute the same"):
             check([side(0.7), side(other)], None, "float32")
