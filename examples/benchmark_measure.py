@@ -55,9 +55,6 @@ class Recorder:
         self.batches.append(pairs)
         return batch
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.collator, name)
-
 
 class Stopwatch(TrainerCallback):
     """Times the steps after the first, and stops when there have been enough."""
@@ -196,8 +193,8 @@ class Phases(TrainerCallback):
         trainer = side.trainer
         model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
         self._wrap(trainer, "compute_loss", "loss")
-        self._wrap(trainer, "compute_ref_log_probs", "reference")
-        self._wrap(model.base_model, "forward", "trunk")
+        for decoder in filter(None, (model, trainer.ref_model)):
+            self._wrap(decoder.base_model, "forward", "trunk")
         self._wrap(trainer.accelerator, "backward", "backward")
         trainer.add_callback(self)
 
@@ -205,11 +202,10 @@ class Phases(TrainerCallback):
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():  # within the reference, which is timed as a whole
-                return function(*args, **kwargs)
-            self._lap(part, -1)
+            own = part if torch.is_grad_enabled() else "reference"  # which has no gradients
+            self._lap(own, -1)
             result = function(*args, **kwargs)
-            self._lap(part, 1)
+            self._lap(own, 1)
             return result
 
         setattr(owner, name, timed)
@@ -236,9 +232,9 @@ class Phases(TrainerCallback):
         parts, total = self.seconds, self.side.stopwatch.seconds
         named = {
             "making batches": self.side.collator_seconds(),
-            "reference": parts["reference"],
+            "forward, reference's trunk": parts["reference"],
             "forward, trunk": parts["trunk"],
-            "forward, head and loss": parts["loss"] - parts["trunk"] - parts["reference"],
+            "forward, heads and loss": parts["loss"] - parts["trunk"] - parts["reference"],
             "backward": parts["backward"],
             "optimizer": parts["optimizer"],
         }

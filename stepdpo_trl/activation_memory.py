@@ -43,9 +43,9 @@ def activation_bytes(config: PretrainedConfig, element_size: int) -> int:
 
 def most_tokens(trainer: Any) -> int | None:
     """The most tokens that a forward of training computes; shared prefixes count once. `None` for streams."""
-    dataset, collator = trainer.train_dataset, trainer.data_collator
-    if collator.max_tokens is not None:
-        return int(collator.max_tokens)
+    dataset = trainer.train_dataset
+    if trainer.max_tokens_per_forward is not None:
+        return int(trainer.max_tokens_per_forward)
     if not isinstance(dataset, Dataset):
         return None
     columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]

@@ -80,16 +80,22 @@ class PrefixSharing(DPOTrainer):
         if self.shares_prefixes:
             for model in filter(None, (self.model, self.ref_model)):
                 share_prefixes(decoder(model))
-            most = getattr(self.args, "max_tokens_per_forward", None)
-            if most is not None:
+            if self.max_tokens_per_forward is not None:
                 check_parts(self.args, self.accelerator.num_processes)
-            self.data_collator = SharedPrefixCollator(self.data_collator, most)
+            self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward)
             if self.args.gradient_checkpointing:
                 self.add_callback(CheckpointingAdvice(self))
         elif self.shared_prefix == "on":
             raise ValueError(f"`shared_prefix='on'` is not possible: {reason}. Set it to 'off' or 'auto'.")
         elif reason:
-            logger.warning(f"Shared prefixes are computed anew for each sequence, because {reason}.")
+            budget = self.max_tokens_per_forward
+            more = f" max_tokens_per_forward={budget} has no effect." if budget is not None else ""
+            logger.warning(f"Shared prefixes are computed anew for each sequence, because {reason}.{more}")
+
+    @property
+    def max_tokens_per_forward(self) -> int | None:
+        """The budget. A stock `DPOConfig` has none."""
+        return getattr(self.args, "max_tokens_per_forward", None)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         # Those who want outputs want those of the whole sequences
@@ -114,8 +120,7 @@ class PrefixSharing(DPOTrainer):
 
     def _in_step(self, tree: PrefixTree) -> PrefixTree:
         """As many packs on every process: those that shard a model wait for each other in every layer."""
-        collator: Any = self.data_collator
-        if collator.max_tokens is None or self.accelerator.num_processes == 1:
+        if self.max_tokens_per_forward is None or self.accelerator.num_processes == 1:
             return tree
         packs = torch.tensor([len(tree.packs)], device=self.accelerator.device)
         return tree.padded(int(self.accelerator.gather(packs).max()))

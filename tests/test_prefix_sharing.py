@@ -237,9 +237,11 @@ def test_auto_goes_without_and_says_why(tmp_path, caplog):
     tokenizer = byte_level_tokenizer(CHATML)
     model = tiny_decoder("gpt_neox", vocab_size=len(tokenizer))
     with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(model, tmp_path, processing_class=tokenizer, ref_model=copy.deepcopy(model))
+        options = {"processing_class": tokenizer, "ref_model": copy.deepcopy(model), "max_tokens_per_forward": 2048}
+        trainer = make_trainer(model, tmp_path, **options)
     (message,) = [record.message for record in caplog.records if "Shared prefixes" in record.message]
     assert "because it has not been checked for 'gpt_neox'" in message
+    assert message.endswith("max_tokens_per_forward=2048 has no effect.")
     trainer.train()
     assert trainer.state.global_step == 2
 
