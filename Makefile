@@ -30,7 +30,7 @@ test-oldest:  ## Run all the tests on the oldest supported TRL
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
 
-bench: $(VENV)/.core  ## Compare the speed with DPOTrainer's on this CPU (ten minutes on two cores)
+bench: $(VENV)/.core  ## Compare the speed with DPOTrainer's on this CPU (a quarter of an hour on two cores)
 	mkdir -p build
 	$(BIN)/python examples/benchmark_throughput.py --all --rounds 3 --steps 1 --json build/bench.json
 
