@@ -1,6 +1,7 @@
 """One run in stages gives the weights of separate runs, and what is between the stages happens as it should."""
 
 import inspect
+import itertools
 import json
 import math
 
@@ -25,7 +26,7 @@ from .sdpo import (
     trained_weights,
     two_stages,
 )
-from .tiny import step_rows
+from .tiny import plain_rows, step_rows
 from .training import assert_same_weights, logged, make_trainer
 
 
@@ -340,3 +341,17 @@ def gamma(model, row):
             logits = model(tokens).logits.log_softmax(-1)[0, :-1]
         logps.append(logits.gather(1, tokens[0, 1:, None])[-len(ids) :].sum().item())
     return logps[0] - logps[1]
+
+
+def test_pairs_of_a_prompt_stay_together_in_each_stage(chat_model, tmp_path):
+    rows = [{**row, "prompt": row["prompt"] if i % 2 else "What?"} for i, row in enumerate(plain_rows(16))]
+    stages = [Dataset.from_list(rows[:7]), Dataset.from_list(rows[7:])]
+    trainer = staged_run(chat_model, tmp_path, stages=stages, shared_prefix="on", group_by_prompt=True)
+    seen = record_rows(trainer)
+    trainer.train()
+    check_rows(trainer, seen)
+    together = tuple(trainer.stages[1].dataset[1]["prompt_ids"])  # of "What?"
+    for stage in trainer.stages:
+        drawn = [row[: len(together)] == together for update, row in seen if update >= stage.first_update]
+        runs = [is_it for is_it, _ in itertools.groupby(drawn[: len(stage.dataset)])]
+        assert runs.count(True) == 1
