@@ -8,7 +8,6 @@ where neither can (CPU, float32, soft-capping), the model's own attention functi
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +25,10 @@ class PrefixAttention:
 
     Args:
         name (`str`): Its name, `"sdpa"`, `"eager"`, `"flash_attention_2"` ...
-        attention (`Callable`, *optional*): The function itself. For `"eager"` it is the model's own.
+        attention (`Callable`): The function itself.
     """
 
-    def __init__(self, name: str, attention: Callable[..., Any] | None) -> None:
+    def __init__(self, name: str, attention: Callable[..., Any]) -> None:
         self.name = name
         self.attention = attention
 
@@ -45,7 +44,7 @@ class PrefixAttention:
         **kwargs: Any,
     ) -> Any:
         """Attend, as `attention` does, of tensors of shape `(batch, heads, tokens, head_dim)`."""
-        attention = self.attention or _eager_attention(module)
+        attention = self.attention
         if prefix_pack is None:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         keys, values = (states.index_select(2, prefix_pack.keys) for states in (key, value))
@@ -65,12 +64,6 @@ class PrefixAttention:
             return attention(module, q, k, v, None if whole else _causal_mask(q, k, window), *args, **kwargs)[0]
 
         return _chain_by_chain(of_chain, query, keys, values, prefix_pack), None
-
-
-def _eager_attention(module: torch.nn.Module) -> Callable[..., Any]:
-    """The function beside the model's class, by the name that transformers gives it."""
-    beside = (sys.modules[cls.__module__] for cls in type(module).__mro__)  # FSDP derives classes
-    return next(m.eager_attention_forward for m in beside if hasattr(m, "eager_attention_forward"))
 
 
 def _chain_by_chain(

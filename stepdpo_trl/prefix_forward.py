@@ -8,6 +8,7 @@ them (embeddings, norms, MLPs, experts, adapters, quantized layers) sees tokens 
 """
 
 import functools
+import sys
 import types
 from typing import Any
 
@@ -34,11 +35,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
         model (`PreTrainedModel`): The model, without the wrapper of PEFT. Twice does no harm.
     """
     backbone: Any = model.base_model
-    name = backbone.config._attn_implementation
-    attention = ALL_ATTENTION_FUNCTIONS.get(name)
-    if not isinstance(attention, PrefixAttention):
-        # Under the name that the model has, so that all that asks for it (masks, kernels, generation) gets its answer
-        AttentionInterface.register(name, PrefixAttention(name, attention))
+    _wrap_attention(backbone)
     if getattr(backbone.forward, "takes_tree", False):
         return
     backbone.forward_without_tree = backbone.forward
@@ -51,6 +48,25 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
     forward.takes_tree = True  # type: ignore[attr-defined]
     backbone.forward = types.MethodType(forward, backbone)
+
+
+def _wrap_attention(backbone: Any) -> None:
+    """
+    Wrap the attention function under the name that the model has, so that all that asks for the name (masks, kernels,
+    generation) gets the answer it had. Without a pack it is handed through.
+    """
+    name = backbone.config._attn_implementation
+    if name != "eager":
+        attention = ALL_ATTENTION_FUNCTIONS[name]
+        if not isinstance(attention, PrefixAttention):
+            AttentionInterface.register(name, PrefixAttention(name, attention))
+        return
+    # Each architecture has its own, beside its classes (FSDP derives classes elsewhere)
+    files = {sys.modules[cls.__module__] for module in backbone.modules() for cls in type(module).__mro__}
+    for file in files:
+        attention = getattr(file, "eager_attention_forward", None)
+        if attention is not None and not isinstance(attention, PrefixAttention):
+            file.eager_attention_forward = PrefixAttention(name, attention)  # type: ignore[attr-defined]
 
 
 def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> MoeModelOutputWithPast:

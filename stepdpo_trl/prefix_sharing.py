@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import PretrainedConfig
 
 from .activation_memory import CheckpointingAdvice
 from .prefix_forward import share_prefixes
@@ -81,7 +82,7 @@ class PrefixSharing(DPOTrainer):
             for model in filter(None, (self.model, self.ref_model)):
                 share_prefixes(decoder(model))
             if self.max_tokens_per_forward is not None:
-                check_parts(self.args, self.accelerator.num_processes)
+                check_parts(self.args, decoder(self.model).config, self.accelerator.num_processes)
             self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward)
             if self.args.gradient_checkpointing:
                 self.add_callback(CheckpointingAdvice(self))
@@ -137,12 +138,13 @@ class PrefixSharing(DPOTrainer):
         return dataset
 
 
-def check_parts(args: Any, processes: int) -> None:
+def check_parts(args: Any, config: PretrainedConfig, processes: int) -> None:
     """
     Check that batches can be computed in parts.
 
     Args:
         args (`DPOConfig`): Configuration of the trainer, as it has become.
+        config (`PretrainedConfig`): Config of the model.
         processes (`int`): How many processes train.
 
     Raises:
@@ -157,6 +159,17 @@ def check_parts(args: Any, processes: int) -> None:
             "`gradient_checkpointing=False`, since parts bound the memory by themselves, or leave "
             "`max_tokens_per_forward` out."
         )
+
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for one in by_layer:
+        unchanged = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        if one.get("rope_type") in ("dynamic", "longrope") and not 0 < (args.max_length or 0) <= unchanged:
+            raise ValueError(
+                f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with positions that depend "
+                f"on the longest sequence of a batch (rope_type={one['rope_type']!r}), since each part has a longest "
+                f"of its own. Set `max_length` to {unchanged} or less, up to where they do not, or leave it out."
+            )
 
 
 def longest_first(dataset: Dataset) -> np.ndarray:

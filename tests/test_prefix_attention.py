@@ -11,6 +11,9 @@ import torch
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 from stepdpo_trl import prefix_attention
 from stepdpo_trl.prefix_forward import share_prefixes
@@ -129,17 +132,27 @@ def test_without_a_tree_nothing_changes():
     assert torch.equal(tiny_decoder("llama")(input_ids=ids).logits, before)  # nor for other models
 
 
-def test_another_attention_function_fails_loudly(monkeypatch):
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_another_attention_function_fails_loudly(name, monkeypatch):
     """One that is set afterwards does not know the tree, and must not attend to all of it."""
-    for name, attention in (("eager", None), ("sdpa", sdpa_attention_forward)):
-        model = tiny_decoder("llama", attn_implementation="sdpa" if name == "eager" else "eager")
-        share_prefixes(model)
-        monkeypatch.setitem(AttentionInterface._global_mapping, name, attention)
-        if attention is None:
-            monkeypatch.delitem(AttentionInterface._global_mapping, name)
-        model.set_attn_implementation(name)
-        with pytest.raises(RuntimeError, match="size"):
-            shared(model)
+    model = tiny_decoder("llama", attn_implementation="sdpa" if name == "eager" else "eager")
+    share_prefixes(model)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", plain(modeling_llama.eager_attention_forward))
+    model.set_attn_implementation(name)
+    with pytest.raises(RuntimeError, match="size"):
+        shared(model)
+
+
+def plain(attention):
+    return getattr(attention, "attention", attention)
+
+
+def test_eager_attention_of_others_is_theirs():
+    """Each architecture has its own, some of them under another name; what is registered would go before it."""
+    share_prefixes(tiny_decoder("gemma2"))
+    assert ALL_ATTENTION_FUNCTIONS.get("eager") is None
+    assert modeling_phi3.eager_attention_forward is plain(modeling_phi3.eager_attention_forward)
 
 
 def test_copies():

@@ -310,10 +310,24 @@ def test_unusable_options(options, message, tmp_path):
 def test_parts_and_reentrant_checkpointing_on_several_processes(tmp_path):
     options = {"max_tokens_per_forward": 2048, "gradient_checkpointing": True}
     args = config(tmp_path, **options, gradient_checkpointing_kwargs={"use_reentrant": True})
+    model = tiny_decoder("llama").config
     with pytest.raises(ValueError, match="not possible with reentrant gradient checkpointing on several processes"):
-        check_parts(args, 2)
-    check_parts(args, 1)
-    check_parts(config(tmp_path, **options), 2)
+        check_parts(args, model, 2)
+    check_parts(args, model, 1)
+    check_parts(config(tmp_path, **options), model, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo3"])  # one for all layers, one for each kind of layer
+def test_parts_and_positions_that_depend_on_the_batch(name, tmp_path):
+    args = config(tmp_path, max_tokens_per_forward=2048, max_length=65)
+    model = tiny_decoder(name).config
+    check_parts(args, model, 1)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model.rope_parameters = rope if name == "llama" else {"full_attention": rope, "sliding_attention": rope}
+    with pytest.raises(ValueError, match="longest sequence of a batch \\(rope_type='dynamic'\\)"):
+        check_parts(args, model, 1)
+    args.max_length = 64  # as many as the model's own positions, which are not stretched for them
+    check_parts(args, model, 1)
 
 
 def test_a_sequence_longer_than_the_budget_is_reported(chat_model, tmp_path, caplog):
