@@ -145,7 +145,8 @@ def build_tree(
     places = [1 + np.flatnonzero(np.asarray(mask)[1:]) for mask in labelled]  # nothing predicts the first token
     width = 1 + max(1, *(len(place) for place in places))
     sources, input_ids, completion_mask = (np.zeros((len(arrays), width), dtype=np.int64) for _ in range(3))
-    for i, (place, row, path) in enumerate(zip(places, arrays, paths, strict=True)):
+    for i, (mask, place, row, path) in enumerate(zip(labelled, places, arrays, paths, strict=True)):
+        completion_mask[i, :1] = mask[:1]  # counts, where a length is asked for
         if len(place):
             sources[i, : len(place)] = path[place - 1]
             input_ids[i, : len(place) + 1] = row[[place[0] - 1, *place]]

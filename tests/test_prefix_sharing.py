@@ -65,6 +65,20 @@ def test_every_loss(options, tmp_path):
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-7, name
 
 
+def test_length_of_an_answer_to_an_empty_prompt(plain_model, tmp_path):
+    """Its first token is predicted by none, and counts all the same where DPOTrainer divides by the length."""
+    rows = [
+        {"prompt": "", "chosen": "12 + 30", "rejected": "42 - 7 ="},
+        {"prompt": "", "chosen": "a", "rejected": "bc"},
+    ]
+    losses = []
+    for choice in ("on", "off"):
+        options = {"ref_model": tiny_model(300, 2), "loss_type": ["ipo"], "shared_prefix": choice}
+        trainer = make_trainer(plain_model, tmp_path, rows, **options)
+        losses.append(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 def ref_adapter(path):
     """An adapter that is trained on, of which DPOTrainer keeps a copy as the reference."""
     torch.manual_seed(0)

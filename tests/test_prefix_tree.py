@@ -66,7 +66,7 @@ def test_each_label_is_predicted_from_what_stands_before_it(rows, data):
         rows, labelled, tree.sources, tree.input_ids, tree.completion_mask, strict=True
     ):
         places = [place for place in range(1, len(row)) if mask[place]]
-        assert kept.tolist() == [0, *[1] * len(places), *[0] * (len(kept) - 1 - len(places))]
+        assert kept.tolist() == [mask[0], *[1] * len(places), *[0] * (len(kept) - 1 - len(places))]
         assert ids[1 : len(places) + 1].tolist() == [row[place] for place in places]
         for source, place in zip(sources.tolist(), places, strict=False):
             number = max(i for i, start in enumerate(starts) if start <= source)
