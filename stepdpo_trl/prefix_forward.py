@@ -35,9 +35,9 @@ def share_prefixes(model: PreTrainedModel) -> None:
         model (`PreTrainedModel`): The model, without the wrapper of PEFT. Twice does no harm.
     """
     backbone: Any = model.base_model
-    _wrap_attention(backbone)
     if getattr(backbone.forward, "takes_tree", False):
         return
+    _wrap_attention(backbone)
     backbone.forward_without_tree = backbone.forward
 
     @functools.wraps(type(backbone).forward)

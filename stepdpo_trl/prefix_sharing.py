@@ -79,8 +79,6 @@ class PrefixSharing(DPOTrainer):
         reason = None if self.shared_prefix == "off" else why_not_shared(self)
         self.shares_prefixes = self.shared_prefix != "off" and reason is None
         if self.shares_prefixes:
-            for model in filter(None, (self.model, self.ref_model)):
-                share_prefixes(decoder(model))
             if self.max_tokens_per_forward is not None:
                 check_parts(self.args, decoder(self.model).config, self.accelerator.num_processes)
             self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward)
@@ -100,20 +98,23 @@ class PrefixSharing(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         # Those who want outputs want those of the whole sequences
-        return super()._compute_loss(model, self._loss_rows(inputs, whole=return_outputs), return_outputs)
+        rows = self._loss_rows(inputs, self.model, self.ref_model, whole=return_outputs)
+        return super()._compute_loss(model, rows, return_outputs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Compute reference log-probabilities of a batch."""
-        return super().compute_ref_log_probs(model, self._loss_rows(inputs))
+        return super().compute_ref_log_probs(model, self._loss_rows(inputs, model))
 
-    def _loss_rows(self, inputs: dict[str, Any], whole: bool = False) -> dict[str, Any]:
-        """The rows that the loss falls on."""
+    def _loss_rows(self, inputs: dict[str, Any], *models: Any, whole: bool = False) -> dict[str, Any]:
+        """The rows that the loss falls on, for models that are taught to take their tree."""
         tree: PrefixTree | None = inputs.get(TREE)
         if tree is None:
             return inputs
         rest = {name: value for name, value in inputs.items() if name != TREE}
         if whole:
             return rest
+        for model in filter(None, models):  # each time: a reference may have been replaced
+            share_prefixes(decoder(model))
         # How often a token is used stands for how many there are: the sum is that of all rows, for the metric
         # `num_tokens`, and the load balance of experts weighs tokens as the rows would
         rows = {"input_ids": tree.input_ids, "completion_mask": tree.completion_mask, "attention_mask": tree.uses}
@@ -163,7 +164,7 @@ def check_parts(args: Any, config: PretrainedConfig, processes: int) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for one in by_layer:
-        unchanged = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        unchanged: Any = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
         if one.get("rope_type") in ("dynamic", "longrope") and not 0 < (args.max_length or 0) <= unchanged:
             raise ValueError(
                 f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with positions that depend "

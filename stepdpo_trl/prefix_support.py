@@ -84,6 +84,8 @@ def _of_model(model: Any) -> str | None:
     if other or model._is_stateful or any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         kinds = ", ".join(other) or "state-space or convolution"
         return f"{type(model).__name__} has layers that pass on a state from token to token ({kinds})"
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        return f"{type(model).__name__} lets tokens attend to what follows them"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return f"{type(model).__name__} has attention sinks"
     if config._attn_implementation == "flex_attention":

@@ -218,6 +218,19 @@ def test_scores_are_computed_longest_first_and_kept(chat_model, tmp_path):
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_a_reference_that_is_replaced(chat_model, tmp_path):
+    trainer = make_trainer(chat_model, tmp_path, shared_prefix="on")
+    tokenizer = byte_level_tokenizer(CHATML)
+    other = {"ref_model": tiny_model(len(tokenizer), 5), "processing_class": tokenizer, "shared_prefix": "off"}
+    trainer.ref_model = make_trainer(tiny_model(len(tokenizer), 3), tmp_path, **other).ref_model
+    batch = next(iter(trainer.get_train_dataloader()))
+    whole = {name: value for name, value in batch.items() if name != "prefix_tree"}
+    for model in (trainer.ref_model, trainer.model):
+        for one, other in zip(*(trainer.compute_ref_log_probs(model, b) for b in (batch, whole)), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*(trainer.compute_loss(trainer.model, b) for b in (batch, whole)), rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ where not
 
 
@@ -236,6 +249,7 @@ ELSEWHERE = {
     "lfm2": ("pass on a state", {"layer_types": ["conv", "full_attention"]}),
     "mamba": ("pass on a state", {}),
     "falcon_h1": ("pass on a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "gemma3_text": ("attend to what follows", {"use_bidirectional_attention": True}),
     "gpt_neox": ("not been checked for 'gpt_neox', only for cohere2, ", {}),
 }
 
