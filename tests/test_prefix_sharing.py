@@ -182,12 +182,12 @@ def test_evaluate(precompute, chat_model, tmp_path):
             assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
 def test_predict_gives_logits_of_whole_sequences(chat_model, tmp_path):
     predictions = []
     for choice in ("on", "off"):
         trainer = make_trainer(chat_model, tmp_path, shared_prefix=choice)
-        with pytest.warns(FutureWarning, match="return_outputs"):
-            predictions.append(trainer.predict(trainer.train_dataset))
+        predictions.append(trainer.predict(trainer.train_dataset))
     torch.testing.assert_close(*(torch.tensor(one.predictions) for one in predictions), rtol=0, atol=0)
 
 
