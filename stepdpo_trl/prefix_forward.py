@@ -35,7 +35,8 @@ def share_prefixes(model: PreTrainedModel) -> None:
         model (`PreTrainedModel`): The model, without the wrapper of PEFT. Twice does no harm.
     """
     backbone: Any = model.base_model
-    if getattr(backbone.forward, "takes_tree", False):
+    # Whatever was wrapped around it since. A pickled copy has both attributes, but both are its class's forward
+    if getattr(backbone, "forward_without_tree", backbone.forward) != backbone.forward:
         return
     _wrap_attention(backbone)
     backbone.forward_without_tree = backbone.forward
@@ -46,7 +47,6 @@ def share_prefixes(model: PreTrainedModel) -> None:
             return self.forward_without_tree(*args, **kwargs)
         return _forward_tree(self, prefix_tree, **kwargs)
 
-    forward.takes_tree = True  # type: ignore[attr-defined]
     backbone.forward = types.MethodType(forward, backbone)
 
 
