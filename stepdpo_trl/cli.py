@@ -4,6 +4,9 @@ import argparse
 import sys
 
 from . import __version__
+from .cli_data import add_commands
+from .generation import GenerationError
+from .pipeline.run_directory import RunError
 
 
 def train(argv: list[str]) -> None:
@@ -65,9 +68,19 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # `train` parses its own line: its options are those of three dataclasses and of accelerate
     commands.add_parser("train", help="train with StepDPOTrainer (options: stepdpo train --help)", add_help=False)
+    add_commands(commands)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser.parse_args(arguments[:1])
-    train(arguments[1:])
+    if arguments[:1] == ["train"]:
+        train(arguments[1:])
+        return 0
+    args = parser.parse_args(arguments)
+    try:
+        args.handler(args)
+    except (RunError, GenerationError, ValueError, OSError) as error:
+        return _error(args.command, error)
+    except KeyboardInterrupt:
+        print(f"\nstepdpo {args.command}: stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 

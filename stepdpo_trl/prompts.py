@@ -4,6 +4,7 @@ Standard library only, so that the data pipeline can share them without importin
 """
 
 import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 # What the user is asked in addition to the problem, by name.
@@ -20,6 +21,70 @@ PROMPT_TEMPLATES: dict[str, str] = {
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\n{prompt}\n\n### Response:"
     ),
+}
+
+
+@dataclass(frozen=True)
+class StepPrompt:
+    """
+    How a model is asked to solve a problem step by step.
+
+    Args:
+        user (`str`):
+            Message of the user, a Jinja template with `{{ problem }}` in it.
+        opening (`str`, *optional*, defaults to `""`):
+            How the assistant's answer begins: written for the model, and part of every solution.
+    """
+
+    user: str
+    opening: str = ""
+
+
+# Prompts to collect solutions with, by name.
+STEP_PROMPTS: dict[str, StepPrompt] = {
+    # Step-DPO, section 3.2 and the released scripts for the Qwen2 models
+    "qwen2-boxed": StepPrompt("{{ problem }}" + PROMPT_SUFFIXES["step-dpo"], "Let's think step by step.\nStep 1:"),
+    "plain": StepPrompt("{{ problem }}"),
+}
+
+# What a judge is asked, by whether it sees the gold solution. Jinja templates with `problem`, `answer`, `solution` (of
+# the data set) and `steps`. The reply ends in the number of the first wrong step in a box, -1 if there is none: the
+# form of ProcessBench (arXiv 2412.06559).
+JUDGE_PROMPTS: dict[str, str] = {
+    "gold": """\
+Here are a math problem, its correct answer{% if solution %} and solution{% endif %}, and a student's solution, split \
+into numbered steps.
+
+[Problem]
+{{ problem }}
+
+[Correct answer]
+{{ answer }}
+{% if solution %}
+[Correct solution]
+{{ solution }}
+{% endif %}
+[Student's solution]
+{% for step in steps %}<step_{{ loop.index }}>
+{{ step }}
+</step_{{ loop.index }}>
+{% endfor %}
+Check the student's steps one after the other. The student may go another way than the correct solution. Find the \
+first step that is wrong: a false calculation, a false claim, or one that cannot lead to the correct answer. Explain \
+briefly, then end with the number of that first wrong step in \\boxed{}, or with \\boxed{-1} if no step is wrong.""",
+    "no-gold": """\
+Here are a math problem and a solution, split into numbered steps.
+
+[Problem]
+{{ problem }}
+
+[Solution]
+{% for step in steps %}<step_{{ loop.index }}>
+{{ step }}
+</step_{{ loop.index }}>
+{% endfor %}
+Check the steps one after the other. Find the first step that is wrong. Explain briefly, then end with the number of \
+that first wrong step in \\boxed{}, or with \\boxed{-1} if no step is wrong.""",
 }
 
 

@@ -8,6 +8,7 @@ from .tiny import CHATML, byte_level_tokenizer, save_tiny_model
 
 # Tiny matrices: a second thread costs more than it computes. Subprocesses take it from the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars are not what a failed test is read for
 torch.set_num_threads(1)
 
 # The same examples each time where a failure would block others; new ones elsewhere

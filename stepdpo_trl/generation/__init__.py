@@ -1,0 +1,14 @@
+"""Text from models: one small protocol, and back ends behind it (transformers, vLLM, OpenAI-compatible servers)."""
+
+from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling, make_generator
+
+__all__ = [
+    "BACKENDS",
+    "Completion",
+    "GenerationError",
+    "Generator",
+    "ModelSpec",
+    "Request",
+    "Sampling",
+    "make_generator",
+]

@@ -1,0 +1,34 @@
+"""The text that a chat template makes of a conversation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .protocol import GenerationError
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer that has a chat template.
+
+    Raises:
+        GenerationError: If it cannot be loaded, or has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise GenerationError(
+            f"The tokenizer of {name!r} has no chat template, so it is not known how a question is put to the model. "
+            "Take a model that was trained on conversations, or set `tokenizer.chat_template` and save it beside the "
+            "model."
+        )
+    return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], opening: str = "") -> str:
+    """Text of a conversation up to the assistant's turn, which begins with `opening`."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return str(text) + opening

@@ -1,0 +1,180 @@
+"""What a back end is asked and answers. Standard library only; back ends are imported when they are made."""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Protocol
+from urllib.parse import urlsplit
+
+
+class GenerationError(Exception):
+    """A back end cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    Something to ask a model once.
+
+    Args:
+        key (`str`):
+            Its name in the run: the same key is never asked twice.
+        prompt (`str` or `tuple[dict, ...]`):
+            A text to go on from, or messages to reply to.
+        seed (`int`):
+            Seed of this answer alone.
+    """
+
+    key: str
+    prompt: str | tuple[dict[str, str], ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    An answer.
+
+    Args:
+        text (`str`):
+            What follows the prompt.
+        finish_reason (`str`):
+            `"stop"` where the model ended it, `"length"` where it was cut.
+        prompt_tokens (`int`):
+            Tokens of the prompt.
+        tokens (`int`):
+            Tokens of the text.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How to sample. The defaults are those of Step-DPO (arXiv 2406.18629, section 4.1).
+
+    Args:
+        temperature (`float`, *optional*, defaults to `0.8`):
+            0 for greedy decoding.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Share of the probability mass to sample from.
+        max_new_tokens (`int`, *optional*, defaults to `1024`):
+            Where an answer is cut.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature={self.temperature}` must not be negative. 0 is greedy, 0.8 the paper's.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p={self.top_p}` must be above 0 and at most 1.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens={self.max_new_tokens}` must be at least 1.")
+
+
+class Generator(Protocol):
+    """A model that answers."""
+
+    def render(self, user: str, opening: str) -> str:
+        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
+    ) -> Iterator[list[tuple[Request, Completion]]]:
+        """
+        Answer the requests whose key is not in `done`, and hand answers out as they come.
+
+        What is done is passed too, so that a run that goes on makes the same batches, and so the same answers to the
+        last bit, as one that was never stopped.
+        """
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """
+    Which model to ask, and how.
+
+    Args:
+        model (`str`):
+            Model id or folder; for a server the name under which it serves it.
+        backend (`str`, *optional*, defaults to `"transformers"`):
+            A name in [`BACKENDS`].
+        base_url (`str`, *optional*):
+            Address of an OpenAI-compatible server, such as `http://localhost:8000/v1`. Its key, if it needs one, is
+            read from the environment variable `api_key_variable`.
+        tokenizer (`str`, *optional*):
+            Tokenizer with the chat template for texts sent to a server, defaults to `model`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Sequences at once (transformers), or requests on their way (server).
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights.
+        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key.
+
+    Raises:
+        ValueError: If the values do not fit together.
+    """
+
+    model: str
+    backend: str = "transformers"
+    base_url: str | None = None
+    tokenizer: str | None = None
+    batch_size: int = 32
+    dtype: str = "auto"
+    api_key_variable: str = "OPENAI_API_KEY"
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            near = get_close_matches(self.backend, BACKENDS, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"Back end {self.backend!r} is not known. Did you mean {near!r}? Known: {list(BACKENDS)}."
+            )
+        if (self.backend == "openai") != (self.base_url is not None):
+            raise ValueError(
+                f"Back end {self.backend!r} and base_url={self.base_url!r} do not fit: a server needs the back end "
+                "'openai' and its address, such as http://localhost:8000/v1; the others take no address."
+            )
+        if self.base_url is not None:
+            url = urlsplit(self.base_url)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise ValueError("The server's address must look like http://localhost:8000/v1.")
+            if url.username or url.password or url.query:
+                raise ValueError(
+                    "The server's address holds a user, a password or a query, which would be written into the run's "
+                    f"files. Give it without, and the key in the environment variable {self.api_key_variable}."
+                )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+
+BACKENDS = ("transformers", "vllm", "openai")
+
+
+def make_generator(spec: ModelSpec) -> Generator:
+    """
+    Make the back end that a description asks for; loads the model.
+
+    Raises:
+        GenerationError: If the model cannot be loaded, or a package is missing (named with its extra).
+    """
+    if spec.backend == "openai":
+        from .openai import OpenAIGenerator
+
+        return OpenAIGenerator(spec)
+    if spec.backend == "vllm":
+        from .vllm import VLLMGenerator
+
+        return VLLMGenerator(spec)
+    from .transformers import TransformersGenerator
+
+    return TransformersGenerator.load(spec)

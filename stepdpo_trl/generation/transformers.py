@@ -1,0 +1,137 @@
+"""Generation with transformers, in batches of like length: the back end that works everywhere."""
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .chat import load_tokenizer, render
+from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+
+MOST_LIKELY = 1024  # tokens that nearly always hold the mass that top-p asks for
+
+
+class SeededSampling(LogitsProcessor):
+    """
+    Draws each row's tokens from its own seed, whatever else is in the batch.
+
+    The token is where a uniform number, drawn from the row's seed for each position, falls on the cumulative
+    distribution. It is left as the only choice.
+
+    Args:
+        seeds (`list[int]`):
+            A seed a row.
+        sampling (`Sampling`):
+            Temperature and top-p.
+        prompt_length (`int`):
+            Columns of the padded prompts.
+    """
+
+    def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int) -> None:
+        self.sampling, self.prompt_length = sampling, prompt_length
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.uniform = torch.stack([torch.rand(sampling.max_new_tokens, generator=g) for g in generators])
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Leave one token of each row of `scores`, of shape `(batch, vocab)`."""
+        probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
+        # Sorting a whole vocabulary takes longer than a small model's forward pass
+        sorted_, order = probabilities.topk(min(MOST_LIKELY, probabilities.shape[-1]))
+        if (sorted_.sum(-1) < self.sampling.top_p).any():
+            sorted_, order = probabilities.sort(descending=True)
+        cumulative = sorted_.cumsum(-1)
+        kept = cumulative - sorted_ < self.sampling.top_p  # the token that crosses the line is kept
+        mass = (sorted_ * kept).sum(-1, keepdim=True)
+        drawn = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device) * mass
+        last = kept.sum(-1, keepdim=True) - 1
+        token = order.gather(-1, torch.minimum((cumulative <= drawn).sum(-1, keepdim=True), last))
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0)  # type: ignore[return-value]
+
+
+class TransformersGenerator:
+    """
+    A model of transformers that answers.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model. Its `generation_config` is replaced by one without penalties and filters: pairs come from the
+            distribution that is trained.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer, with a chat template.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Sequences at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = [ends] if isinstance(ends, int) else list(ends or [])
+        if not self.ends:
+            raise GenerationError("Neither model nor tokenizer has an EOS token: no answer would end. Set one.")
+        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
+
+    @classmethod
+    def load(cls, spec: ModelSpec) -> "TransformersGenerator":
+        """Load the model, on a GPU if there is one."""
+        tokenizer = load_tokenizer(spec.model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "float32" if spec.dtype == "auto" and device == "cpu" else spec.dtype
+        try:
+            model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, device_map=device)
+        except (OSError, ValueError) as error:
+            raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
+        return cls(model, tokenizer, spec.batch_size)
+
+    def render(self, user: str, opening: str) -> str:
+        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        return render(self.tokenizer, [{"role": "user", "content": user}], opening)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
+    ) -> Iterator[list[tuple[Request, Completion]]]:
+        """Answer in batches; one that lacks any answer is run whole. See [`~stepdpo_trl.generation.Generator`]."""
+        ids = {request.key: self._encode(request) for request in requests}
+        # Like lengths side by side: less padding
+        ordered = sorted(requests, key=lambda request: (len(ids[request.key]), request.key))
+        for start in range(0, len(ordered), self.batch_size):
+            batch = ordered[start : start + self.batch_size]
+            if all(request.key in done for request in batch):
+                continue
+            answers = self._run([ids[request.key] for request in batch], [request.seed for request in batch], sampling)
+            pairs = zip(batch, answers, strict=True)
+            yield [(request, answer) for request, answer in pairs if request.key not in done]
+
+    def _encode(self, request: Request) -> list[int]:
+        prompt = request.prompt if isinstance(request.prompt, str) else render(self.tokenizer, request.prompt)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def _run(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+        width = max(map(len, prompts))
+        device = self.model.device
+        processors = [SeededSampling(seeds, sampling, width)] if sampling.temperature else []
+        generate: Any = self.model.generate
+        rows = generate(
+            input_ids=torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in prompts], device=device),
+            attention_mask=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in prompts], device=device),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList(processors),
+        )
+        return [self._completion(len(ids), row) for ids, row in zip(prompts, rows[:, width:].tolist(), strict=True)]
+
+    def _completion(self, prompt_tokens: int, row: list[int]) -> Completion:
+        end = next((place for place, token in enumerate(row) if token in self.ends), None)
+        text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        reason, length = ("length", len(row)) if end is None else ("stop", end + 1)
+        return Completion(str(text), reason, prompt_tokens, length)

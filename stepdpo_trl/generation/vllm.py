@@ -1,0 +1,102 @@
+"""Generation with vLLM: a copy of the model on each GPU, in processes of this one."""
+
+import multiprocessing
+import os
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+from .chat import load_tokenizer, render
+from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+
+BATCH = 512  # requests that a GPU is handed at once: what a kill loses at most
+
+_engine: Any = None  # of a worker
+
+
+class VLLMGenerator:
+    """
+    A model in vLLM, with prefix caching.
+
+    Args:
+        spec (`ModelSpec`):
+            The model.
+
+    Raises:
+        GenerationError: If vLLM or a GPU is missing.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        gpus = _gpus()
+        self.tokenizer = load_tokenizer(spec.tokenizer or spec.model)
+        # vLLM's own data parallelism wants a process a copy as well (`LLM` refuses it in one)
+        context = multiprocessing.get_context("spawn")
+        free = context.Queue()
+        for gpu in gpus:
+            free.put(gpu)
+        self.pool = ProcessPoolExecutor(len(gpus), context, initializer=_start, initargs=(free, spec))
+
+    def render(self, user: str, opening: str) -> str:
+        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        return render(self.tokenizer, [{"role": "user", "content": user}], opening)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
+    ) -> Iterator[list[tuple[Request, Completion]]]:
+        """Answer in large batches. See [`~stepdpo_trl.generation.Generator`]."""
+        todo = [request for request in requests if request.key not in done]
+        batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+        running = {
+            self.pool.submit(_answer, [self._encode(r) for r in batch], [r.seed for r in batch], sampling): batch
+            for batch in batches
+        }
+        for future in as_completed(running):
+            yield list(zip(running[future], future.result(), strict=True))
+
+    def _encode(self, request: Request) -> list[int]:
+        prompt = request.prompt if isinstance(request.prompt, str) else render(self.tokenizer, request.prompt)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def _gpus() -> list[str]:
+    try:
+        import torch
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise GenerationError(
+            "Back end 'vllm' needs the package vllm. Install it: pip install 'stepdpo_trl[vllm]'"
+        ) from error
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if not gpus:
+        raise GenerationError("Back end 'vllm' needs a GPU, and none is found. Use the back end 'transformers'.")
+    return gpus
+
+
+def _start(free: Any, spec: ModelSpec) -> None:
+    """Load the model in a worker, on a GPU of its own."""
+    global _engine
+    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+    import vllm
+
+    _engine = vllm.LLM(model=spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, enable_prefix_caching=True)
+
+
+def _answer(prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+    import vllm
+
+    # Each its own seed
+    parameters = [
+        vllm.SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=seed
+        )
+        for seed in seeds
+    ]
+    outputs = _engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    return [_completion(output) for output in outputs]
+
+
+def _completion(output: Any) -> Completion:
+    answer = output.outputs[0]
+    reason = "length" if answer.finish_reason == "length" else "stop"
+    return Completion(answer.text, reason, len(output.prompt_token_ids), len(answer.token_ids))

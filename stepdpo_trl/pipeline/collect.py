@@ -1,0 +1,108 @@
+"""Sample solutions, and find the wrong ones (Step-DPO, section 3.2, "error collection")."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..steps import split_steps
+from .policy import Policy
+from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution
+from .run_directory import Log, RunDirectory, RunError
+from .stage import Stage
+from .tasks import Task
+
+
+def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: int) -> Counter[str]:
+    """
+    Sample solutions of each problem and check their answers.
+
+    Args:
+        stage (`Stage`):
+            The run and its services.
+        policy (`Policy`):
+            The model.
+        problems (`Sequence[Problem]`):
+            The problems.
+        samples (`int`):
+            Solutions of each.
+
+    Returns:
+        `Counter[str]`: Number of solutions by outcome.
+    """
+
+    def task(problem: Problem) -> Task[list[Solution]]:
+        sampled = yield from policy.sample(problem, policy.prompt.opening, range(samples))
+        return [Solution(s.key, problem, s.text, s.check.outcome, s.finish_reason, s.check.answer) for s in sampled]
+
+    counts: Counter[str] = Counter()
+    log = stage.run.log("solutions")
+    for solutions in stage.go(map(task, problems), len(problems), "collect", "problems", counts):
+        records = ((solution.key, _record(solution)) for solution in solutions)
+        log.extend((key, record) for key, record in records if key not in log)
+        counts.update(solution.outcome for solution in solutions)
+    return counts
+
+
+def _record(solution: Solution) -> dict[str, object]:
+    return {
+        "problem": solution.problem.id,
+        "outcome": solution.outcome,
+        "answer": solution.answer,
+        "finish_reason": solution.finish_reason,
+        "steps": len(split_steps(solution.text)),
+        "text": solution.text,
+    }
+
+
+def read_problems_of(run: RunDirectory) -> dict[str, Problem]:
+    """The problems of a run, by id."""
+    return {key: Problem(key, **record) for key, record in run.log("problems").items()}
+
+
+def read_solutions(run: RunDirectory) -> Iterator[Solution]:
+    """The solutions of a run."""
+    problems = read_problems_of(run)
+    log: Log = run.log("solutions")
+    for key, record in log.items():
+        yield Solution(
+            key,
+            problems[record["problem"]],
+            record["text"],
+            record["outcome"],
+            record["finish_reason"],
+            record["answer"],
+        )
+
+
+def wrong_solutions(run: RunDirectory) -> list[Solution]:
+    """
+    The wrong solutions of a run.
+
+    Raises:
+        RunError: If there are none.
+    """
+    solutions = list(read_solutions(run))
+    counts = Counter(solution.outcome for solution in solutions)
+    wrong = [solution for solution in solutions if solution.outcome == WRONG]
+    if not solutions:
+        raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
+    if not wrong:
+        raise RunError(no_wrong_answers(counts))
+    return wrong
+
+
+def no_wrong_answers(counts: Mapping[str, int]) -> str:
+    """What to say where nothing is wrong."""
+    if counts[UNREADABLE] > counts[RIGHT]:
+        return (
+            f"No wrong answers: {counts[RIGHT]} right and {counts[UNREADABLE]} unreadable ones. Unreadable solutions "
+            "teach nothing: give a --prompt that asks for the answer in \\boxed{}, or more --max-new-tokens."
+        )
+    return (
+        f"No wrong answers among {sum(counts.values())}: there is nothing to learn from. Give harder problems, or "
+        "more --samples."
+    )
+
+
+def steps_of(solution: Solution) -> tuple[str, ...]:
+    """The steps of a solution."""
+    return split_steps(solution.text).texts()

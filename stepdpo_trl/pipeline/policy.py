@@ -1,0 +1,128 @@
+"""Asking the policy to solve a problem, from any point of a solution, and whether it did."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..answers import Check
+from ..generation import Completion, Request
+from ..prompts import STEP_PROMPTS, StepPrompt, resolve_text
+from .records import UNREADABLE, Problem, digest
+from .run_directory import RunError
+from .tasks import Ask, CheckRequest, Task, seed_of
+
+_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+
+
+def render_template(template: str, **values: Any) -> str:
+    """
+    Fill a Jinja template.
+
+    Raises:
+        RunError: If the template cannot be filled.
+    """
+    try:
+        return _JINJA.from_string(template).render(**values)
+    except TemplateError as error:
+        raise RunError(
+            f"The template {template[:60]!r} cannot be filled: {error}. It may use {sorted(values)}."
+        ) from error
+
+
+def resolve_step_prompt(user: str, opening: str | None = None) -> StepPrompt:
+    """
+    Return the step prompt that is meant.
+
+    Args:
+        user (`str`):
+            Name in [`~stepdpo_trl.prompts.STEP_PROMPTS`], or a Jinja template.
+        opening (`str`, *optional*):
+            How the answer begins, defaults to that of the named prompt, and to nothing for a template.
+
+    Returns:
+        `StepPrompt`: The prompt.
+
+    Raises:
+        RunError: If the name is not known, or the template leaves the problem out.
+    """
+    try:
+        template = resolve_text(user, {name: prompt.user for name, prompt in STEP_PROMPTS.items()}, "prompt")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    known = STEP_PROMPTS.get(user)
+    prompt = StepPrompt(template, opening if opening is not None else known.opening if known else "")
+    probe = "PROBLEM\u2063TEXT"
+    if probe not in render_template(template, problem=probe):
+        raise RunError(f"The template {template[:60]!r} does not contain the problem. Put {{{{ problem }}}} into it.")
+    return prompt
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """
+    A sampled solution that goes on from a prefix.
+
+    Args:
+        key (`str`):
+            Its name in the run.
+        text (`str`):
+            The whole solution, prefix and all.
+        finish_reason (`str`):
+            `"stop"`, or `"length"` where it was cut.
+        check (`Check`):
+            What its final answer is worth.
+    """
+
+    key: str
+    text: str
+    finish_reason: str
+    check: Check
+
+
+@dataclass(frozen=True)
+class Policy:
+    """
+    A model that solves problems, as tasks see it.
+
+    The i-th sample from a prefix of a problem has the same name in all stages. So the samples of `collect` are the
+    first rollouts from the beginning, and rollouts from the last right step are the first samples of `rectify`.
+
+    Args:
+        whom (`str`):
+            Name of its service.
+        prompt (`StepPrompt`):
+            How it is asked.
+        render (`Callable[[str, str], str]`):
+            The generator's `render`.
+        seed (`int`):
+            Seed of the run.
+    """
+
+    whom: str
+    prompt: StepPrompt
+    render: Any
+    seed: int
+
+    def sample(self, problem: Problem, prefix: str, numbers: Sequence[int]) -> Task[list[Continuation]]:
+        """Sample the continuations of these numbers, and check their answers."""
+        text = self.render(render_template(self.prompt.user, problem=problem.problem), prefix)
+        keys = [f"{problem.id}/{digest(prefix)}/{number}" for number in numbers]
+        requests = tuple(Request(key, text, seed_of(self.seed, f"{self.whom}/{key}")) for key in keys)
+        completions: Mapping[str, Completion] = yield Ask(self.whom, requests)
+        solutions = {key: prefix + completions[key].text for key in keys}
+        checks: Mapping[str, Check] = yield Ask(
+            "check", tuple(CheckRequest(f"{self.whom}/{key}", problem.answer, solutions[key]) for key in keys)
+        )
+        return [
+            Continuation(key, solutions[key], completions[key].finish_reason, self._check(checks, key, completions))
+            for key in keys
+        ]
+
+    def _check(self, checks: Mapping[str, Check], key: str, completions: Mapping[str, Completion]) -> Check:
+        check = checks[f"{self.whom}/{key}"]
+        if completions[key].finish_reason == "length" and "\\boxed" not in completions[key].text:
+            return Check(UNREADABLE, check.answer, "cut at max_new_tokens")
+        return check

@@ -1,0 +1,110 @@
+"""Let the model write the first wrong step anew until the answer is right (Step-DPO, section 3.2)."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..steps import split_steps
+from .collect import wrong_solutions
+from .judges import Judge
+from .localize import read_verdicts
+from .policy import Policy
+from .records import RIGHT, Solution
+from .run_directory import RunDirectory
+from .stage import Stage
+from .tasks import Task
+
+
+def normalize_step(step: str) -> str:
+    """A step for comparison: without case, white space, markup and a full stop at the end."""
+    return re.sub(r"[\s*_`$\\]+", "", step).casefold().rstrip(".")
+
+
+def rectify(
+    stage: Stage,
+    policy: Policy,
+    way: str | None,
+    name: str | None,
+    wanted: int = 1,
+    most: int = 20,
+    judge: Judge | None = None,
+) -> Counter[str]:
+    """
+    Sample from the last right prefix, in rounds, until there are enough right continuations.
+
+    Rounds are of 1, 1, 2, 4, 8 ... samples. The first step of a continuation is a preferred step if its final answer
+    is right and the step differs from the undesirable one and from those found before.
+
+    Args:
+        stage (`Stage`):
+            The run and its services.
+        policy (`Policy`):
+            The model that writes.
+        way (`str`, *optional*):
+            Judge whose verdicts are taken.
+        name (`str`, *optional*):
+            Name of a model other than the one that wrote the solutions.
+        wanted (`int`, *optional*, defaults to `1`):
+            Preferred steps for each wrong solution.
+        most (`int`, *optional*, defaults to `20`):
+            Samples for each wrong solution at most.
+        judge (`Judge`, *optional*):
+            Looks at the preferred step; one that it finds wrong is dropped.
+
+    Returns:
+        `Counter[str]`: Solutions with a preferred step (`"rectified"`) and without (`"given up"`), pairs, samples,
+        and preferred steps that the judge dropped (`"dropped"`).
+    """
+    found_in, verdicts = read_verdicts(stage.run, way)
+    log = stage.run.log(f"corrections.{found_in}{f'.by-{name}' if name else ''}")
+    solutions = [s for s in wrong_solutions(stage.run) if s.key in verdicts and verdicts[s.key].step is not None]
+
+    def task(solution: Solution) -> Task[tuple[Solution, dict[str, Any]]]:
+        step = verdicts[solution.key].step
+        assert step is not None
+        found: list[dict[str, Any]] = []
+        tried = dropped = 0
+        steps = split_steps(solution.text)
+        seen = {normalize_step(steps.step(step))}
+        while len(found) < wanted and tried < most:
+            numbers = range(tried, min(most, max(1, 2 * tried)))
+            sampled = yield from policy.sample(solution.problem, steps.prefix(step), numbers)
+            tried += len(sampled)
+            for continuation in sampled:
+                anew = split_steps(continuation.text, steps.style)
+                if (
+                    continuation.check.outcome != RIGHT
+                    or len(found) == wanted
+                    or len(anew) < step
+                    or anew.spans[step - 1].begin != steps.spans[step - 1].begin
+                    or normalize_step(anew.step(step)) in seen
+                ):
+                    continue
+                seen.add(normalize_step(anew.step(step)))
+                if judge is not None:
+                    # Only what the judge has not seen yet is new: the prefix was found right
+                    upto = Solution(continuation.key, solution.problem, continuation.text, RIGHT, "stop")
+                    verdict = yield from judge(upto)
+                    if verdict.step is not None and verdict.step <= step:
+                        dropped += 1
+                        continue
+                found.append(
+                    {"key": continuation.key, "text": continuation.text, "finish": continuation.finish_reason}
+                )
+        return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
+
+    counts: Counter[str] = Counter()
+    for solution, record in stage.go(map(task, solutions), len(solutions), "rectify", "solutions", counts):
+        if solution.key not in log:
+            log.append(solution.key, record)
+        counts["rectified" if record["found"] else "given up"] += 1
+        counts["pairs"] += len(record["found"])
+        counts["samples"] += record["samples"]
+        counts["dropped"] += record["dropped"]
+    return counts
+
+
+def read_corrections(run: RunDirectory) -> dict[str, Sequence[Any]]:
+    """All corrections of a run, by the way they were made."""
+    return {way: list(log.items()) for way, log in run.logs("corrections").items()}

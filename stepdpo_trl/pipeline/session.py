@@ -1,0 +1,276 @@
+"""The stages with all that they need: models, judges, checks. What the command line calls, and Ray on each machine."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..answers import AnswerChecker, check_golds
+from ..generation import Generator, ModelSpec, Sampling, make_generator
+from ..prompts import StepPrompt
+from . import collect as collecting
+from . import localize as localizing
+from . import rectify as rectifying
+from .judges import (
+    Judge,
+    arithmetic_judge,
+    combine,
+    human_judge,
+    llm_judge,
+    parse_judges,
+    prm_judge,
+    rollout_judge,
+)
+from .policy import Policy
+from .records import Problem, shard_of, write_problem
+from .run_directory import RunDirectory, RunError
+from .stage import Stage
+from .tasks import RecordedChecks, RecordedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """
+    What judges need.
+
+    Args:
+        k (`int`, *optional*, defaults to `8`):
+            Rollouts of a prefix at most (`rollout`).
+        model (`ModelSpec`, *optional*):
+            The judge (`llm`).
+        votes (`int`, *optional*, defaults to `1`):
+            Replies that count (`llm`).
+        gold (`bool`, *optional*, defaults to `True`):
+            Whether the judge sees the gold solution (`llm`).
+        prompt (`str`, *optional*):
+            Jinja template for the judge (`llm`).
+        sampling (`Sampling`, *optional*):
+            How the judge is sampled (`llm`). Greedy for one vote, at temperature 0.7 for more.
+        prm (`str`, *optional*):
+            The process reward model (`prm`).
+        threshold (`float`, *optional*, defaults to `0.5`):
+            Least probability of a right step (`prm`).
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the process reward model.
+        port (`int`, *optional*):
+            Port of the page (`human`).
+    """
+
+    k: int = 8
+    model: ModelSpec | None = None
+    votes: int = 1
+    gold: bool = True
+    prompt: str | None = None
+    sampling: Sampling | None = None
+    prm: str | None = None
+    threshold: float = 0.5
+    trust_remote_code: bool = False
+    port: int | None = None
+
+    def check(self, names: Sequence[str]) -> None:
+        """
+        Check that these judges have what they need.
+
+        Raises:
+            RunError: If one has not.
+        """
+        if "llm" in names and self.model is None:
+            raise RunError("Judge 'llm' needs a model: --judge-model NAME, and --judge-base-url URL for a server.")
+        if "prm" in names and self.prm is None:
+            raise RunError("Judge 'prm' needs a process reward model: --prm Qwen/Qwen2.5-Math-PRM-7B, or a folder.")
+        if self.k < 1 or self.votes < 1:
+            raise RunError(f"k={self.k} and votes={self.votes} must be at least 1.")
+
+    def settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """What verdicts of these judges depend on."""
+        settings: dict[str, Any] = {"k": self.k} if "rollout" in names else {}
+        if "llm" in names and self.model is not None:
+            settings |= {"judge_model": self.model.model, "votes": self.votes, "gold": self.gold}
+            settings |= {"judge_prompt": self.prompt, "judge_sampling": asdict(self.judge_sampling)}
+        if "prm" in names:
+            settings |= {"prm": self.prm, "threshold": self.threshold}
+        return settings
+
+    @property
+    def judge_sampling(self) -> Sampling:
+        """How the judge is sampled."""
+        return self.sampling or Sampling(0.0 if self.votes == 1 else 0.7, 0.95, 1024)
+
+
+@dataclass
+class Session:
+    """
+    Models loaded once for all stages of a process.
+
+    Args:
+        generators (`dict[ModelSpec, Generator]`, *optional*):
+            Models that are there already.
+    """
+
+    generators: dict[ModelSpec, Generator] = field(default_factory=dict)
+    checker: AnswerChecker = field(default_factory=AnswerChecker)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.checker.__exit__(kind, error, trace)
+
+    def generator(self, spec: ModelSpec) -> Generator:
+        """A model, loaded when it is first asked for."""
+        if spec not in self.generators:
+            self.generators[spec] = make_generator(spec)
+        return self.generators[spec]
+
+    def collect(
+        self,
+        path: Path,
+        problems: Sequence[Problem],
+        name: str,
+        model: ModelSpec,
+        prompt: StepPrompt,
+        sampling: Sampling,
+        samples: int = 2,
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Counter[str]:
+        """Sample solutions of problems; see [`~stepdpo_trl.pipeline.collect.collect`]."""
+        self._check_golds(problems)
+        mine = shard_of(problems, shard)
+        settings = {
+            "problems": name,
+            "prompt": asdict(prompt),
+            "sampling": asdict(sampling),
+            "samples": samples,
+            "seed": seed,
+            "model": {"model": model.model, "backend": model.backend, "tokenizer": model.tokenizer},
+            "shard": list(shard),
+        }
+        with RunDirectory(path, create=True) as run:
+            run.keep_settings("collect", settings, free=("samples",))
+            log = run.log("problems")
+            for problem in mine:
+                if log.get(problem.id, write_problem(problem)) != write_problem(problem):
+                    raise RunError(
+                        f"Problem {problem.id!r} is another one than when {path} was begun. Take a new --out."
+                    )
+            log.extend((problem.id, write_problem(problem)) for problem in mine if problem.id not in log)
+            stage = self._stage(run)
+            policy = self._policy(stage, model)
+            counts = collecting.collect(stage, policy, mine, samples)
+            if not counts["wrong"]:
+                logger.warning(collecting.no_wrong_answers(counts))
+            return counts
+
+    def localize(
+        self, path: Path, way: str, options: JudgeOptions, model: dict[str, Any] | None = None
+    ) -> Counter[str]:
+        """Find the first wrong steps; see [`~stepdpo_trl.pipeline.localize.localize`]."""
+        groups = parse_judges(way)
+        names = [name for group in groups for name in group]
+        options.check(names)
+        with RunDirectory(path) as run:
+            run.keep_settings(f"localize {way}", options.settings(names))
+            stage = self._stage(run)
+            judges = {name: self._judge(name, stage, options, model) for name in names}
+            return localizing.localize(stage, combine(groups, judges), way)
+
+    def rectify(
+        self,
+        path: Path,
+        way: str | None = None,
+        wanted: int = 1,
+        most: int = 20,
+        check: str | None = None,
+        options: JudgeOptions | None = None,
+        rectifier: ModelSpec | None = None,
+        model: dict[str, Any] | None = None,
+    ) -> Counter[str]:
+        """Write wrong steps anew; see [`~stepdpo_trl.pipeline.rectify.rectify`]."""
+        options = options or JudgeOptions()
+        groups = parse_judges(check) if check else []
+        names = [name for group in groups for name in group]
+        if set(names) & {"rollout", "human"}:
+            raise RunError(
+                f"--check {check!r} cannot look at right solutions. Take arithmetic, llm, prm or a combination."
+            )
+        options.check(names)
+        if wanted < 1 or most < wanted:
+            raise RunError(f"wanted={wanted} must be at least 1 and at most most={most}.")
+        name = Path(rectifier.model).name if rectifier else None
+        with RunDirectory(path) as run:
+            found_in, _ = localizing.read_verdicts(run, way)
+            settings = {"wanted": wanted, "most": most, "check": check, **options.settings(names)}
+            settings["rectifier"] = rectifier.model if rectifier else None
+            run.keep_settings(f"rectify {found_in}{f' by {name}' if name else ''}", settings)
+            stage = self._stage(run)
+            whom = f"rectifier-{name}" if name else "policy"
+            policy = self._policy(stage, rectifier or self._model_of(run, model), whom)
+            judge = combine(groups, {n: self._judge(n, stage, options, model) for n in names}) if names else None
+            return rectifying.rectify(stage, policy, way, name, wanted, most, judge)
+
+    def _stage(self, run: RunDirectory) -> Stage:
+        return Stage(run, {"check": RecordedChecks(self.checker, run.log("checks"))})
+
+    def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
+        """The model that wrote the solutions, where it is to be found now."""
+        if "collect" not in run.settings():
+            raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
+        return replace(ModelSpec("", "transformers"), **{**run.settings()["collect"]["model"], **(changes or {})})
+
+    def _policy(self, stage: Stage, model: ModelSpec, whom: str = "policy") -> Policy:
+        settings = stage.run.settings()["collect"]
+        generator = self.generator(model)
+        if whom not in stage.services:
+            log = stage.run.log(f"generations.{whom}")
+            stage.services[whom] = RecordedModel(generator, Sampling(**settings["sampling"]), log, whom)
+        return Policy(whom, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
+
+    def _judge(self, name: str, stage: Stage, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
+        if name == "arithmetic":
+            return arithmetic_judge
+        if name == "rollout":
+            return rollout_judge(self._policy(stage, self._model_of(stage.run, model)), options.k)
+        if name == "llm":
+            assert options.model is not None
+            log = stage.run.log("generations.judge")
+            generator = self.generator(options.model)
+            stage.services["judge"] = RecordedModel(generator, options.judge_sampling, log, "judge")
+            seed = stage.run.settings()["collect"]["seed"]
+            return llm_judge("judge", seed, options.votes, options.gold, options.prompt)
+        if name == "prm":
+            from .prm import ProcessRewardModel, RecordedPRM
+
+            assert options.prm is not None
+            loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)
+            stage.services["prm"] = RecordedPRM(loaded, stage.run.log("scores.prm"))
+            return prm_judge(options.threshold)
+        return self._ask_person(stage, options)
+
+    def _ask_person(self, stage: Stage, options: JudgeOptions) -> Judge:
+        from .human import ToLabel, label
+
+        labels = stage.run.log("labels")
+        items = [
+            ToLabel(s.key, s.problem.problem, s.problem.answer, s.problem.solution, collecting.steps_of(s))
+            for s in collecting.wrong_solutions(stage.run)
+        ]
+        label(items, labels, port=options.port)
+        return human_judge(labels)
+
+    def _check_golds(self, problems: Sequence[Problem]) -> None:
+        unusable = check_golds(self.checker, [problem.answer for problem in problems])
+        if unusable:
+            named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
+            raise RunError(
+                f"{len(unusable)} gold answers cannot be read as an answer ({'; '.join(named)}"
+                f"{' ...' if len(unusable) > 5 else ''}): no solution could be compared with them. Mend or remove "
+                "these problems."
+            )

@@ -1,0 +1,36 @@
+"""What every stage runs on: the folder, the services, a progress bar."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+from .run_directory import RunDirectory
+from .tasks import Service, Task, run_tasks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    The surroundings of a stage.
+
+    Args:
+        run (`RunDirectory`):
+            The folder.
+        services (`dict[str, Service]`):
+            Whom tasks can ask.
+    """
+
+    run: RunDirectory
+    services: dict[str, Service] = field(default_factory=dict)
+
+    def go(self, tasks: Iterable[Task[T]], total: int, name: str, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
+        """Run tasks, with a progress bar that shows `counts`: the yield so far."""
+        with tqdm(total=total, desc=name, unit=f" {unit}", position=0) as bar:
+            for result in run_tasks(tasks, self.services):
+                yield result
+                bar.update(1)
+                bar.set_postfix(dict(counts), refresh=False)

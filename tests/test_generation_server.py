@@ -1,0 +1,198 @@
+"""An OpenAI-compatible server that behaves, and one that does not."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("openai", reason="needs the extra openai")
+
+from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling
+from stepdpo_trl.generation.openai import OpenAIGenerator
+from stepdpo_trl.quickstart import MODEL_PATH
+
+KEY = "sk-abcdefghijklmnop1234567890"
+
+
+class Server:
+    """Answers each request with what is next in `script`, properly when that is empty."""
+
+    def __init__(self):
+        self.script, self.bodies, self.running, self.most = [], [], 0, 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with outer.lock:
+                    outer.bodies.append((self.path, body, self.headers.get("authorization")))
+                    outer.running += 1
+                    outer.most = max(outer.most, outer.running)
+                    what = outer.script.pop(0) if outer.script else "ok"
+                threading.Event().wait(0.02)
+                with outer.lock:
+                    outer.running -= 1
+                getattr(self, f"reply_{what}")(body)
+
+            def reply(self, status, content, length=None, **headers):
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(length or len(content)))
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def content(self, body):
+                text = f"to {body['seed']}"
+                text = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+                choice = {"index": 0, "finish_reason": "stop", **text}
+                usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+                kind = "chat.completion" if "messages" in body else "text_completion"
+                reply = {"id": "1", "object": kind, "created": 1, "model": "m", "choices": [choice], "usage": usage}
+                return json.dumps(reply).encode()
+
+            def reply_ok(self, body):
+                self.reply(200, self.content(body))
+
+            def reply_429(self, body):
+                self.reply(429, b'{"error": {"message": "slow down"}}', retry_after="7")
+
+            def reply_500(self, body):
+                self.reply(500, b"oh no")
+
+            def reply_nonsense(self, body):
+                self.reply(200, b"<html>hello</html>")
+
+            def reply_empty(self, body):
+                self.reply(200, b'{"choices": []}')
+
+            def reply_null(self, body):
+                self.reply(200, b'{"choices": [{"text": null, "finish_reason": "stop", "index": 0}]}')
+
+            def reply_nothing(self, body):
+                self.close_connection = True
+
+            def reply_half(self, body):
+                content = self.content(body)
+                self.reply(200, content[: len(content) // 2], length=len(content))
+                self.close_connection = True
+
+            def reply_401(self, body):
+                self.reply(401, json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode())
+
+            def reply_hang(self, body):
+                threading.Event().wait(3)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+
+
+def ask(server, count=6, batch_size=2, done=(), prompt="text", **options):
+    pauses = []
+    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=batch_size)
+    generator = OpenAIGenerator(spec, sleep=pauses.append, **options)
+    requests = [Request(str(n), prompt, n) for n in range(count)]
+    found = {}
+    try:
+        for part in generator.generate(requests, Sampling(0.5, 0.9, 7), done):
+            found.update({request.key: answer for request, answer in part})
+    except GenerationError as error:
+        return found, pauses, str(error)
+    return found, pauses, None
+
+
+def test_texts_and_messages(server):
+    found, pauses, error = ask(server, 3)
+    assert (pauses, error) == ([], None)
+    assert {key: answer.text for key, answer in found.items()} == {str(n): f"to {n}" for n in range(3)}
+    assert vars(found["0"]) == {"text": "to 0", "finish_reason": "stop", "prompt_tokens": 3, "tokens": 2}
+    path, body, _ = server.bodies[0]
+    assert path == "/v1/completions"
+    options = {"model": "m", "temperature": 0.5, "top_p": 0.9, "max_tokens": 7}
+    assert body == {"prompt": "text", "seed": body["seed"], **options}
+    messages = ({"role": "user", "content": "hello"},)
+    assert ask(server, 1, prompt=messages)[0]["0"].text == "to 0"
+    path, body, _ = server.bodies[-1]
+    assert (path, body["messages"]) == ("/v1/chat/completions", list(messages))
+
+
+def test_bounded_concurrency(server):
+    ask(server, 12, batch_size=3)
+    assert server.most == 3
+
+
+def test_what_is_done_is_not_asked(server):
+    assert set(ask(server, 4, done={"1", "2"})[0]) == {"0", "3"}
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("trouble", ["429", "500", "nonsense", "empty", "null", "nothing", "half"])
+def test_trouble_that_passes(server, trouble):
+    """Tried again after a pause, and nothing is lost or doubled."""
+    server.script = [trouble, trouble]
+    found, pauses, error = ask(server, 5, batch_size=1)
+    assert error is None
+    assert {key: answer.text for key, answer in found.items()} == {str(n): f"to {n}" for n in range(5)}
+    assert pauses == ([7.0, 7.0] if trouble == "429" else [0.5, 1.0])
+
+
+@pytest.mark.parametrize("trouble", ["429", "500", "nonsense", "nothing", "half"])
+def test_trouble_that_stays(server, trouble):
+    """An end that says what happened; what had been answered is handed out."""
+    server.script = ["ok", "ok"] + [trouble] * 50
+    found, pauses, error = ask(server, 5, batch_size=1, tries=4)
+    assert set(found) == {"0", "1"}
+    assert len(pauses) == 3
+    assert "did not answer '2' in 4 tries" in error
+    assert {"429": "HTTP 429", "500": "HTTP 500", "nonsense": "a reply that is none"}.get(
+        trouble, "Connection"
+    ) in error
+
+
+def test_a_server_that_hangs(server):
+    server.script = ["hang"] * 2
+    _, pauses, error = ask(server, 1, tries=2, timeout=0.3)
+    assert len(pauses) == 1
+    assert "APITimeoutError" in error
+
+
+def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.script = ["401"]
+    found, pauses, error = ask(server, 3, batch_size=1)
+    assert (found, pauses) == ({}, [])
+    assert server.bodies[0][2] == f"Bearer {KEY}"
+    assert "HTTP 401" in error
+    assert "OPENAI_API_KEY" in error
+    assert KEY not in error
+    assert KEY[:8] not in error
+
+
+def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
+    from stepdpo_trl.pipeline.run_directory import RunDirectory
+    from stepdpo_trl.pipeline.tasks import RecordedModel
+
+    monkeypatch.setenv("OTHER_KEY", KEY)
+    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_variable="OTHER_KEY")
+    with RunDirectory(tmp_path) as run:
+        log = run.log("generations")
+        RecordedModel(OpenAIGenerator(spec), Sampling(), log, "m").answer([Request("a", "text", 1)])
+        run.keep_settings("collect", vars(spec))
+    assert server.bodies[0][2] == f"Bearer {KEY}"
+    assert all(KEY not in file.read_text() for file in tmp_path.iterdir())
+    assert KEY not in "".join(capfd.readouterr())

@@ -1,0 +1,280 @@
+"""From problems to step pairs with a made-up student, whose mistakes are known."""
+
+import json
+
+import pytest
+
+from stepdpo_trl.generation import ModelSpec, Sampling
+from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
+from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
+from stepdpo_trl.pipeline.localize import agreement, read_verdicts
+from stepdpo_trl.pipeline.records import read_problems
+from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
+from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.summary import summarize
+from stepdpo_trl.prompts import STEP_PROMPTS
+from stepdpo_trl.schema import StepPreference
+
+from .simulated import Student, draw_records, truly_wrong_step
+
+MODEL = ModelSpec("student")
+SAMPLING = Sampling(1.0, 1.0, 256)
+
+
+@pytest.fixture(scope="module")
+def checker():
+    with Session() as session:
+        yield session.checker
+
+
+def run_all(path, checker, student=None, problems=None, way="arithmetic>rollout", shard=(0, 1), samples=3, **options):
+    student = student or Student()
+    session = Session({MODEL: student}, checker)
+    problems = draw_records(30) if problems is None else problems
+    session.collect(path, problems, "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, samples, shard=shard)
+    session.localize(path, way, JudgeOptions())
+    session.rectify(path, **options)
+    return student
+
+
+def records(path):
+    return {file.name: file.read_text() for file in sorted(path.glob("*.jsonl"))}
+
+
+def test_pairs(tmp_path, checker):
+    """Every number of the run, against the truth."""
+    run_all(tmp_path, checker, way="rollout", wanted=2)
+    with RunDirectory(tmp_path) as run:
+        solutions = list(read_solutions(run))
+        wrong = wrong_solutions(run)
+        verdicts = read_verdicts(run)[1]
+    assert len(solutions) == 90
+    for solution in solutions:
+        assert (solution.outcome == "right") == solution.text.endswith(f"boxed{{{solution.problem.answer}}}.")
+    located = {s.key: (s, verdicts[s.key].step) for s in wrong if verdicts[s.key].step}
+    assert len(located) > 30
+    right = sum(step == truly_wrong_step(s.problem.problem, s.text) for s, step in located.values())
+    assert right / len(located) > 0.95  # luck makes some wrong steps good
+    rows, left_out = build([tmp_path])
+    assert len(rows) > 30
+    assert left_out["duplicate"] >= 0
+    for row in rows:
+        assert truly_wrong_step(row["prompt"], row["initial_reason_steps"] + row["full_chosen"]) in (None, *range(99))
+        assert row["full_chosen"].startswith(row["chosen"])
+        assert row["full_rejected"].startswith(row["rejected"])
+        assert row["initial_reason_steps"].endswith(f"Step {row['step_index']}:")
+        assert row["chosen_ends_solution"] == ("Step" not in row["full_chosen"])
+        StepPreference.from_row(row, "row")
+
+
+def test_a_prefix_is_sampled_once_in_all_stages(tmp_path, checker):
+    """Samples of `collect` are rollouts from the beginning; rollouts of the last right prefix are corrections."""
+    student = run_all(tmp_path, checker, way="rollout")
+    assert len(student.asked) == len(set(student.asked))
+    with RunDirectory(tmp_path) as run:
+        asked = run.log("generations.policy")
+        found = [f["key"] for c in run.logs("corrections").values() for r in c.values() for f in r["found"]]
+        rollouts = sum(
+            t for v in read_verdicts(run)[1].values() for t, _ in v.evidence["rollout"]["rollouts"].values()
+        )
+    assert set(asked) == set(student.asked)
+    assert set(found) <= set(asked)
+    assert len(asked) < 90 + rollouts  # some rollouts cost nothing
+
+
+def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
+    run_all(tmp_path, checker)
+    before = records(tmp_path)
+    student = run_all(tmp_path, checker)
+    assert student.asked == []
+    assert records(tmp_path) == before
+
+
+def test_more_samples_go_on(tmp_path, checker):
+    run_all(tmp_path, checker, samples=2)
+    student = run_all(tmp_path, checker, samples=3)
+    run_all(tmp_path / "whole", checker, samples=3)
+    assert 0 < len(student.asked)
+    assert build([tmp_path])[0] == build([tmp_path / "whole"])[0]
+
+
+def test_shards_merge(tmp_path, checker):
+    """The pairs of four shards are those of one run."""
+    run_all(tmp_path / "whole", checker)
+    for index in range(4):
+        run_all(tmp_path / "parts" / f"shard-{index}-of-4", checker, shard=(index, 4))
+    whole = build(run_directories(tmp_path / "whole"))[0]
+    parts = build(run_directories(tmp_path / "parts"))[0]
+    assert sorted(map(json.dumps, parts)) == sorted(map(json.dumps, whole))
+    summary = summarize(run_directories(tmp_path / "parts"))
+    assert summary.outcomes == summarize([tmp_path / "whole"]).outcomes
+    (tmp_path / "parts" / "shard-2-of-4").rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"lacks shards \[2\]"):
+        run_directories(tmp_path / "parts")
+
+
+def test_judges_combined(tmp_path, checker):
+    """`>` asks where the first is silent, `+` keeps what both say."""
+    session = Session({MODEL: Student()}, checker)
+    session.collect(tmp_path, draw_records(30), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    for way in ("arithmetic", "rollout", "arithmetic>rollout", "arithmetic+rollout"):
+        session.localize(tmp_path, way, JudgeOptions())
+    with RunDirectory(tmp_path) as run:
+        one, two, either, both = (
+            {key: verdict.step for key, verdict in read_verdicts(run, way)[1].items()}
+            for way in ("arithmetic", "rollout", "arithmetic>rollout", "arithmetic+rollout")
+        )
+        shared = agreement(run)["arithmetic", "rollout"]
+    assert either == {key: one[key] or two[key] for key in one}
+    assert both == {key: one[key] if one[key] == two[key] else None for key in one}
+    speaking = [key for key in one if one[key] and two[key]]
+    assert shared == {"both": len(speaking), "same": sum(one[key] == two[key] for key in speaking)}
+    with pytest.raises(RunError, match="several judges"):
+        session.rectify(tmp_path)
+
+
+def test_wanted_and_most(tmp_path, checker):
+    student = run_all(tmp_path, checker, Student(mistakes=0.5), wanted=3, most=5)
+    with RunDirectory(tmp_path) as run:
+        log = next(iter(run.logs("corrections").values()))
+    assert max(record["samples"] for record in log.values()) == 5
+    assert max(len(record["found"]) for record in log.values()) <= 3
+    assert student.asked
+
+
+def test_rectified_by_another_model(tmp_path, checker):
+    """Preferred steps out of distribution: the samples are another model's, and kept apart."""
+    run_all(tmp_path, checker)
+    other = ModelSpec("org/teacher")
+    teacher = Student(mistakes=0.0)
+    session = Session({MODEL: Student(), other: teacher}, checker)
+    session.rectify(tmp_path, rectifier=other)
+    with RunDirectory(tmp_path) as run:
+        ways = list(run.logs("corrections"))
+        assert set(run.log("generations.rectifier-teacher")) == set(teacher.asked)
+    assert set(ways) == {"arithmetic-then-rollout", "arithmetic-then-rollout.by-teacher"}
+    with pytest.raises(RunError, match="several kinds of corrections"):
+        build([tmp_path])
+    assert build([tmp_path], "arithmetic-then-rollout.by-teacher")[0]
+
+
+def test_selection():
+    def row(problem, prefix, chosen, rejected):
+        return {
+            "prompt": f"{problem}?",
+            "initial_reason_steps": prefix,
+            "chosen": chosen,
+            "rejected": rejected,
+            "problem_id": problem,
+        }
+
+    from stepdpo_trl.pipeline.records import Problem
+
+    problems = {name: Problem(name, f"What is {name}?", "1") for name in "abc"}
+    rows = [
+        row("a", "Step 1:", " x = 1", " x = 2"),
+        row("a", "Step 1:", " x  = 1.", " X = 2"),  # the same but for spaces, case and full stop
+        row("a", "Step 1:", " y = 1", " x = 2"),  # another way to correct the first error
+        row("a", "Step 1: u\nStep 2:", " x = 1", " x = 2"),  # another error
+        row("b", "Step 1:", " x = 1", " x = 2"),
+        row("c", "Step 1:", " x = 1", " x = 2"),
+    ]
+    kept, left_out = select_pairs(rows, problems, [Problem("t", "what is  B ?", "1")], per_problem=2)
+    assert kept == [rows[0], rows[3], rows[5]]
+    assert left_out == {"duplicate": 1, "more than enough of a problem": 1, "in a test set": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"problem": "What is 1 + 1?"}', "row 1: has no `answer`"),
+        ('{"problem": "What is 1 + 1?", "answer": ""}', "row 1: has no `answer`"),
+        ('{"question": "What is 1 + 1?", "answer": "It is ####  "}', "nothing behind `####`"),
+        ('{"task": "What is 1 + 1?", "answer": "2"}', "has no `problem`"),
+        ('{"problem": " ", "answer": "2"}', "`problem` is empty"),
+        ('{"id": 1, "problem": "a", "answer": "2"}\n{"id": 1, "problem": "b", "answer": "2"}', "the id '1' again"),
+        ('{"problem": "a", "answer": "2"}\n{"problem": "a", "answer": "2"}', "the text of row 1 again"),
+        ('{"problem": "a", ', "Line 1 of .* is not JSON"),
+        ("[1]", "is not an object"),
+        ("", "has no problems"),
+    ],
+)
+def test_problems_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        read_problems(path)
+
+
+def test_problems_as_published(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": "Add.\u2028Then 1+1 = <<1+1=2>>2\n#### 2"}))
+    (problem,) = read_problems(path)
+    assert (problem.problem, problem.answer, problem.solution) == (
+        "How many?",
+        "2",
+        "Add.\u2028Then 1+1 = <<1+1=2>>2",
+    )
+    with pytest.raises(RunError, match=r"Did you mean .*gsm8k.jsonl"):
+        read_problems(tmp_path / "gms8k.jsonl")
+
+
+def test_answers_that_do_not_parse(tmp_path, checker):
+    student = Student()
+    problems = [*draw_records(2), type(draw_records(1)[0])("odd", "What is 1 + 1?", "\\frac{1}{")]
+    with pytest.raises(RunError, match=r"1 gold answers cannot be read .*'odd'"):
+        run_all(tmp_path, checker, student, problems)
+    assert student.asked == []
+
+
+def test_nothing_wrong(tmp_path, checker, caplog):
+    session = Session({MODEL: Student(mistakes=0.0)}, checker)
+    session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    assert "Give harder problems, or more --samples" in caplog.text
+    with pytest.raises(RunError, match="harder problems"):
+        session.localize(tmp_path, "arithmetic", JudgeOptions())
+
+
+def test_nothing_readable(tmp_path, checker, caplog):
+    session = Session({MODEL: Student(unreadable=1.0)}, checker)
+    counts = session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    assert counts == {"unreadable": 6}
+    assert "Unreadable solutions teach nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "message"),
+    [
+        ("roll-out", JudgeOptions(), "Did you mean 'rollout'"),
+        ("rollout+rollout", JudgeOptions(), "stands twice"),
+        ("llm", JudgeOptions(), "--judge-model"),
+        ("prm", JudgeOptions(), "--prm"),
+        ("rollout", JudgeOptions(k=0), "k=0"),
+    ],
+)
+def test_judges_that_cannot_be_asked(tmp_path, checker, way, options, message):
+    with pytest.raises(RunError, match=message):
+        Session({}, checker).localize(tmp_path, way, options)
+
+
+def test_stages_out_of_order(tmp_path, checker):
+    session = Session({MODEL: Student()}, checker)
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        session.localize(tmp_path / "none", "arithmetic", JudgeOptions())
+    with pytest.raises(RunError, match="Run `stepdpo collect` first"):
+        session.localize(tmp_path, "arithmetic", JudgeOptions())
+    session.collect(tmp_path, draw_records(5), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    with pytest.raises(RunError, match="Run `stepdpo localize` first"):
+        session.rectify(tmp_path)
+    with pytest.raises(RunError, match="Run `stepdpo rectify` first"):
+        build([tmp_path])
+
+
+def test_other_settings(tmp_path, checker):
+    session = Session({MODEL: Student()}, checker)
+    arguments = (tmp_path, draw_records(5), "drawn", MODEL, STEP_PROMPTS["plain"])
+    session.collect(*arguments, SAMPLING, 2)
+    with pytest.raises(RunError, match=r"begun with sampling=.*another folder"):
+        session.collect(*arguments, Sampling(0.5, 1.0, 256), 2)
+    with pytest.raises(RunError, match=r"begun with seed=0 \(now 1\)"):
+        session.collect(*arguments, SAMPLING, 2, seed=1)

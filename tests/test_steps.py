@@ -1,0 +1,72 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepdpo_trl.steps import STYLES, split_steps
+
+OPENING = "Let's think step by step."
+
+
+@pytest.mark.parametrize(
+    ("text", "style", "prefixes_and_steps"),
+    [
+        (
+            f"{OPENING}\nStep 1: 3 * 4 = 12\nStep 2: 12 + 1 = 13\nThe answer is 13.",
+            "label",
+            [
+                (f"{OPENING}\nStep 1:", " 3 * 4 = 12"),
+                (f"{OPENING}\nStep 1: 3 * 4 = 12\nStep 2:", " 12 + 1 = 13\nThe answer is 13."),
+            ],
+        ),
+        # As in some rows of Math-Step-DPO-10K
+        (f"{OPENING} Step 1: a.\nStep 2: b", "label", [(f"{OPENING} Step 1:", " a."), (f"{OPENING} Step 1: a.\nStep 2:", " b")]),
+        ("### Step 1: Add\n1 + 1\n\n### Step 2: Say", "label", [("### Step 1:", " Add\n1 + 1"), ("### Step 1: Add\n1 + 1\n\n### Step 2:", " Say")]),
+        ("**Step 1:** a\n**Step 2**: b", "label", [("**Step 1:**", " a"), ("**Step 1:** a\n**Step 2**:", " b")]),
+        ("Step 1: as in Step 2: no\nstep 3. c", "label", [("Step 1:", " as in Step 2: no"), ("Step 1: as in Step 2: no\nstep 3.", " c")]),
+        ("Step 1: only one\n\nmore of it", "label", [("Step 1:", " only one\n\nmore of it")]),
+        ("So:\n1. a\n2. b 3. no\n12. March\n3. c", "number", [("So:\n1.", " a"), ("So:\n1. a\n2.", " b 3. no\n12. March"), ("So:\n1. a\n2. b 3. no\n12. March\n3.", " c")]),
+        ("first\nstill\n\n second\n\n\nthird\n", "paragraph", [("", "first\nstill"), ("first\nstill\n\n ", "second"), ("first\nstill\n\n second\n\n\n", "third")]),
+        ("one\ntwo", "line", [("", "one"), ("one\n", "two")]),
+        ("one", "paragraph", [("", "one")]),
+        ("  \n", "paragraph", []),
+    ],
+)  # fmt: skip
+def test_splitting(text, style, prefixes_and_steps):
+    steps = split_steps(text)
+    assert steps.style == style
+    assert [(steps.prefix(n), steps.step(n)) for n in range(1, len(steps) + 1)] == prefixes_and_steps
+
+
+WORDS = st.sampled_from(
+    ["Step 1:", "\n", "\n\n", "Step 2: ", "1. ", "2) ", "**", "a", " ", "### ", ".", "\t", "Step 10 -"]
+)
+
+
+@given(st.lists(WORDS, max_size=30).map("".join), st.sampled_from([None, *STYLES]))
+def test_nothing_is_lost(text, style):
+    """Prefix and step are what stands in the text, in order; only labels and white space lie between steps."""
+    steps = split_steps(text, style)
+    end = 0
+    for number, span in enumerate(steps.spans, start=1):
+        assert end <= span.begin < span.end <= len(text)
+        assert text.startswith(steps.prefix(number) + steps.step(number))
+        assert steps.step(number).strip()
+        end = span.end
+    assert not steps.spans or not text[end:].strip()
+
+
+@given(st.lists(st.text("ab =1\n", min_size=1).filter(str.strip), min_size=1, max_size=5))
+def test_steps_go_on_from_their_prefix(texts):
+    """A solution that keeps a prefix keeps its steps: what continuations are read by."""
+    text = "".join(f"Step {n}: {t}\n" for n, t in enumerate(texts, start=1))
+    steps = split_steps(text)
+    for number in range(1, len(steps) + 1):
+        anew = split_steps(steps.prefix(number) + " other", steps.style)
+        assert len(anew) == number
+        assert anew.spans[: number - 1] == steps.spans[: number - 1]
+        assert anew.step(number) == " other"
+
+
+def test_unknown_style():
+    with pytest.raises(ValueError, match="Choose one of"):
+        split_steps("a", "lines")
