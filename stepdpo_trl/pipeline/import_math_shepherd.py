@@ -1,0 +1,118 @@
+"""Step pairs and localization cases from Math-Shepherd (peiyi9979/Math-Shepherd, math-shepherd.jsonl)."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .published import LocalizationCase, Step, matched, pair, rows
+
+
+class _Solution(NamedTuple):
+    id: str
+    source: str
+    task: str
+    steps: list[tuple[str, str]]  # "Step k:" with what separates it from the step before, and the step's text
+    labels: str
+
+
+def read_math_shepherd(path: str | Path, counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """
+    Read step pairs from Math-Shepherd: the first step labelled - of a solution, against a step labelled + of another
+    solution of the same problem, after the same steps, all labelled +.
+
+    Every such - gives one pair; where there are several + they take turns. A step that has both labels is in none. The
+    labels are automatic: + says that the right answer was reached from there. So the answer of a solution whose last
+    step is labelled + is right, and becomes the `answer` of all pairs of its problem. The file is held in memory.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        counts (`Counter`, *optional*):
+            As in [`read_prm800k`].
+
+    Yields:
+        `dict`: As in [`read_prm800k`]. `dataset` is the file's `task`.
+
+    Raises:
+        ValueError: If the file is not in this format; names the line.
+    """
+    counts = Counter() if counts is None else counts
+    for problem, solutions in _math_shepherd(path, counts).items():
+        places: dict[str, tuple[int, dict[str, Step], dict[str, Step]]] = {}
+        first_wrong: dict[str, tuple[str, str]] = {}
+        for solution in solutions:
+            lead = ""
+            for index, (head, text) in enumerate(solution.steps):
+                lead += head
+                rest = "".join(h + t for h, t in solution.steps[index + 1 :])
+                step = Step(text, text + rest, not rest, solution.source)
+                _, right, wrong = places.setdefault(lead, (index, {}, {}))
+                if solution.labels[index] == "-":
+                    wrong.setdefault(text, step)
+                    first_wrong[solution.source] = (lead, text)
+                    break
+                right.setdefault(text, step)
+                lead += text
+        answer, sources, paired = _answer(solutions), set(), set()
+        for lead, (index, right, wrong) in places.items():
+            for chosen, rejected in matched(right, wrong):
+                sources |= {chosen.source, rejected.source}
+                paired.add((lead, rejected.text))
+                yield pair(solutions[0].task, problem, lead, chosen, rejected, answer, index)
+        for source in (solution.source for solution in solutions):
+            if source in sources:
+                counts["rows with pairs"] += 1
+            elif source not in first_wrong:
+                counts["no wrong step, and no wrong step of another row to set against"] += 1
+            elif first_wrong[source] in paired:
+                counts["wrong step already in the pair of another row"] += 1
+            else:
+                counts["no right step to set against the wrong one"] += 1
+
+
+def math_shepherd_cases(path: str | Path, counts: Counter[str]) -> Iterator[LocalizationCase]:
+    """The solutions without a + after a -, problem by problem."""
+    for problem, solutions in _math_shepherd(path, counts).items():
+        answer = _answer(solutions)
+        for solution in solutions:
+            counts["cases"] += 1
+            steps = tuple(text.strip() for _, text in solution.steps)
+            first_wrong = solution.labels.find("-") + 1 or None
+            yield LocalizationCase(solution.id, problem, steps, first_wrong, solution.source, answer)
+
+
+def _math_shepherd(path: str | Path, counts: Counter[str]) -> dict[str, list[_Solution]]:
+    solutions: dict[str, list[_Solution]] = {}
+    for row in rows(path, "math_shepherd"):
+        *parts, tail = row.get("input", str).split("ки")
+        marked, task = row.get("label", str), row.get("task", str)
+        # In `label`, + or - has the place of each ки: one character for two
+        labels = "".join(marked[end + k : end + k + 1] for k, end in enumerate(accumulate(map(len, parts))))
+        if not parts:
+            row.refuse("`input` (which has no ки)", row.data["input"])
+        if len(labels) < len(parts) or not set(labels) <= {"+", "-"}:
+            row.refuse("`label` (which lacks a + or - where `input` has ки)", marked)
+        counts["rows"] += 1
+        problem, *first = re.split(r"([Ss]tep 1:)", parts[0])
+        heads = [re.match(r"\s*[Ss]tep \d+:", part) for part in parts[1:]]
+        steps = [("".join(first[:1]), "".join(first[1:]))]
+        steps += [(head[0], part[head.end() :]) for head, part in zip(heads, parts[1:], strict=True) if head]
+        texts = [text.removesuffix(" ") for _, text in steps]
+        if tail.strip() or len(first) != 2 or not all(heads) or any(re.search(r"\n\s*[Ss]tep \d+:", t) for t in texts):
+            counts["steps and ки do not go together"] += 1
+        elif not all(map(str.strip, (problem, *texts))):
+            counts["an empty problem or step"] += 1
+        elif "-" in labels and "+" in labels[labels.index("-") :]:
+            counts["a + after a -"] += 1
+        else:
+            numbered = [(head, text) for (head, _), text in zip(steps, texts, strict=True)]
+            solutions.setdefault(problem.strip(), []).append(_Solution(row.id, row.source, task, numbered, labels))
+    return solutions
+
+
+def _answer(solutions: Iterable[_Solution]) -> str:
+    right = (solution.steps[-1][1] for solution in solutions if solution.labels[-1] == "+")
+    return next((text.rpartition("The answer is:")[2].strip() for text in right if "The answer is:" in text), "")
