@@ -83,7 +83,8 @@ def _labelled(path: str | Path, counts: Counter[str]) -> Iterator[_Labelled]:
         generated = row.get("question.pre_generated_steps", list, type(None)) or []
         if not all(isinstance(step, str) for step in generated):
             row.refuse("`question.pre_generated_steps`", generated)
-        steps, taken = [], []
+        steps: list[Rated] = []
+        taken: list[str] = []
         for k, data in enumerate(row.get("label.steps", list), 1):
             completions, is_chosen = _completions(row.inner(data, f"step {k}"))
             if is_chosen and len(taken) == len(steps):

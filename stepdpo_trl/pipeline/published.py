@@ -65,7 +65,9 @@ class Row:
         return value
 
     def inner(self, data: Any, name: str) -> "Row":
-        """An object inside this one, called `name` in an error."""
+        """An object inside this one, called `name` in an error; a `ValueError` if it is none."""
+        if not isinstance(data, dict):
+            self.refuse(name, data)
         return Row(data, f"{name} of {self.where}", self.format, self.id)
 
     def refuse(self, what: str, found: Any) -> NoReturn:
