@@ -1,6 +1,8 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -460,3 +462,9 @@ def test_unknown_format(tmp_path):
     message = r"no format 'prm'\. Choose one of \['math_shepherd', 'prm800k', 'processbench'\]"
     with pytest.raises(ValueError, match=message):
         localization_cases("prm", tmp_path)
+
+
+def test_imports_need_the_standard_library_alone():
+    code = "import stepdpo_trl.pipeline.imports, sys; print({'torch', 'trl', 'datasets'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "set()\n"
