@@ -2,7 +2,9 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +330,19 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from .pipeline.imports import import_file
+    from .pipeline.build import check_target, save
+    from .pipeline.imports import FORMATS
+    from .pipeline.report import write_import_card
 
-    print(import_file(args.format, args.file, args.to, args.cases))
+    check_target(args.to)
+    reader = FORMATS[args.format.replace("-", "_")]
+    counts: Counter[str] = Counter()
+    if args.cases or reader.pairs is None:
+        rows = [asdict(case) for case in reader.cases(args.file, counts)]
+    else:
+        rows = list(reader.pairs(args.file, counts))
+    table = ", ".join(f"{count} {what}" for what, count in counts.items())
+    if not rows:
+        raise RunError(f"{args.file} gives nothing: {table}.")
+    where = save(rows, args.to, write_import_card(args.format, counts, len(rows)))
+    print(f"{len(rows)} rows in {where} ({table}).")

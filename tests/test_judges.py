@@ -37,7 +37,7 @@ def solution(steps):
 
 
 class Rollouts:
-    """Services in which a rollout is right if the prefix has fewer than `first_wrong` steps and its number is `luck`."""
+    """Services in which a rollout is right behind fewer than `first_wrong` steps, from number `luck` on."""
 
     def __init__(self, first_wrong, luck=0):
         self.first_wrong, self.luck, self.asked = first_wrong, luck, []

@@ -19,18 +19,42 @@ OPENING = "Let's think step by step."
             ],
         ),
         # As in some rows of Math-Step-DPO-10K
-        (f"{OPENING} Step 1: a.\nStep 2: b", "label", [(f"{OPENING} Step 1:", " a."), (f"{OPENING} Step 1: a.\nStep 2:", " b")]),
-        ("### Step 1: Add\n1 + 1\n\n### Step 2: Say", "label", [("### Step 1:", " Add\n1 + 1"), ("### Step 1: Add\n1 + 1\n\n### Step 2:", " Say")]),
+        (
+            f"{OPENING} Step 1: a.\nStep 2: b",
+            "label",
+            [(f"{OPENING} Step 1:", " a."), (f"{OPENING} Step 1: a.\nStep 2:", " b")],
+        ),
+        (
+            "### Step 1: Add\n1 + 1\n\n### Step 2: Say",
+            "label",
+            [("### Step 1:", " Add\n1 + 1"), ("### Step 1: Add\n1 + 1\n\n### Step 2:", " Say")],
+        ),
         ("**Step 1:** a\n**Step 2**: b", "label", [("**Step 1:**", " a"), ("**Step 1:** a\n**Step 2**:", " b")]),
-        ("Step 1: as in Step 2: no\nstep 3. c", "label", [("Step 1:", " as in Step 2: no"), ("Step 1: as in Step 2: no\nstep 3.", " c")]),
+        (
+            "Step 1: as in Step 2: no\nstep 3. c",
+            "label",
+            [("Step 1:", " as in Step 2: no"), ("Step 1: as in Step 2: no\nstep 3.", " c")],
+        ),
         ("Step 1: only one\n\nmore of it", "label", [("Step 1:", " only one\n\nmore of it")]),
-        ("So:\n1. a\n2. b 3. no\n12. March\n3. c", "number", [("So:\n1.", " a"), ("So:\n1. a\n2.", " b 3. no\n12. March"), ("So:\n1. a\n2. b 3. no\n12. March\n3.", " c")]),
-        ("first\nstill\n\n second\n\n\nthird\n", "paragraph", [("", "first\nstill"), ("first\nstill\n\n ", "second"), ("first\nstill\n\n second\n\n\n", "third")]),
+        (
+            "So:\n1. a\n2. b 3. no\n12. March\n3. c",
+            "number",
+            [
+                ("So:\n1.", " a"),
+                ("So:\n1. a\n2.", " b 3. no\n12. March"),
+                ("So:\n1. a\n2. b 3. no\n12. March\n3.", " c"),
+            ],
+        ),
+        (
+            "first\nstill\n\n second\n\n\nthird\n",
+            "paragraph",
+            [("", "first\nstill"), ("first\nstill\n\n ", "second"), ("first\nstill\n\n second\n\n\n", "third")],
+        ),
         ("one\ntwo", "line", [("", "one"), ("one\n", "two")]),
         ("one", "paragraph", [("", "one")]),
         ("  \n", "paragraph", []),
     ],
-)  # fmt: skip
+)
 def test_splitting(text, style, prefixes_and_steps):
     steps = split_steps(text)
     assert steps.style == style

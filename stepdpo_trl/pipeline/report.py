@@ -95,6 +95,12 @@ whether the solution is over after a step; `source` names the way and the sample
 """
 
 
+def write_import_card(name: str, counts: Mapping[str, int], rows: int) -> str:
+    """Data card of what was imported from a published file."""
+    table = "\n".join(f"| {what} | {count:,} |" for what, count in counts.items())
+    return f"# From {name}\n\n{rows:,} rows, made by `stepdpo_trl`.\n\n| what | count |\n|---|---:|\n{table}\n"
+
+
 def _costs(summary: Summary, pairs: int | None) -> list[tuple[str, str, str]]:
     made = pairs or max((counts["pairs"] for counts in summary.corrections.values()), default=0)
     rows = []

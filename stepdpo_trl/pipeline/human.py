@@ -1,0 +1,206 @@
+"""A local page in the browser on which a person picks the first wrong step: one click or one key."""
+
+import html
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .run_directory import RunError
+
+
+@dataclass(frozen=True)
+class ToLabel:
+    """
+    A solution to look at.
+
+    Args:
+        key (`str`):
+            Its name.
+        problem (`str`):
+            The problem.
+        answer (`str`):
+            The gold answer.
+        solution (`str`):
+            The gold solution, may be empty.
+        steps (`tuple[str, ...]`):
+            The steps of the wrong solution.
+    """
+
+    key: str
+    problem: str
+    answer: str
+    solution: str
+    steps: tuple[str, ...]
+
+
+class Answers(Protocol):
+    """An append-only log. The last record of a key counts; each is on disk when `append` returns."""
+
+    def __contains__(self, key: object) -> bool: ...
+    def __getitem__(self, key: str) -> Mapping[str, Any]: ...
+    def append(self, key: str, record: Mapping[str, Any]) -> None: ...  # noqa: D102
+
+
+class Labelling:
+    """
+    What is answered and what comes next, for any number of pages.
+
+    Args:
+        items (`Sequence[ToLabel]`):
+            The solutions.
+        answers (`Answers`):
+            What was answered before, and where answers go.
+    """
+
+    def __init__(self, items: Sequence[ToLabel], answers: Answers) -> None:
+        self.items = {item.key: item for item in items}
+        self.answers = answers
+        self.history = [item.key for item in items if self.answered(item.key)]
+        self.lock = threading.Lock()
+
+    def answered(self, key: str) -> bool:
+        """Whether a solution has an answer that was not taken back."""
+        return key in self.answers and not self.answers[key].get("undone")
+
+    def current(self) -> ToLabel | None:
+        """The first solution without an answer."""
+        return next((item for item in self.items.values() if not self.answered(item.key)), None)
+
+    def answer(self, key: str, record: Mapping[str, Any]) -> None:
+        """Write down an answer to the solution that was shown; another page may have answered it meanwhile."""
+        with self.lock:
+            if not self.answered(key):
+                self.answers.append(key, record)
+                self.history.append(key)
+
+    def undo(self) -> None:
+        """Take the last answer back."""
+        with self.lock:
+            if self.history:
+                self.answers.append(self.history.pop(), {"undone": True})
+
+    def progress(self) -> str:
+        """Such as "12 of 340 done, 3 skipped"."""
+        skipped = sum(bool(self.answers[key].get("skipped")) for key in self.history)
+        return f"{len(self.history)} of {len(self.items)} done, {skipped} skipped"
+
+
+_KEYS = """
+<script>
+let typed = "", timer;
+const press = id => { const b = document.getElementById(id); if (b) b.click(); };
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT") return;
+  if ("nsu".includes(event.key)) return press({n: "none", s: "skip", u: "undo"}[event.key]);
+  if (!/^[0-9]$/.test(event.key)) return;
+  clearTimeout(timer);
+  typed += event.key;
+  const pick = () => { press("step-" + Number(typed)); typed = ""; };
+  // A second digit may follow where there are so many steps
+  if (document.getElementById("step-" + 10 * Number(typed))) timer = setTimeout(pick, 700); else pick();
+});
+</script>
+"""
+_STYLE = """
+.gradio-container {max-width: 60rem !important; width: 100%; margin: auto}
+.step {align-items: center; border-top: 1px solid var(--border-color-primary); padding: .2rem 0}
+.step button {min-width: 3.2rem; max-width: 3.2rem}
+footer {display: none !important}
+"""
+_LATEX = [
+    {"left": left, "right": right, "display": left in ("$$", r"\[")}
+    for left, right in (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"))
+]
+
+
+def label(items: Sequence[ToLabel], answers: Answers, port: int | None = None, open_browser: bool = True) -> None:
+    """
+    Serve the page until every solution has an answer, or until Ctrl-C.
+
+    Records: `{"step": k}`, `{"step": None, "skipped": True}`, `{"step": None, "no_error": True}`, `{"undone": True}`.
+
+    Args:
+        items (`Sequence[ToLabel]`):
+            The solutions.
+        answers (`Answers`):
+            What was answered before, and where answers go.
+        port (`int`, *optional*):
+            Port on 127.0.0.1. By default the first free one from 7860.
+        open_browser (`bool`, *optional*, defaults to `True`):
+            Whether to open the page.
+
+    Raises:
+        RunError: If Gradio is missing.
+    """
+    labelling = Labelling(items, answers)
+    if labelling.current() is None:
+        return
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise RunError(
+            "Judge 'human' needs the package gradio. Install it: pip install 'stepdpo_trl[human]'"
+        ) from error
+    done = threading.Event()
+    page = _page(gradio, labelling, done)
+    _, url, _ = page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        head=_KEYS,
+        css=_STYLE,
+    )
+    print(f"{labelling.progress()}. Pick the first wrong step of each at {url} (Ctrl-C stops; answers are kept).")
+    try:
+        done.wait()
+        time.sleep(2)  # until the page has said so
+    finally:
+        page.close(verbose=False)
+
+
+def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
+    with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
+        turn = gradio.State(0)
+
+        @gradio.render(inputs=turn, triggers=[page.load, turn.change])
+        def show(number: int) -> None:
+            item = labelling.current()
+            gradio.Markdown(f"**{labelling.progress()}.** Which step is the first wrong one? (click, or its key)")
+            if item is None:
+                gradio.Markdown("# All done\nThis page can be closed.")
+                done.set()
+                return
+            gradio.Markdown(f"### Problem\n{_text(item.problem)}", latex_delimiters=_LATEX)
+            with gradio.Accordion("Gold answer and solution", open=True):
+                gold = f"**{_text(item.answer)}**\n\n{_text(item.solution)}"
+                gradio.Markdown(gold, latex_delimiters=_LATEX)
+
+            def button(text: str, name: str, act: Any, **style: Any) -> None:
+                # The number of turns says that there is something new to show
+                gradio.Button(text, elem_id=name, **style).click(lambda: (act(), number + 1)[1], outputs=turn)
+
+            def picks(record: dict[str, Any]) -> Any:
+                return lambda: labelling.answer(item.key, record)
+
+            for step, text in enumerate(item.steps, start=1):
+                with gradio.Row(elem_classes="step"):
+                    button(str(step), f"step-{step}", picks({"step": step}), variant="primary", scale=0, min_width=52)
+                    gradio.Markdown(_text(text), latex_delimiters=_LATEX)
+            with gradio.Row():
+                button("No step is wrong (n)", "none", picks({"step": None, "no_error": True}))
+                button("Skip (s)", "skip", picks({"step": None, "skipped": True}))
+                button("Undo the last (u)", "undo", labelling.undo)
+
+    return page
+
+
+def _text(text: str) -> str:
+    """Without HTML of its own, and with its line breaks."""
+    return html.escape(text, quote=False).replace("\n", "  \n")
