@@ -1,0 +1,190 @@
+"""The whole way with a real model, the quickstart's, whose truth can be computed: command line, figures, training."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepdpo_trl import StepDPOConfig, StepDPOTrainer
+from stepdpo_trl.cli import main
+from stepdpo_trl.pipeline.collect import wrong_solutions
+from stepdpo_trl.pipeline.localize import read_verdicts
+from stepdpo_trl.pipeline.run_directory import RunDirectory
+from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+
+from .simulated import truly_wrong_step
+
+
+def stepdpo(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with all stages and two more judges."""
+    path = tmp_path_factory.mktemp("pipeline")
+    with (path / "problems.jsonl").open("w") as file:
+        for problem in make_problems(150, "pairs"):
+            file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
+    (path / "test.jsonl").write_text((path / "problems.jsonl").read_text().split("\n")[0])
+    sampling = ("--prompt", "plain", "--temperature", 1, "--top-p", 1, "--max-new-tokens", 160, "--samples", 4)
+    model = ("--model", MODEL_PATH, "--batch-size", 64)
+    where = ("--problems", path / "problems.jsonl", "--out", path / "run")
+    build = ("--judge", "arithmetic>rollout", "--to", path / "pairs.jsonl", "--exclude", path / "test.jsonl")
+    assert stepdpo("data", *model, *where, *sampling, *build) == 0
+    for judge in ("arithmetic", "rollout"):
+        assert stepdpo("localize", path / "run", "--judge", judge, "--batch-size", 64) == 0
+    return path
+
+
+@pytest.mark.slow
+def test_localizers_against_the_truth(run):
+    """The first step that breaks the value of what is left, named by 99 % of equations and 95 % of rollouts."""
+    with RunDirectory(run / "run") as directory:
+        wrong = wrong_solutions(directory)
+        for judge, least in (("arithmetic", 0.99), ("rollout", 0.95)):
+            verdicts = read_verdicts(directory, judge)[1]
+            spoken = [(truly_wrong_step(s.problem.problem, s.text), verdicts[s.key].step) for s in wrong]
+            spoken = [(truth, step) for truth, step in spoken if step]
+            assert len(spoken) > 0.8 * len(wrong) > 100
+            assert sum(truth == step for truth, step in spoken) >= least * len(spoken), judge
+
+
+@pytest.mark.slow
+def test_pairs_against_the_truth(run):
+    """99 % of preferred steps are right, 99 % of undesirable ones wrong; nothing of the test set is in."""
+    pairs = load_dataset("json", data_files=str(run / "pairs.jsonl"), split="train")
+    assert len(pairs) > 50
+    right = wrong = 0
+    for pair in pairs:
+        step = pair["step_index"]
+        chosen = truly_wrong_step(pair["prompt"], pair["initial_reason_steps"] + pair["chosen"])
+        rejected = truly_wrong_step(pair["prompt"], pair["initial_reason_steps"] + pair["rejected"])
+        right += chosen != step
+        wrong += rejected == step
+    assert right >= 0.99 * len(pairs)
+    assert wrong >= 0.99 * len(pairs)
+    assert json.loads((run / "test.jsonl").read_text())["problem"] not in pairs["prompt"]
+    assert len(set(zip(pairs["prompt"], pairs["initial_reason_steps"], pairs["chosen"], pairs["rejected"], strict=True))) == len(pairs)  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.slow
+def test_trains_with_no_further_argument(run, tmp_path):
+    """Trained on what was generated: the same tokens before the step, and the step's own."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    pairs = load_dataset("json", data_files=str(run / "pairs.jsonl"), split="train").select(range(16))
+    trainer = StepDPOTrainer(
+        AutoModelForCausalLM.from_pretrained(MODEL_PATH),
+        args=StepDPOConfig(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+        messages = [{"role": "user", "content": pair["prompt"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text += pair["initial_reason_steps"]
+        assert row["prompt_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(row["chosen_ids"]).removesuffix(tokenizer.eos_token) == pair["chosen"]
+        ends = (row["chosen_ids"][-1] == tokenizer.eos_token_id, row["rejected_ids"][-1] == tokenizer.eos_token_id)
+        assert ends == (pair["chosen_ends_solution"], pair["rejected_ends_solution"])
+    trainer.train()
+
+
+@pytest.mark.slow
+def test_log_probabilities(run, tmp_path):
+    """Against one sequence at a time in plain torch."""
+    import torch
+
+    to = tmp_path / "pairs.parquet"
+    assert stepdpo("build", run / "run", "--to", to, "--per-problem", 1, "--logps", MODEL_PATH) == 0
+    pairs = load_dataset("parquet", data_files=str(to), split="train")
+    assert len(set(pairs["prompt"])) == len(pairs)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
+    for pair in pairs.select(range(5)):
+        messages = [{"role": "user", "content": pair["prompt"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prefix = tokenizer(text + pair["initial_reason_steps"], add_special_tokens=False)["input_ids"]
+        for name in ("chosen", "rejected"):
+            step = tokenizer(pair[name], add_special_tokens=False)["input_ids"]
+            logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
+            expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
+            assert pair[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_report_and_card(run, capsys):
+    assert stepdpo("report", run / "run") == 0
+    printed = capsys.readouterr().out
+    for words in ("solutions, wrong", "localize arithmetic-then-rollout", "rectified", "model policy"):
+        assert words in printed
+    report = (run / "run" / "report.html").read_text()
+    for words in ("Where errors lie", "Agreement of judges", "Cost", "arithmetic and rollout"):
+        assert words in report
+    card = (run / "pairs.card.md").read_text()
+    pairs = len((run / "pairs.jsonl").read_text().splitlines())
+    assert f"| build | pairs | {pairs} |" in card
+    assert '"temperature": 1.0' in card
+    # In both: every solution is counted once
+    assert card.count("solutions, right") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["collect", "--model", "m", "--problems", "none.jsonl", "--out", "run"], "There is no file none.jsonl"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--prompt", "qwen-boxed"], "Did you mean"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--prompt", "t.jinja"], "does not contain"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--prompt", "b.jinja"], "cannot be filled"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--temperature", "-1"], "negative"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--backend", "openai"], "its address"),
+        (["collect", "--model", "m", "--problems", "p.jsonl", "--out", "run"], "cannot be loaded"),
+        (["data", "--model", "m", "--problems", "p.jsonl", "--out", "run", "--to", "x.csv"], "--to 'x.csv'"),
+        (["data", "--model", "m", "--problems", "p.jsonl", "--out", "r", "--to", "x.jsonl", "--judge", "gold"], "Judge 'gold'"),  # noqa: E501
+        (["data", "--model", "m", "--problems", "p.jsonl", "--out", "r", "--to", "x.jsonl", "--judge", "llm"], "--judge-model"),  # noqa: E501
+        (["localize", "nowhere"], "is not the folder of a run"),
+        (["build", "nowhere", "--to", "x.jsonl"], "is not the folder of a run"),
+        (["rectify", "nowhere", "--check", "rollout"], "cannot look at right solutions"),
+        (["rectify", "nowhere", "--judge-base-url", "http://h/v1"], "--judge-model"),
+        (["import", "prm800k", "none.jsonl", "--to", "x.jsonl"], "none.jsonl"),
+    ],
+)  # fmt: skip
+def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}')
+    (tmp_path / "t.jinja").write_text("Solve this.")
+    (tmp_path / "b.jinja").write_text("{{ problem }} {{ question }}")
+    assert stepdpo(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["colect"], "collect"),
+        (["collect", "--problem", "p.jsonl"], "--problem"),
+        (["collect", "--model", "m", "--problems", "p", "--out", "r", "--samples", "0"], "at least 1"),
+        (["collect", "--model", "m", "--problems", "p", "--out", "r", "--shard", "4/4"], "I/N"),
+        (["import", "prm900k", "f", "--to", "x.jsonl"], "prm800k"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        stepdpo(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_import(tmp_path, capsys):
+    case = {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": ["a", "b"], "final_answer_correct": False}
+    (tmp_path / "gsm8k.json").write_text(json.dumps([{**case, "label": 1}, {**case, "id": "gsm8k-1", "label": -1}]))
+    assert stepdpo("import", "processbench", tmp_path / "gsm8k.json", "--to", tmp_path / "cases.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [row["first_wrong"] for row in rows] == [2, None]
+    assert "2 rows in" in capsys.readouterr().out
+
+
+def test_the_command_starts_without_torch():
+    code = "import sys; import stepdpo_trl.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
