@@ -1,0 +1,326 @@
+r"""
+Where the final answer of a solution stands, and when it says the same as the gold answer.
+
+A checker of mathematics compares two LaTeX expressions. These rules decide what is around that: which part of a
+solution is its answer, whether an answer is text, and what units, percent signs, dollars and bases mean. They are pure
+functions of strings, of the standard library only; the checker is given to [`agrees`] as a function, such as
+
+```python
+# Units are parted off here; NormalizationConfig would also take the variable off "2+2c", "6t" and "5m"
+CONFIG = [LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, ...), boxed_match_priority=0)]
+
+
+def equal(gold: str, answer: str) -> bool:
+    return verify(
+        parse(f"\\boxed{{{gold}}}", CONFIG), parse(f"\\boxed{{{answer}}}", CONFIG), allow_set_relation_comp=True
+    )
+
+
+agrees("\\frac{1}{2}", final_answer("So the answer is $\\boxed{50\\%}$."), equal)
+```
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+# "The final answer is: ", "**Answer:** ", "the answers to both are "
+_ANSWER = re.compile(
+    r"\banswers?\b(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?[*_\s]*(?:[:=]|\b(?:is|are)\b\s*:?)[*_\s]*"
+    r"(?:(?:therefore|thus|then|simply|just|equal to|exactly|approximately|about)\b\s*)?",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)(?<![ap]\.m\.)(?<!\b[ap]\.(?=\s?m\.))|\n")
+_CLAUSE = re.compile(r",?\s+(?:because|which|since|as|so|where|for)\b", re.IGNORECASE)
+# What may stand between two boxes that are one answer: "$\boxed{5}$ or $x = \boxed{7}$"
+_BETWEEN_BOXES = re.compile(
+    r"[\s$,;]*(?:\\\)|\\\])?[\s$,;]*(?:\\text\{)?\s*(?:and|or)?\s*\}?[\s$]*(?:\\\()?(?:\w\s*=)?\s*"
+)
+
+_BOX_OR_BRACE = re.compile(r"(?P<box>\\f?box(?:ed)?)\s*(?:(?P<open>\{)|(?<=\s)(?P<bare>-?[\w.]+))|\\.|[{}]", re.DOTALL)
+_WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt)|mbox)\s*\{([^{}]*)\}")
+_SPACES = re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\u00a0|\u2009|\u202f")
+_MIXED = re.compile(r"(?<![\d.])(\d+) +(\d+)/(\d+)$")
+_SCALE = re.compile(
+    r"(?<=[\d.})])\s*(?:(\\text\s*\{)\s*)?(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE
+)
+_SCALES = {"dozen": "12", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}"}
+_FUNCTIONS = set(re.findall(r"\w+", "sin cos tan cot sec csc log ln exp sqrt pi and or choose"))
+
+_UNITS: dict[str, tuple[str, Fraction]] = {
+    spelling: (dimension, Fraction(factor))
+    for dimension, units in {
+        "length": {
+            "mm millimeter millimetre": "1/1000",
+            "cm centimeter centimetre": "1/100",
+            "m meter metre": "1",
+            "km kilometer kilometre": "1000",
+            "in inch inche": "0.0254",
+            "ft foot feet": "0.3048",
+            "yd yard": "0.9144",
+            "mi mile": "1609.344",
+        },
+        "time": {"s sec second": "1", "min minute": "60", "h hr hour": "3600", "day": "86400", "week": "604800"},
+        "mass": {
+            "mg milligram": "1/1000",
+            "g gram": "1",
+            "kg kilogram": "1000",
+            "oz ounce": "28.349523125",
+            "lb pound": "453.59237",
+        },
+        "volume": {"ml milliliter millilitre": "1/1000", "l liter litre": "1"},
+        "dollars": {"cent ¢": "1/100", "dollar $ usd": "1"},
+        "euros": {"euro € eur": "1"},
+        "pounds": {"£ gbp": "1"},
+        "angle": {"degree deg °": "1"},
+        "percent": {"% percent percentage pct": "1/100"},
+        "morning": {"am": "1"},
+        "afternoon": {"pm": "1"},
+    }.items()
+    for spellings, factor in units.items()
+    for spelling in spellings.split()
+}
+_CURRENCY = re.compile(r"^([-+]?)\s*(?:(\\?\$|USD\b)|(€|\\euro\b)|(£|\\pounds\b))\s*(?=[-+.\d\\])")
+# Units behind a value: in a wrapper, after a slash or not; words of letters; a sign
+_WRAPPED_UNIT = re.compile(rf"(?:\s*/?\s*(?:{_WRAPPER.pattern})(?:\s*\^\s*\{{?[23]\}}?)?)+$")
+_PLAIN_UNIT = re.compile(
+    r"(?<=[\d})])(?:\s+|(?<=\d)(?=[a-zA-Z]{2}))([a-zA-Z][a-zA-Z.]*(?:(?:\s+|/)[a-zA-Z.]+)*(?:\s*\^\s*\{?[23]\}?|[²³])?)$"
+)
+_SIGN_UNIT = re.compile(r"\s*(?:(\\?%|€|£|¢|\\?\$)|(\^\s*\{?\s*\\circ\s*\}?|°)\s*[CF]?)$")
+_BASE = re.compile(r"^([0-9A-Z.]+)_\s*(?:\{\s*(?:(\d+)|\\text\{\s*\w+\s*\})\s*\}|(\d))$")
+
+
+def final_answer(text: str) -> str | None:
+    r"""
+    The answer that a solution ends with, as it is written there.
+
+    That is the content of the last `\boxed{}` whose braces are balanced (of several, if only "and", "or" or a comma
+    stands between them), else the rest of the line after the last `####`, else what follows the last "answer is" or
+    "answer:" up to the end of the sentence.
+
+    Args:
+        text (`str`):
+            The solution.
+
+    Returns:
+        `str` or `None`: The answer, or `None` if the solution gives none.
+    """
+    boxes = _boxes(text)
+    if boxes:
+        start, _, content = boxes.pop()
+        answer = content
+        while boxes and start - boxes[-1][1] < 40 and _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], start):
+            start, _, content = boxes.pop()
+            if content != answer:
+                answer = f"{content}, {answer}"
+        return answer.strip() or None
+    if "####" in text:
+        lines = text.rsplit("####", 1)[1].strip().splitlines()
+        return lines[0].strip() if lines else None
+    matches = list(_ANSWER.finditer(text))
+    if not matches:
+        return None
+    answer = text[matches[-1].end() :]
+    end = _SENTENCE_END.search(answer)
+    answer = answer[: end.start()] if end else answer
+    clause = _CLAUSE.search(answer)
+    answer = answer[: clause.start()] if clause else answer
+    return answer.strip().strip("*_ ") or None
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""The start, end and content of each balanced `\boxed{}` that stands in no other, and of each `\boxed 5`."""
+    boxes: list[tuple[int, int, str]] = []
+    opened: list[re.Match[str] | None] = []
+    for match in _BOX_OR_BRACE.finditer(text):
+        if match["bare"]:
+            boxes.append((match.start(), match.end(), match["bare"]))
+        elif match["open"] or match[0] == "{":
+            opened.append(match if match["open"] else None)
+        elif match[0] == "}" and opened and (box := opened.pop()):
+            while boxes and boxes[-1][0] > box.start():
+                boxes.pop()
+            boxes.append((box.start(), match.end(), text[box.end() : match.start()]))
+    return boxes
+
+
+def normalize(answer: str) -> str:
+    r"""
+    An answer without what only changes its look.
+
+    Removed are emphasis, the delimiters of a formula, a full stop, spaces such as `\,` and the braces of `1{,}200`,
+    and "The answer is" in front; `1 4/5` becomes a mixed fraction, "million" a power of ten, and `\varnothing` the
+    `\emptyset` that means the same.
+
+    Args:
+        answer (`str`):
+            The answer, as data sets or solutions write it.
+
+    Returns:
+        `str`: The answer in LaTeX, without delimiters.
+    """
+    answer = re.sub(r"\s+", " ", answer).strip(" *")
+    answer = re.sub(r"^\\[(\[](.*)\\[)\]]$", r"\1", answer)
+    if answer.startswith("$$") and answer.endswith("$$") and len(answer) > 4:
+        answer = answer[2:-2]
+    dollars = len(re.findall(r"(?<!\\)\$", answer))
+    if dollars % 2 == 0:  # those of a formula; a single one is money
+        answer = re.sub(r"(?<!\\)\$", "", answer)
+    answer = re.sub(r"(?<=\d)\{([,:])\}(?=\d)", r"\1", answer)
+    answer = re.sub(r"(?<=\d,)\\!\s*(?=\d{3})", "", answer)
+    answer = re.sub(r"(?<=\d)(?:\\[,;:! ]|~|\u00a0|\u2009|\u202f)\s*(?=\d{3}(?!\d))", "", answer)
+    answer = _SPACES.sub(" ", answer)
+    answer = re.sub(r"^\s*(?:\\text\s*\{\s*)?the\s+(?:final\s+)?answer\s+is:?\s*\}?", "", answer, flags=re.IGNORECASE)
+    answer = answer.replace("\\varnothing", "\\emptyset")
+    answer = answer.strip().rstrip(".,;").strip() if not answer.rstrip().endswith("\\") else answer.strip()
+    answer = _SCALE.sub(lambda match: f" \\cdot {_SCALES[match[2].lower()]}{match[1] or ''}", answer)
+    answer = answer.replace("\\text{}", "").strip()
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", answer)
+
+
+def is_text(answer: str) -> bool:
+    r"""
+    Whether an answer is words or an option letter: `\text{Tuesday}`, `(B)`, `Evelyn`, not `12\text{ cm}` or `ab`.
+
+    Args:
+        answer (`str`):
+            The answer.
+
+    Returns:
+        `bool`: Whether it is compared as text.
+    """
+    answer = normalize(answer)
+    plain = _unwrap(answer)
+    if not re.match(r"\(?[^\W\d_]", plain) or re.search(r"[\\=+^_<>{}|]", plain):
+        return False
+    return re.match(rf"\(?{_WRAPPER.pattern}", answer) is not None or (
+        re.fullmatch(r"\(?[A-Z]\)?", plain) is not None or re.search(r"\b[A-Z][a-z]", plain) is not None
+    )
+
+
+def text_key(answer: str) -> str:
+    r"""
+    What two texts are compared by: small letters, without formatting, article, brackets and plural; lists in order.
+
+    Args:
+        answer (`str`):
+            The answer.
+
+    Returns:
+        `str`: The key.
+    """
+    plain = re.sub(r"[.'\"`]", "", _unwrap(normalize(answer)).lower())
+    items = []
+    for item in re.split(r"[,;]|\band\b|\bor\b", plain):
+        item = re.sub(r"^\s*(?:an?|the)\s+(?=\w{2})", "", item)
+        item = re.sub(r"(?<=\w{3})s\b", "", item)
+        items.append(re.sub(r"^\s*\((.*)\)\s*$", r"\1", re.sub(r"\s+", " ", item)).strip())
+    return ", ".join(sorted(item for item in items if item))
+
+
+def _unwrap(answer: str) -> str:
+    for _ in range(4):
+        answer = _WRAPPER.sub(r"\1", answer)
+    return answer.strip()
+
+
+def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
+    r"""
+    Part an answer into its value and its unit.
+
+    Args:
+        answer (`str`):
+            The answer.
+
+    Returns:
+        `tuple[str, tuple[str, Fraction] | None]`: The value, and the unit as what it measures and how many base units
+        it is, or `None` if there is no unit or an unknown one ("8 apples"), which is dropped.
+    """
+    answer = normalize(answer)
+    if re.match(r"^\\text\s*\{\s*[-+]?\d[^{}]*\}$", answer):  # "\text{10:30 a.m.}"
+        answer = _unwrap(answer)
+    if match := _CURRENCY.match(answer):
+        unit = ("dollars" if match[2] else "euros" if match[3] else "pounds", Fraction(1))
+        value = match[1] + answer[match.end() :]
+        return split_unit(value)[0], unit
+    if match := _SIGN_UNIT.search(answer):
+        value, unit = answer[: match.start()], _unit("°" if match[2] else match[1].lstrip("\\"))
+    elif match := _WRAPPED_UNIT.search(answer):
+        value, unit = answer[: match.start()], _unit(_unwrap(match[0]))
+    elif match := _PLAIN_UNIT.search(answer):
+        if _FUNCTIONS & set(re.findall(r"[a-z]+", match[1].lower())):
+            return answer, None
+        value, unit = answer[: match.start()], _unit(match[1])
+        if unit is None and not re.match(r"[a-zA-Z]{3}", match[1]):
+            return answer, None
+    else:
+        return answer, None
+    if not re.search(r"\d|\\pi|[a-z]", value):
+        return answer, None
+    return value.strip(), unit
+
+
+def _unit(name: str) -> tuple[str, Fraction] | None:
+    """What a unit measures and how many base units it is; `None` if it is not known."""
+    name = re.sub(r"\bkm?ph\b|\bkmh\b", "km/h", name.lower().replace(".", "").replace("²", "^2").replace("³", "^3"))
+    name = re.sub(r"\bmph\b", "mile/hour", name)
+    dimensions, factor = [], Fraction(1)
+    for number, part in enumerate(re.split(r"/|\bper\b", name)):
+        power = (
+            2
+            if re.search(r"\bsq(?:uare)?\b|\^\s*\{?2", part)
+            else 3
+            if re.search(r"\bcu(?:bic)?\b|\^\s*\{?3", part)
+            else 1
+        )
+        words = re.sub(r"\b(?:square|sq|cubic|cu)\b|\^\s*\{?\d\}?", " ", part).split()
+        word = "".join(words) if all(len(word) == 1 for word in words) else " ".join(words)
+        known = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
+        if known is None:
+            return None
+        dimensions.append(known[0] + (f"^{power}" if power > 1 else ""))
+        factor = factor * known[1] ** power if number == 0 else factor / known[1] ** power
+    return "/".join(dimensions), factor
+
+
+def agrees(gold: str, answer: str | None, equal: Callable[[str, str], bool]) -> bool:
+    r"""
+    Whether an answer says the same as the gold answer.
+
+    Args:
+        gold (`str`):
+            The gold answer.
+        answer (`str` or `None`):
+            The answer, as [`final_answer`] gives it. `None` agrees with nothing.
+        equal (`Callable[[str, str], bool]`):
+            Compares the LaTeX of the gold answer and of the answer, both without delimiters and units. It is called
+            twice at most.
+
+    Returns:
+        `bool`: Whether they agree.
+    """
+    if answer is None or not normalize(answer):
+        return False
+    if text_key(gold) == text_key(answer) and (is_text(gold) or normalize(gold) == normalize(answer)):
+        return True
+    if is_text(gold):
+        option = re.match(r"\(?([a-z])[).:]", _unwrap(normalize(answer)).lower())
+        return len(text_key(gold)) == 1 and option is not None and option[1] == text_key(gold)
+    bases = [_BASE.match(normalize(side)) for side in (gold, answer)]
+    if any(bases):
+        digits = [base[1] if base else normalize(side) for base, side in zip(bases, (gold, answer), strict=True)]
+        indices = {base[2] or base[3] for base in bases if base} - {None}
+        return digits[0] == digits[1] and len(indices) < 2
+    (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and unit and gold_unit != unit:
+        if gold_unit[0] != unit[0]:
+            return False
+        ratio = unit[1] / gold_unit[1]
+        return equal(gold_value, f"({value}) \\cdot \\frac{{{ratio.numerator}}}{{{ratio.denominator}}}")
+    if equal(gold_value, value):
+        return True
+    if gold_unit and gold_unit[0] == "percent" and not unit:
+        return equal(f"\\frac{{{gold_value}}}{{100}}", value)
+    if unit and unit[0] == "percent" and not gold_unit:
+        return equal(gold_value, f"\\frac{{{value}}}{{100}}")
+    return False
