@@ -6,8 +6,9 @@ solution is its answer, whether an answer is text, and what units, percent signs
 functions of strings, of the standard library only; the checker is given to [`agrees`] as a function, such as
 
 ```python
-# Units are parted off here; NormalizationConfig would also take the variable off "2+2c", "6t" and "5m"
-CONFIG = [LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, ...), boxed_match_priority=0)]
+# `units` would take the variable off "2+2c", "6t" and "5m"
+DEFAULT = LatexExtractionConfig()
+CONFIG = [replace(DEFAULT, normalization_config=replace(DEFAULT.normalization_config, units=False))]
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -37,7 +38,7 @@ _BETWEEN_BOXES = re.compile(
     r"[\s$,;]*(?:\\\)|\\\])?[\s$,;]*(?:\\text\{)?\s*(?:and|or)?\s*\}?[\s$]*(?:\\\()?(?:\w\s*=)?\s*"
 )
 
-_BOX_OR_BRACE = re.compile(r"(?P<box>\\f?box(?:ed)?)\s*(?:(?P<open>\{)|(?<=\s)(?P<bare>-?[\w.]+))|\\.|[{}]", re.DOTALL)
+_BOX_OR_BRACE = re.compile(r"\\f?box(?:ed)?\s*(?:(?P<open>\{)|(?<=\s)(?P<bare>-?[\w.]+))|\\.|[{}]", re.DOTALL)
 _WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt)|mbox)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\u00a0|\u2009|\u202f")
 _MIXED = re.compile(r"(?<![\d.])(\d+) +(\d+)/(\d+)$")
@@ -239,6 +240,7 @@ def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
     answer = normalize(answer)
     if re.match(r"^\\text\s*\{\s*[-+]?\d[^{}]*\}$", answer):  # "\text{10:30 a.m.}"
         answer = _unwrap(answer)
+    unit: tuple[str, Fraction] | None
     if match := _CURRENCY.match(answer):
         unit = ("dollars" if match[2] else "euros" if match[3] else "pounds", Fraction(1))
         value = match[1] + answer[match.end() :]

@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,9 @@ REMAINING = {
 @pytest.fixture(scope="module")
 def equal():
     math_verify = pytest.importorskip("math_verify")
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    plain = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
-    )
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=plain)]
+    default = math_verify.LatexExtractionConfig()
+    config = [replace(default, normalization_config=replace(default.normalization_config, units=False))]
 
     def compare(gold, answer):
         gold, answer = (math_verify.parse(f"\\boxed{{{side}}}", config) for side in (gold, answer))
