@@ -5,10 +5,12 @@ import multiprocessing
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import TimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from pebble import ProcessExpired, ProcessPool
+
+from .answer_rules import agrees, final_answer
 
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
 TIME_LIMIT = 10.0  # seconds
@@ -34,41 +36,8 @@ class Check:
     reason: str | None = None
 
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_SAID = re.compile(
-    r"(?:final\s+answer|answer)(?:\s+to\s+[^.:\n]*)?\s*(?:\*\*)?\s*(?:\bis\b(?:\s*:)?|:)\s*(?:\*\*)?\s*(.+)", re.I
-)
-
-
-def final_answer(text: str) -> str | None:
-    r"""
-    Find the final answer of a solution.
-
-    Args:
-        text (`str`):
-            The solution.
-
-    Returns:
-        `str` or `None`: What the last `\boxed{}` holds; else what follows the last `####`; else what follows the last
-        "answer is" or "answer:" on its line. `None` if there is none of these.
-    """
-    boxed = [inside for match in _BOXED.finditer(text) if (inside := _braced(text, match.end())) is not None]
-    if boxed:
-        return boxed[-1].strip() or None
-    if "####" in text:
-        return (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip() or None
-    said = _SAID.findall(text)
-    return said[-1].strip().rstrip(".").strip() or None if said else None
-
-
-def _braced(text: str, start: int) -> str | None:
-    """Text up to the brace that closes the one before `start`."""
-    depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1] != "\\" else 0
-        if not depth:
-            return text[start:place]
-    return None
+class _UnreadableError(Exception):
+    """Something that cannot be compared; says what."""
 
 
 def check_answer(gold: str, text: str) -> Check:
@@ -84,33 +53,31 @@ def check_answer(gold: str, text: str) -> Check:
     Returns:
         `Check`: The outcome.
     """
-    from math_verify import parse, verify
-
     answer = final_answer(text)
     if answer is None:
         return Check(UNREADABLE, reason="no final answer")
-    if _plain(answer) == _plain(gold):
-        return Check(RIGHT, answer)
-    parsed = {}
-    for name, value in (("gold", gold), ("given", answer)):
-        try:
-            parsed[name] = parse(f"\\boxed{{{value}}}", parsing_timeout=None) or parse(value, parsing_timeout=None)
-        except Exception as error:  # whatever a parser of free text raises
-            return Check(UNREADABLE, answer, f"{type(error).__name__} in math-verify")
-    for name, value in (("gold", gold), ("given", answer)):
-        if not parsed[name] or value.count("{") != value.count("}"):
-            return Check(UNREADABLE, answer, f"the {name} answer does not parse")
     try:
-        same = verify(parsed["gold"], parsed["given"], timeout_seconds=None, raise_on_error=True)
-    except Exception as error:
+        return Check(RIGHT if agrees(gold, answer, _equal) else WRONG, answer)
+    except _UnreadableError as error:
+        return Check(UNREADABLE, answer, str(error))
+    except Exception as error:  # whatever a parser of free text raises
         return Check(UNREADABLE, answer, f"{type(error).__name__} in math-verify")
-    return Check(RIGHT if same else WRONG, answer)
 
 
-def _plain(answer: str) -> str:
-    """For answers that are the same text, or words."""
-    answer = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", answer)
-    return re.sub(r"[\s$*]|\\[!,;]", "", answer).rstrip(".").casefold()
+def _equal(gold: str, answer: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    default = LatexExtractionConfig()
+    # `units` would take variables for units and drop them
+    config = [replace(default, normalization_config=replace(default.normalization_config, units=False))]
+    parsed = []
+    for name, value in (("gold", gold), ("given", answer)):
+        values = parse(f"\\boxed{{{value}}}", config, parsing_timeout=None)
+        if not values or value.count("{") != value.count("}"):
+            raise _UnreadableError(f"the {name} answer does not parse")
+        parsed.append(values)
+    same = verify(*parsed, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    return bool(same)
 
 
 class AnswerChecker:

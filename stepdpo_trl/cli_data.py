@@ -181,7 +181,9 @@ def _spec(args: argparse.Namespace, prefix: str = "") -> ModelSpec | None:
     if not given:
         return None
     if "model" not in given:
-        raise RunError(f"Options of a model are given ({', '.join(given)}), but not its name: --{prefix}model.")
+        raise RunError(
+            f"Options of a model are given ({', '.join(given)}), but not its name: --{prefix.replace('_', '-')}model."
+        )
     return ModelSpec(**given)
 
 

@@ -12,8 +12,8 @@ from .simulated import Student, draw_records
 
 def main(path: Path) -> None:
     model = ModelSpec("student")
-    with Session({model: Student(delay=0.002)}) as session:
-        problems, prompt = draw_records(60), STEP_PROMPTS["plain"]
+    with Session({model: Student(delay=0.001)}) as session:
+        problems, prompt = draw_records(36), STEP_PROMPTS["plain"]
         session.collect(path, problems, "drawn", model, prompt, Sampling(1.0, 1.0, 256), 3)
         session.localize(path, "rollout", JudgeOptions())
         session.rectify(path, wanted=2)

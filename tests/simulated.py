@@ -75,10 +75,12 @@ def draw_records(count: int, operations: int = 4, seed: int = 0) -> list[Record]
 
 
 def truly_wrong_step(problem: str, solution: str) -> int | None:
-    """The first step whose equation is false or which changes the value of what is left."""
-    wanted = evaluate(Problem.parse(problem).expression)
+    """The first step that does not work one of the operations that are left, or that changes the value of the rest."""
+    left = Problem.parse(problem)
+    wanted = evaluate(left.expression)
     for number, step in enumerate(split_steps(solution), start=1):
-        match = re.fullmatch(r" (-?\d+ [*+-] -?\d+) = (-?\d+)(?:, leaving (.*))?", step.rstrip())
-        if not match or evaluate(match[1]) != int(match[2]) or evaluate(match[3] or match[2]) != wanted:
+        ways = [index for index in range(len(left.operators)) if left.step(index) == step.rstrip()]
+        if not ways or evaluate(left.work(ways[0]).expression) != wanted:
             return number
+        left = left.work(ways[0])
     return None

@@ -79,8 +79,10 @@ def test_each_step():
 
 def test_what_is_left_of_an_expression():
     problem = "What is 2 + 2 * 4?"
-    text = "2 * 4 = 8, leaving 2 + 8\n\n2 + 2 = 4, leaving 4 * 4"
-    assert read(text, problem) == [None, "2 + 2 * 4 = 4 * 4"]
+    assert read("2 * 4 = 8, leaving 2 + 8\n\n2 + 8 = 10", problem) == [None, None]
+    assert read("2 + 2 = 4, leaving 4 * 4", problem) == ["2 + 2 * 4 = 4 * 4"]
+    assert read("2 * 4 = 8, leaving 2 + * 8", problem) == ["2 + 2 * 4 = 2 + * 8"]
+    assert read("2 * 4 = 8, leaving 2 + 8\n\n5 + 5 = 10, leaving 10", problem) == [None, "5 + 5 is no part of 2 + 8"]
     assert read("2 + 2 = 4, leaving 4 * 4", "Tom has 2 + 2 * 4 apples. How many?") == [None]
 
 

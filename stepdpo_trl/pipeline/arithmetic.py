@@ -42,7 +42,7 @@ _GOES_ON_BEHIND = re.compile(
     r"|[ \t]+(?:r|remainder|with|times|plus|minus|divided|million|billion|thousand|hundred|dozen|and|to|or|of)\b)",
     re.I,
 )
-_LEAVING = re.compile(rf"\bleaving\s+({_SIDE})(?=[ \t]*(?:[.,;]|$))", re.M)
+_LEAVING = re.compile(rf"({_SIDE}) = {_SIDE}, leaving (\S[^\n]*?)(?=[ \t]*(?:[.,;](?:\s|$)|$))", re.M)
 _ASKED = re.compile(rf"\s*(?:what is|compute|calculate|evaluate|simplify)\s+({_SIDE})\s*[?.]?\s*", re.I)
 
 _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
@@ -59,17 +59,29 @@ def false_equations(problem: str, steps: Steps) -> list[str | None]:
 
     Args:
         problem (`str`):
-            The problem. Where it asks for the value of an expression ("What is 2 + 3 * 4?"), "leaving 14" in a step
-            says that the rest equals it.
+            The problem. Where it asks for the value of an expression ("What is 2 + 3 * 4?"), a step that says
+            "3 * 4 = 12, leaving 2 + 12" must work what is there, and what it leaves must have that value.
         steps (`Steps`):
             The steps.
 
     Returns:
         `list[str | None]`: For each step the first equation that is false, `None` where there is none.
     """
+    texts = [_spell(text) for text in steps.texts()]
+    found = [_false_equation(text) for text in texts]
     asked = _ASKED.fullmatch(_spell(problem))
-    wanted = evaluate(asked[1]) if asked else None
-    return [_false_equation(_spell(text), asked[1] if asked else "", wanted) for text in steps.texts()]
+    if asked is None:
+        return found
+    left, value = asked[1], evaluate(asked[1])
+    for index, text in enumerate(texts):
+        step = _LEAVING.search(text)
+        if step:
+            if not re.search(rf"(?<![\d.]){re.escape(step[1])}(?![\d.])", left):
+                found[index] = found[index] or f"{step[1]} is no part of {left}"
+            elif evaluate(step[2]) != value:  # or it is no expression at all
+                found[index] = found[index] or f"{left} = {step[2]}"
+            left = step[2]
+    return found
 
 
 def _spell(text: str) -> str:
@@ -78,7 +90,7 @@ def _spell(text: str) -> str:
     return text
 
 
-def _false_equation(text: str, asked: str, wanted: Fraction | None) -> str | None:
+def _false_equation(text: str) -> str | None:
     for match in _CHAIN.finditer(text):
         if _GOES_ON_BEFORE.search(text, 0, match.start()) or _GOES_ON_BEHIND.match(text[match.end() :]):
             continue
@@ -86,10 +98,6 @@ def _false_equation(text: str, asked: str, wanted: Fraction | None) -> str | Non
         for left, right in pairwise(sides):
             if _is_false(left, right):
                 return f"{left} = {right}"
-    for match in _LEAVING.finditer(text):
-        left_over = evaluate(match[1])
-        if wanted is not None and left_over is not None and left_over != wanted:
-            return f"{asked} = {match[1]}"
     return None
 
 
