@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := deepspeed,quantization,gguf,report,test
+EXTRAS := deepspeed,quantization,gguf,openai,ray,report,test
 
 # For bench-gpu: all that is needed and neither large nor always there beside torch (numpy, pandas, pyarrow)
 PYTHON_VERSION ?= 3.12

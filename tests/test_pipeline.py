@@ -1,6 +1,7 @@
 """From problems to step pairs with a made-up student, whose mistakes are known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -225,6 +226,14 @@ def test_answers_that_do_not_parse(tmp_path, checker):
     with pytest.raises(RunError, match=r"1 gold answers cannot be read .*'odd'"):
         run_all(tmp_path, checker, student, problems)
     assert student.asked == []
+
+
+def test_a_server_that_does_not_sample(tmp_path, checker, caplog):
+    student = Student()
+    student.answer = lambda request, answer=student.answer: answer(replace(request, seed=0))
+    session = Session({MODEL: student}, checker)
+    session.collect(tmp_path, draw_records(5), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    assert "the model is not sampled" in caplog.text
 
 
 def test_nothing_wrong(tmp_path, checker, caplog):

@@ -1,5 +1,6 @@
 """Sample solutions, and find the wrong ones (Step-DPO, section 3.2, "error collection")."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,6 +10,8 @@ from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution
 from .run_directory import Log, RunDirectory, RunError
 from .stage import Stage
 from .tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: int) -> Counter[str]:
@@ -34,11 +37,19 @@ def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: 
         return [Solution(s.key, problem, s.text, s.check.outcome, s.finish_reason, s.check.answer) for s in sampled]
 
     counts: Counter[str] = Counter()
+    different = 0
     log = stage.run.log("solutions")
     for solutions in stage.go(map(task, problems), len(problems), "collect", "problems", counts):
         records = ((solution.key, _record(solution)) for solution in solutions)
         log.extend((key, record) for key, record in records if key not in log)
         counts.update(solution.outcome for solution in solutions)
+        different += len({solution.text for solution in solutions}) > 1
+    if samples > 1 and not different:
+        logger.warning(
+            f"All {samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
+            "a server may ignore it (`transformers serve` samples where the model's generation_config.json says "
+            '"do_sample": true).'
+        )
     return counts
 
 
