@@ -248,6 +248,8 @@ def _judges(args: argparse.Namespace) -> Any:
 
 def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
     way, options = args.judge, _judges(args)
+    if "human" in way and args.engine == "ray":
+        raise RunError("Judge 'human' needs a person at this machine: use --engine local.")
     options.check([name for group in parse_judges(way) for name in group])
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:

@@ -62,3 +62,12 @@ def test_sdpo_stages_refuses_wrong_arguments():
     assert done.returncode == 2
     assert "--updates is 3, but must be even" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_benchmark_pipeline():
+    command = [sys.executable, str(EXAMPLES / "benchmark_pipeline.py"), "--problems", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for words in ("rollouts, linear scan", "rollouts, binary search", "same verdict", "samples, in rounds"):
+        assert words in done.stdout
