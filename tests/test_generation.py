@@ -10,6 +10,8 @@ from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling
 from stepdpo_trl.generation.transformers import SeededSampling, TransformersGenerator
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 
+from .tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model
+
 
 @pytest.fixture(scope="module")
 def quickstart():
@@ -112,6 +114,18 @@ def test_large_vocabularies_are_cut_where_the_mass_is():
             kept = int((cumulative - sorted_[row] < 0.9).sum())
             drawn = processor.uniform[row, 0] * cumulative[kept - 1]
             assert order[row, min(int((cumulative <= drawn).sum()), kept - 1)] == chosen[row]
+
+
+@pytest.mark.parametrize("make", [sentencepiece_tokenizer, byte_level_tokenizer])
+def test_the_space_that_begins_an_answer_is_kept(make):
+    """Also by tokenizers that drop the space at the beginning of a text."""
+    tokenizer = make()
+    generator = TransformersGenerator(tiny_model(len(tokenizer)), tokenizer)
+    for before, after in (("Step 1:", " 12 = 42"), ("Step 1: ", "12"), ("1", "2"), ("Step", " + t")):
+        whole = tokenizer(before, add_special_tokens=False)["input_ids"]
+        joint = tokenizer(before + after, add_special_tokens=False)["input_ids"]
+        if joint[: len(whole)] == whole:
+            assert generator._completion(whole, joint[len(whole) :]).text == after
 
 
 def test_bad_models(tmp_path):

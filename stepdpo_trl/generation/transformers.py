@@ -128,10 +128,16 @@ class TransformersGenerator:
             do_sample=False,
             logits_processor=LogitsProcessorList(processors),
         )
-        return [self._completion(len(ids), row) for ids, row in zip(prompts, rows[:, width:].tolist(), strict=True)]
+        return [self._completion(ids, row) for ids, row in zip(prompts, rows[:, width:].tolist(), strict=True)]
 
-    def _completion(self, prompt_tokens: int, row: list[int]) -> Completion:
+    def _completion(self, prompt: list[int], row: list[int]) -> Completion:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
-        text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # Behind the prompt's last token: some tokenizers drop the space that begins a text
+        last = self._decode(prompt[-1:])
+        text = self._decode(prompt[-1:] + row[:end])
+        text = text[len(last) :] if text.startswith(last) else self._decode(row[:end])
         reason, length = ("length", len(row)) if end is None else ("stop", end + 1)
-        return Completion(str(text), reason, prompt_tokens, length)
+        return Completion(text, reason, len(prompt), length)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
