@@ -70,9 +70,9 @@ def main() -> None:
         generator = session.generator(model)
         policy = Policy("policy", prompt, generator.render, 0)
         with RunDirectory(path) as run:
-            stage = Stage(run)
+            stage = Stage(run, "linear scan")
             stage.services["policy"] = RecordedModel(
-                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan"
+                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan", stage.name
             )
             stage.services["check"] = RecordedChecks(session.checker, run.log("checks"))
             compare_localization(stage, policy, anew)

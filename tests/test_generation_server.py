@@ -191,7 +191,7 @@ def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
     spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_variable="OTHER_KEY")
     with RunDirectory(tmp_path) as run:
         log = run.log("generations")
-        RecordedModel(OpenAIGenerator(spec), Sampling(), log, "m").answer([Request("a", "text", 1)])
+        RecordedModel(OpenAIGenerator(spec), Sampling(), log, "m", "collect").answer([Request("a", "text", 1)])
         run.keep_settings("collect", vars(spec))
     assert server.bodies[0][2] == f"Bearer {KEY}"
     assert all(KEY not in file.read_text() for file in tmp_path.iterdir())

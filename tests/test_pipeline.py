@@ -83,6 +83,35 @@ def test_a_prefix_is_sampled_once_in_all_stages(tmp_path, checker):
     assert len(asked) < 90 + rollouts  # some rollouts cost nothing
 
 
+def test_batches_are_those_of_an_unbroken_run(tmp_path, checker):
+    """What a stage had asked before a kill is in its batches again, as done; what other stages asked is not."""
+
+    class Batches(Student):
+        def generate(self, requests, sampling, done):
+            self.batches.append([request.key for request in requests])
+            return super().generate(requests, sampling, done)
+
+    def go(path):
+        student = Batches()
+        student.batches = []
+        run_all(path, checker, student, way="rollout", wanted=3)
+        return student.batches
+
+    whole = go(tmp_path / "whole")
+    assert len([key for batch in whole for key in batch]) == len({key for batch in whole for key in batch})
+    go(tmp_path / "cut")
+    log = tmp_path / "cut" / "generations.policy.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    stages = [json.loads(line)["stage"] for line in lines]
+    for stage in ("localize rollout", "rectify rollout"):
+        log.write_text("".join(lines[: stages.index(stage) + 3]))  # three answers of its first round
+        for name in ("verdicts.rollout", "corrections.rollout"):
+            (tmp_path / "cut" / f"{name}.jsonl").unlink(missing_ok=True)
+        rest = go(tmp_path / "cut")
+        assert rest == whole[-len(rest) :]
+        assert log.read_text() == "".join(lines)
+
+
 def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
     run_all(tmp_path, checker)
     before = records(tmp_path)

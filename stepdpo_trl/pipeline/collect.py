@@ -39,7 +39,7 @@ def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: 
     counts: Counter[str] = Counter()
     different = 0
     log = stage.run.log("solutions")
-    for solutions in stage.go(map(task, problems), len(problems), "collect", "problems", counts):
+    for solutions in stage.go(map(task, problems), len(problems), "problems", counts):
         records = ((solution.key, _record(solution)) for solution in solutions)
         log.extend((key, record) for key, record in records if key not in log)
         counts.update(solution.outcome for solution in solutions)

@@ -33,7 +33,7 @@ def localize(stage: Stage, judge: Judge, way: str) -> Counter[str]:
         return solution, (yield from judge(solution))
 
     counts: Counter[str] = Counter()
-    for solution, verdict in stage.go(map(task, solutions), len(solutions), "localize", "solutions", counts):
+    for solution, verdict in stage.go(map(task, solutions), len(solutions), "solutions", counts):
         if solution.key not in log:
             log.append(solution.key, vars(verdict))
         counts["silent" if verdict.step is None else "located"] += 1

@@ -95,7 +95,7 @@ def rectify(
         return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
 
     counts: Counter[str] = Counter()
-    for solution, record in stage.go(map(task, solutions), len(solutions), "rectify", "solutions", counts):
+    for solution, record in stage.go(map(task, solutions), len(solutions), "solutions", counts):
         if solution.key not in log:
             log.append(solution.key, record)
         counts["rectified" if record["found"] else "given up"] += 1

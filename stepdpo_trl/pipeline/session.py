@@ -162,7 +162,7 @@ class Session:
                         f"Problem {problem.id!r} is another one than when {path} was begun. Take a new --out."
                     )
             log.extend((problem.id, write_problem(problem)) for problem in mine if problem.id not in log)
-            stage = self._stage(run)
+            stage = self._stage(run, f"collect {samples}")
             policy = self._policy(stage, model)
             counts = collecting.collect(stage, policy, mine, samples)
             if not counts["wrong"]:
@@ -178,7 +178,7 @@ class Session:
         options.check(names)
         with RunDirectory(path) as run:
             run.keep_settings(f"localize {way}", options.settings(names))
-            stage = self._stage(run)
+            stage = self._stage(run, f"localize {way}")
             judges = {name: self._judge(name, stage, options, model) for name in names}
             return localizing.localize(stage, combine(groups, judges), way)
 
@@ -209,15 +209,16 @@ class Session:
             found_in, _ = localizing.read_verdicts(run, way)
             settings = {"wanted": wanted, "most": most, "check": check, **options.settings(names)}
             settings["rectifier"] = rectifier.model if rectifier else None
-            run.keep_settings(f"rectify {found_in}{f' by {name}' if name else ''}", settings)
-            stage = self._stage(run)
+            title = f"rectify {found_in}{f' by {name}' if name else ''}"
+            run.keep_settings(title, settings)
+            stage = self._stage(run, title)
             whom = f"rectifier-{name}" if name else "policy"
             policy = self._policy(stage, rectifier or self._model_of(run, model), whom)
             judge = combine(groups, {n: self._judge(n, stage, options, model) for n in names}) if names else None
             return rectifying.rectify(stage, policy, way, name, wanted, most, judge)
 
-    def _stage(self, run: RunDirectory) -> Stage:
-        return Stage(run, {"check": RecordedChecks(self.checker, run.log("checks"))})
+    def _stage(self, run: RunDirectory, name: str) -> Stage:
+        return Stage(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
 
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
         """The model that wrote the solutions, where it is to be found now."""
@@ -230,7 +231,7 @@ class Session:
         generator = self.generator(model)
         if whom not in stage.services:
             log = stage.run.log(f"generations.{whom}")
-            stage.services[whom] = RecordedModel(generator, Sampling(**settings["sampling"]), log, whom)
+            stage.services[whom] = RecordedModel(generator, Sampling(**settings["sampling"]), log, whom, stage.name)
         return Policy(whom, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
 
     def _judge(self, name: str, stage: Stage, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
@@ -242,7 +243,7 @@ class Session:
             assert options.model is not None
             log = stage.run.log("generations.judge")
             generator = self.generator(options.model)
-            stage.services["judge"] = RecordedModel(generator, options.judge_sampling, log, "judge")
+            stage.services["judge"] = RecordedModel(generator, options.judge_sampling, log, "judge", stage.name)
             seed = stage.run.settings()["collect"]["seed"]
             return llm_judge("judge", seed, options.votes, options.gold, options.prompt)
         if name == "prm":

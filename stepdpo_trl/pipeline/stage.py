@@ -20,16 +20,19 @@ class Stage:
     Args:
         run (`RunDirectory`):
             The folder.
+        name (`str`):
+            Name of the stage, with what tells it from others of its kind.
         services (`dict[str, Service]`):
             Whom tasks can ask.
     """
 
     run: RunDirectory
+    name: str
     services: dict[str, Service] = field(default_factory=dict)
 
-    def go(self, tasks: Iterable[Task[T]], total: int, name: str, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
+    def go(self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
         """Run tasks, with a progress bar that shows `counts`: the yield so far."""
-        with tqdm(total=total, desc=name, unit=f" {unit}", position=0) as bar:
+        with tqdm(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
             for result in run_tasks(tasks, self.services):
                 yield result
                 bar.update(1)

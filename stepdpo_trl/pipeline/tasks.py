@@ -88,6 +88,9 @@ class RecordedModel:
     """
     A model whose answers are kept on disk and never asked for twice.
 
+    What earlier stages and rounds asked is read. What this stage asked before it was stopped is handed to the
+    generator all the same, as done, so that batches are those of an unbroken run.
+
     Args:
         generator (`Generator`):
             The model.
@@ -97,23 +100,35 @@ class RecordedModel:
             Where its answers are kept.
         name (`str`):
             What to write beside the progress bar.
+        stage (`str`):
+            Name of the stage.
     """
 
-    def __init__(self, generator: Generator, sampling: Sampling, log: Log, name: str) -> None:
-        self.generator, self.sampling, self.log, self.name = generator, sampling, log, name
+    def __init__(self, generator: Generator, sampling: Sampling, log: Log, name: str, stage: str) -> None:
+        self.generator, self.sampling, self.log, self.name, self.stage = generator, sampling, log, name, stage
+        self.asked: set[str] = set()
 
     def answer(self, requests: Sequence[Request]) -> dict[str, Completion]:
         """Answer requests, from the disk where they have been answered."""
-        missing = sum(request.key not in self.log for request in requests)
+        anew = [
+            request
+            for request in requests
+            if request.key not in self.asked
+            and self.log.get(request.key, {"stage": self.stage}).get("stage") == self.stage
+        ]
+        self.asked.update(request.key for request in requests)
+        missing = sum(request.key not in self.log for request in anew)
         if missing:
             with tqdm(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
                 tokens = 0
-                for answered in self.generator.generate(requests, self.sampling, self.log):
-                    self.log.extend((request.key, vars(completion)) for request, completion in answered)
+                for answered in self.generator.generate(anew, self.sampling, self.log):
+                    records = ((request.key, {"stage": self.stage, **vars(answer)}) for request, answer in answered)
+                    self.log.extend(records)
                     tokens += sum(completion.tokens for _, completion in answered)
                     bar.update(len(answered))
                     bar.set_postfix({"tokens/s": round(tokens / max(bar.format_dict["elapsed"], 1e-9))})
-        return {request.key: Completion(**self.log[request.key]) for request in requests}
+        fields = Completion.__dataclass_fields__
+        return {r.key: Completion(**{name: self.log[r.key][name] for name in fields}) for r in requests}
 
 
 @dataclass(frozen=True)
