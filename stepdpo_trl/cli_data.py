@@ -137,7 +137,12 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 def _rectify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wanted", type=_positive, default=1, help="preferred steps for each wrong solution")
     parser.add_argument("--most", type=_positive, default=20, help="samples for each wrong solution at most")
-    parser.add_argument("--check", metavar="JUDGES", help="who looks at the preferred step: arithmetic, llm, prm")
+    parser.add_argument(
+        "--check",
+        default="arithmetic",
+        metavar="JUDGES",
+        help="who looks at the preferred step too: arithmetic, llm, prm, none",
+    )
     _model_options(parser, "rectifier-", "another model that writes the preferred steps", given=False)
 
 
@@ -259,7 +264,8 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
 
 
 def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
-    way, wanted, most, check, options = args.judge, args.wanted, args.most, args.check, _judges(args)
+    way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
+    check = None if args.check == "none" else args.check
     rectifier = _spec(args, "rectifier_")
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
