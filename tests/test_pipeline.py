@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepdpo_trl.generation import ModelSpec, Sampling
+from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
 from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
 from stepdpo_trl.pipeline.localize import agreement, read_verdicts
@@ -161,6 +161,40 @@ def test_judges_combined(tmp_path, checker):
     assert shared == {"both": len(speaking), "same": sum(one[key] == two[key] for key in speaking)}
     with pytest.raises(RunError, match="several judges"):
         session.rectify(tmp_path)
+
+
+def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
+    """Both through the session: the person's answers are kept apart, the judge's replies too."""
+    from stepdpo_trl.pipeline import human
+
+    truth = {}
+
+    def label(items, answers, port=None):
+        for item in items:
+            truth[item.key] = step = len(item.steps) if item.key.endswith("0") else None
+            if item.key not in answers:
+                answers.append(item.key, {"step": step, "skipped": step is None})
+
+    class Judge(Student):
+        def answer(self, request):
+            content = request.prompt[0]["content"]
+            assert "[Correct answer]" in content
+            return Completion(f"\\boxed{{{content.count('</step_')}}}", "stop", 1, 1)
+
+    monkeypatch.setattr(human, "label", label)
+    judge = ModelSpec("judge")
+    session = Session({MODEL: Student(), judge: Judge()}, checker)
+    session.collect(tmp_path, draw_records(20), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    session.localize(tmp_path, "human+llm", JudgeOptions(model=judge))
+    with RunDirectory(tmp_path) as run:
+        verdicts = read_verdicts(run)[1]
+        assert len(run.log("labels")) == len(verdicts) == len(truth) > 5
+        assert len(run.log("generations.judge")) == sum(step is not None for step in truth.values())
+    assert {key: verdict.step for key, verdict in verdicts.items()} == truth
+    # The same judge says that the last step of every solution is wrong: no correction of a last step passes
+    counts = session.rectify(tmp_path, most=4, check="llm", options=JudgeOptions(model=judge))
+    assert counts["dropped"] > 0
+    assert counts["pairs"] == 0
 
 
 def test_wanted_and_most(tmp_path, checker):
