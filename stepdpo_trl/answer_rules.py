@@ -96,7 +96,7 @@ def final_answer(text: str) -> str | None:
     The answer that a solution ends with, as it is written there.
 
     That is the content of the last `\boxed{}` whose braces are balanced (of several, if only "and", "or" or a comma
-    stands between them), else the rest of the line after the last `####`, else what follows the last "answer is" or
+    stands between them), else what follows `####` in the last line, else what follows the last "answer is" or
     "answer:" up to the end of the sentence.
 
     Args:
@@ -117,7 +117,8 @@ def final_answer(text: str) -> str | None:
         return answer.strip() or None
     if "####" in text:
         lines = text.rsplit("####", 1)[1].strip().splitlines()
-        return lines[0].strip() if lines else None
+        if len(lines) == 1 and not lines[0].startswith("Step "):  # not a heading
+            return lines[0].strip()
     matches = list(_ANSWER.finditer(text))
     if not matches:
         return None

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass, replace
@@ -119,7 +120,8 @@ class AnswerChecker:
         Returns:
             `list[Check]`: The outcomes, in order.
         """
-        futures = [self.pool.schedule(_quiet_check, args=pair, timeout=self.time_limit) for pair in answers]
+        limit = self.time_limit
+        futures = [self.pool.schedule(_limited_check, args=(*pair, limit), timeout=limit) for pair in answers]
         checks = []
         for future in futures:
             try:
@@ -150,6 +152,10 @@ def check_golds(checker: AnswerChecker, golds: Sequence[str]) -> list[int]:
     return [index for index, check in zip(doubtful, checks, strict=True) if check.outcome == UNREADABLE]
 
 
-def _quiet_check(gold: str, text: str) -> Check:
+def _limited_check(gold: str, text: str, time_limit: float) -> Check:
     logging.disable(logging.CRITICAL)  # math-verify says for each parse that there is no time limit
-    return check_answer(gold, text)
+    signal.alarm(int(time_limit) + 5)  # ends this process, should the one that watches it be gone
+    try:
+        return check_answer(gold, text)
+    finally:
+        signal.alarm(0)

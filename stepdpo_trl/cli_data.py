@@ -11,7 +11,7 @@ from typing import Any
 from .generation import BACKENDS, ModelSpec, Sampling
 from .pipeline.judges import JUDGES, parse_judges
 from .pipeline.policy import resolve_step_prompt
-from .pipeline.records import read_problems
+from .pipeline.records import read_problems, read_texts
 from .pipeline.run_directory import RunError
 from .prompts import STEP_PROMPTS
 
@@ -147,7 +147,7 @@ def _rectify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME")
+    parser.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME (private)")
     parser.add_argument("--corrections", metavar="WAY", help="which to take, where there are several")
     parser.add_argument("--exclude", action="append", default=[], metavar="FILE", help="problems of a test set")
     parser.add_argument("--per-problem", type=_positive, metavar="M", help="most pairs of a problem")
@@ -196,6 +196,10 @@ def _folders(args: argparse.Namespace, path: str) -> list[tuple[Path, tuple[int,
     """Folders to work on, with the shard that each holds."""
     from .pipeline.build import run_directories
 
+    if args.engine == "local" and (args.shards > 1 or args.num_gpus):
+        raise RunError("--shards and --num-gpus are for --engine ray. Without it, --shard I/N works on one part.")
+    if args.engine == "ray" and args.shard:
+        raise RunError("--shard I/N is for --engine local; under Ray --shards N works on all parts.")
     count = args.shards if args.engine == "ray" else args.shard[1] if args.shard else 1
     if count > 1:
         which = [args.shard[0]] if args.shard else range(count)
@@ -264,9 +268,12 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
 
 
 def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
+    from .pipeline.session import check_rectify
+
     way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
     check = None if args.check == "none" else args.check
     rectifier = _spec(args, "rectifier_")
+    check_rectify(check, options, wanted, most)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
         return session.rectify(folder, way, wanted, most, check, options, rectifier, changes)
@@ -309,7 +316,7 @@ def _data(args: argparse.Namespace) -> None:
 
     check_target(args.to)
     for problems in args.exclude:
-        read_problems(problems)
+        read_texts(problems)
     changes = {name: value for name, value in _changes(args).items() if name not in ("model", "backend", "tokenizer")}
     stages = [_collect_work(args), _localize_work(args, changes), _rectify_work(args, changes)]
 

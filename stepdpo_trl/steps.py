@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 # "Step 3:", "**Step 3:**", "### Step 3.", "Step 3 -" at the beginning of a line. The label ends before the space
 _LABEL = re.compile(
-    r"^[ \t]*(?:#+[ \t]*)?(?:\*\*|__)?Step[ \t]+(\d+)(?:(?:\*\*|__)?[:.)]|[ \t]+[-\u2013\u2014])(?:\*\*|__)?",
+    r"^[ \t]*(?:#+[ \t]*|[-*][ \t]+)?(?:\*\*|__)?Step[ \t]+(\d+)"
+    r"(?:(?:\*\*|__)?[:.)]|[ \t]+[-\u2013\u2014]|(?=(?:\*\*|__)?[ \t]*$))(?:\*\*|__)?",
     re.I | re.M,
 )
 # The first may also follow a sentence: "Let's think step by step. Step 1:"
 _FIRST_LABEL = re.compile(r"(?<=[.!:])[ \t]+(?:\*\*)?Step[ \t]+1(?:\*\*)?:(?:\*\*)?", re.I)
 _NUMBER = re.compile(r"^[ \t]*(?:\*\*)?(\d+)[.)](?=[ \t])", re.M)
-_BLANK = re.compile(r"\n[ \t]*\n\s*")
+_BLANK = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def split_steps(text: str, style: str | None = None) -> Steps:
     """
     if style is not None and style not in STYLES:
         raise ValueError(f"`style={style!r}` is not known. Choose one of {sorted(STYLES)}.")
+    first = _LABEL.search(text)
+    from_one = _FIRST_LABEL.search(text) or (first and first[1] == "1")
     for name in [style] if style else STYLES:
+        if name == "label" and not style and not from_one:  # what stands before "Step 3" may be steps too
+            continue
         spans = _spans(text, STYLES[name](text))
         if style or len(spans) > 1 or (name == "label" and spans):
             return Steps(text, spans, name)

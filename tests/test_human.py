@@ -11,7 +11,13 @@ from stepdpo_trl.pipeline.human import Labelling, ToLabel, label
 from stepdpo_trl.pipeline.run_directory import Log
 
 ITEMS = [
-    ToLabel("a", r"What is \(2 + 2 * 3\)?", "8", "Multiply first.", ("2 + 2 = 4", "4 * 3 = 12")),
+    ToLabel(
+        "a",
+        r"What is \(2 + 2 * 3\)?",
+        "8",
+        "Multiply first.",
+        ("2*3 + 4*5 = 26", "4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)"),
+    ),
     ToLabel("b", "Is 1 < 2 & 3 > 2?", "yes", "", ("<script>document.title = 'broken'</script> **no**", "so no", "no")),
     ToLabel("c", "Count.", "12", "", tuple(f"{n}" for n in range(1, 13))),
 ]
@@ -89,7 +95,8 @@ def test_in_the_browser(browser, tmp_path):
         page.get_by_text(text).first.wait_for(timeout=20_000)
 
     wait_for("0 of 3 done")
-    wait_for("4 * 3 = 12")
+    wait_for("2*3 + 4*5 = 26")  # not emphasis
+    wait_for("4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)")  # nor a picture that is fetched
     page.click("#step-1")
     wait_for("1 of 3 done")
     assert read(path) == {"a": {"step": 1}}  # saved at once

@@ -12,7 +12,6 @@ from stepdpo_trl.generation import Completion
 from stepdpo_trl.pipeline.judges import (
     arithmetic_judge,
     combine,
-    human_judge,
     llm_judge,
     parse_judges,
     prm_judge,
@@ -21,7 +20,7 @@ from stepdpo_trl.pipeline.judges import (
 )
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.prm import ProcessRewardModel
-from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution
+from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
 from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.pipeline.tasks import run_tasks
 from stepdpo_trl.prompts import STEP_PROMPTS
@@ -149,6 +148,8 @@ def test_what_the_judge_sees():
         (r"\boxed{0}", None),
         (r"\boxed{-2}", None),
         (r"\boxed{Step 2}", None),
+        (r"The student's answer is \boxed{2}, but let me check", None),
+        (r"the student wrote \boxed{3}. So: **\boxed{2}**.", 2),
         ("2", None),
     ],
 )
@@ -166,7 +167,8 @@ def test_expressions():
 def test_combinations():
     def says(step):
         def judge(item):
-            return human_judge({item.key: {"step": step}})(item)
+            return Verdict(step, "stand-in", {})
+            yield
 
         return judge
 

@@ -51,7 +51,9 @@ class OpenAIGenerator:
             ) from error
         self._openai = openai
         self.spec, self.tries, self.sleep = spec, tries, sleep
-        self._key = os.environ.get(spec.api_key_variable, "")
+        self._key = os.environ.get(spec.api_key_variable, "").strip()
+        if not self._key.isascii() or not (self._key or "-").isprintable():
+            raise GenerationError(f"The key in {spec.api_key_variable} holds characters that no key has. Set it anew.")
         # Retries are ours: they also cover replies that are none, and the end of patience names the request
         self.client = openai.OpenAI(
             base_url=spec.base_url, api_key=self._key or "none", timeout=timeout, max_retries=0
@@ -104,14 +106,14 @@ class OpenAIGenerator:
                 return self._ask_once(request, sampling)
             except self._openai.APIStatusError as error:
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    raise GenerationError(self._refused(error)) from None
+                    raise GenerationError(self._refused(request, error)) from None
                 trouble, pause = f"HTTP {error.status_code}", _retry_after(error.response.headers)
             except self._openai.APIConnectionError as error:  # time-outs too
                 trouble, pause = f"{type(error).__name__} ({error.__cause__ or error})", None
             except (ValueError, TypeError, KeyError, AttributeError, IndexError, self._openai.APIError) as error:
                 trouble, pause = f"a reply that is none ({type(error).__name__}: {error})", None
             if attempt < self.tries:
-                self.sleep(min(60.0, 0.5 * 2 ** (attempt - 1) if pause is None else pause))
+                self.sleep(max(pause or 0.0, min(60.0, 0.5 * 2 ** (attempt - 1))))
         raise GenerationError(
             self._scrub(
                 f"The server at {self.spec.base_url} did not answer {request.key!r} in {self.tries} tries; the last "
@@ -138,9 +140,10 @@ class OpenAIGenerator:
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise ValueError(f"text {text!r:.60}, finish_reason {reason!r}")
         usage = reply.usage
-        return Completion(text, reason, *((usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)))
+        counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+        return Completion(text, reason, *counts)
 
-    def _refused(self, error: Any) -> str:
+    def _refused(self, request: Request, error: Any) -> str:
         hints = {
             401: f"Set the environment variable {self.spec.api_key_variable} to a valid key.",
             403: f"Set the environment variable {self.spec.api_key_variable} to a key that may use the model.",
@@ -148,8 +151,8 @@ class OpenAIGenerator:
         }
         hint = hints.get(error.status_code, "Check the model's name and whether it takes such requests.")
         return self._scrub(
-            f"The server at {self.spec.base_url} refuses requests for {self.spec.model!r}: HTTP {error.status_code}, "
-            f"{str(error.message)[:300]}. {hint}"
+            f"The server at {self.spec.base_url} refuses {request.key!r} for {self.spec.model!r}: HTTP "
+            f"{error.status_code}, {str(error.message)[:300]}. {hint}"
         )
 
     def _scrub(self, text: str) -> str:

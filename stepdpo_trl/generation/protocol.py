@@ -139,11 +139,6 @@ class ModelSpec:
             raise ValueError(
                 f"Back end {self.backend!r} is not known. Did you mean {near!r}? Known: {list(BACKENDS)}."
             )
-        if (self.backend == "openai") != (self.base_url is not None):
-            raise ValueError(
-                f"Back end {self.backend!r} and base_url={self.base_url!r} do not fit: a server needs the back end "
-                "'openai' and its address, such as http://localhost:8000/v1; the others take no address."
-            )
         if self.base_url is not None:
             url = urlsplit(self.base_url)
             if url.scheme not in ("http", "https") or not url.hostname:
@@ -153,6 +148,11 @@ class ModelSpec:
                     "The server's address holds a user, a password or a query, which would be written into the run's "
                     f"files. Give it without, and the key in the environment variable {self.api_key_variable}."
                 )
+        if (self.backend == "openai") != (self.base_url is not None):
+            raise ValueError(
+                f"Back end {self.backend!r} and base_url={self.base_url!r} do not fit: a server needs the back end "
+                "'openai' and its address, such as http://localhost:8000/v1; the others take no address."
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
 

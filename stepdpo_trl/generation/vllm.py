@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
 
 from .chat import load_tokenizer, render
@@ -34,6 +34,7 @@ class VLLMGenerator:
         free = context.Queue()
         for gpu in gpus:
             free.put(gpu)
+        self.copies = len(gpus)
         self.pool = ProcessPoolExecutor(len(gpus), context, initializer=_start, initargs=(free, spec))
 
     def render(self, user: str, opening: str) -> str:
@@ -46,12 +47,14 @@ class VLLMGenerator:
         """Answer in large batches. See [`~stepdpo_trl.generation.Generator`]."""
         todo = [request for request in requests if request.key not in done]
         batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
-        running = {
-            self.pool.submit(_answer, [self._encode(r) for r in batch], [r.seed for r in batch], sampling): batch
-            for batch in batches
-        }
-        for future in as_completed(running):
-            yield list(zip(running[future], future.result(), strict=True))
+        running: dict[Future[list[Completion]], list[Request]] = {}
+        while batches or running:
+            while batches and len(running) <= self.copies:  # one waits; more would be worked off after an error
+                batch = batches.pop(0)
+                ids, seeds = [self._encode(request) for request in batch], [request.seed for request in batch]
+                running[self.pool.submit(_answer, ids, seeds, sampling)] = batch
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield list(zip(running.pop(future), future.result(), strict=True))
 
     def _encode(self, request: Request) -> list[int]:
         prompt = request.prompt if isinstance(request.prompt, str) else render(self.tokenizer, request.prompt)

@@ -1,5 +1,6 @@
 """Make a data set of what was found: the columns of Math-Step-DPO-10K, on which StepDPOTrainer trains."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from ..schema import StepPreference
 from ..steps import split_steps
 from .collect import read_problems_of, read_solutions
 from .policy import render_template
-from .records import Problem, read_problems
+from .records import Problem, read_texts
 from .rectify import normalize_step
 from .run_directory import RunDirectory, RunError
 
@@ -99,12 +100,12 @@ def make_pairs(run: RunDirectory, way: str | None = None) -> Iterator[Row]:
 
 
 def normalize_problem(text: str) -> str:
-    """A problem for comparison: letters and digits."""
-    return re.sub(r"\W+", "", text).casefold()
+    """A problem for comparison: letters, digits and operators."""
+    return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
 
 
 def select_pairs(
-    rows: Iterable[Row], problems: dict[str, Problem], excluded: Iterable[Problem] = (), per_problem: int | None = None
+    rows: Iterable[Row], problems: dict[str, Problem], excluded: Iterable[str] = (), per_problem: int | None = None
 ) -> tuple[list[Row], Counter[str]]:
     """
     Leave out what should not be trained on.
@@ -114,15 +115,15 @@ def select_pairs(
             Pairs.
         problems (`dict[str, Problem]`):
             Their problems, by id.
-        excluded (`Iterable[Problem]`, *optional*):
-            Problems of test sets, compared by their letters and digits.
+        excluded (`Iterable[str]`, *optional*):
+            Problems of test sets, compared by their letters, digits and operators.
         per_problem (`int`, *optional*):
             Most pairs of a problem. Those of different wrong steps come first.
 
     Returns:
         `list[dict]`, `Counter[str]`: The pairs, and how many were left out for what.
     """
-    tests = {normalize_problem(problem.problem) for problem in excluded}
+    tests = {normalize_problem(problem) for problem in excluded}
     kept: list[Row] = []
     left_out: Counter[str] = Counter()
     seen = set()
@@ -183,12 +184,17 @@ def build(
         RunError: If there are no pairs.
     """
     rows: list[Row] = []
+    settings: list[Row] = []
     problems: dict[str, Problem] = {}
     for path in paths:
         with RunDirectory(path) as run:
-            problems.update(read_problems_of(run))
+            settings.append({k: v for k, v in run.settings().get("collect", {}).items() if k != "shard"})
+            mine = read_problems_of(run)
+            if settings[0] != settings[-1] or mine.keys() & problems.keys():
+                raise RunError(f"{path} and {paths[0]} do not belong together: other settings, or the same problems.")
+            problems.update(mine)
             rows += make_pairs(run, way)
-    excluded = [problem for file in exclude for problem in read_problems(file)]
+    excluded = [problem for file in exclude for problem in read_texts(file)]
     kept, left_out = select_pairs(rows, problems, excluded, per_problem)
     if not kept:
         raise RunError(
@@ -209,7 +215,7 @@ def save(rows: list[Row], to: str, card: str) -> str:
         rows (`list[dict]`):
             The pairs.
         to (`str`):
-            A file that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME`.
+            A file that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` (private).
         card (`str`):
             Text of the card.
 
@@ -224,16 +230,24 @@ def save(rows: list[Row], to: str, card: str) -> str:
         from huggingface_hub import DatasetCard
 
         name = to.removeprefix("hub:")
-        data.push_to_hub(name)
+        data.push_to_hub(name, private=True)
         DatasetCard(card).push_to_hub(name)
         return f"https://huggingface.co/datasets/{name}"
     path = Path(to)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        data.to_parquet(str(path))
-    else:
-        data.to_json(str(path), force_ascii=False)
-    path.with_suffix(".card.md").write_text(card, encoding="utf-8")
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        if path.suffix == ".parquet":
+            data.to_parquet(str(unfinished))
+        else:
+            data.to_json(str(unfinished), force_ascii=False)
+        os.replace(unfinished, path)
+        path.with_suffix(".card.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}). Mend that and build again: the run is safe."
+        ) from error
     return str(path)
 
 

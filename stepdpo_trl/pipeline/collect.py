@@ -89,7 +89,7 @@ def wrong_solutions(run: RunDirectory) -> list[Solution]:
     The wrong solutions of a run.
 
     Raises:
-        RunError: If there are none.
+        RunError: If there are none, unless this is a shard.
     """
     solutions = list(read_solutions(run))
     counts = Counter(solution.outcome for solution in solutions)
@@ -97,7 +97,9 @@ def wrong_solutions(run: RunDirectory) -> list[Solution]:
     if not solutions:
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
     if not wrong:
-        raise RunError(no_wrong_answers(counts))
+        if run.settings()["collect"]["shard"] == [0, 1]:
+            raise RunError(no_wrong_answers(counts))
+        logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have some
     return wrong
 
 
@@ -112,8 +114,3 @@ def no_wrong_answers(counts: Mapping[str, int]) -> str:
         f"No wrong answers among {sum(counts.values())}: there is nothing to learn from. Give harder problems, or "
         "more --samples."
     )
-
-
-def steps_of(solution: Solution) -> tuple[str, ...]:
-    """The steps of a solution."""
-    return split_steps(solution.text).texts()

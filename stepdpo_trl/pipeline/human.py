@@ -1,14 +1,16 @@
 """A local page in the browser on which a person picks the first wrong step: one click or one key."""
 
-import html
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .run_directory import RunError
+from ..steps import split_steps
+from .judges import HumanRequest
+from .run_directory import Log, RunError
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,37 @@ def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
     return page
 
 
+_FORMULA = re.compile(r"(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\))", re.S)
+
+
 def _text(text: str) -> str:
-    """Without HTML of its own, and with its line breaks."""
-    return html.escape(text, quote=False).replace("\n", "  \n")
+    """As it is written, formulas set: what would be Markdown or HTML is shown, not obeyed."""
+    parts = _FORMULA.split(text)
+    parts[::2] = [re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [part.replace("<", r"\lt ").replace(">", r"\gt ") for part in parts[1::2]]
+    return re.sub(r"\n[ \t]*", "  \n", "".join(parts))
+
+
+class Person:
+    """
+    A person as somebody to ask: about all that is asked at a time, on one page.
+
+    Args:
+        labels (`Log`):
+            Where answers are kept.
+        port (`int`, *optional*):
+            Port of the page.
+    """
+
+    def __init__(self, labels: Log, port: int | None = None) -> None:
+        self.labels, self.port = labels, port
+
+    def answer(self, requests: Sequence[HumanRequest]) -> dict[str, Mapping[str, Any]]:
+        """Ask, where there is no answer yet."""
+        items = []
+        for request in requests:
+            solution, problem = request.solution, request.solution.problem
+            steps = split_steps(solution.text, solution.style).texts()
+            items.append(ToLabel(request.key, problem.problem, problem.answer, problem.solution, steps))
+        label(items, self.labels, port=self.port)
+        return {request.key: self.labels.get(request.key, {"skipped": True}) for request in requests}

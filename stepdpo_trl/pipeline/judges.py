@@ -33,7 +33,7 @@ def arithmetic_judge(solution: Solution) -> Task[Verdict]:
     Returns:
         `Verdict`: Its evidence is the equation.
     """
-    steps = split_steps(solution.text)
+    steps = split_steps(solution.text, solution.style)
     for number, false in enumerate(false_equations(solution.problem.problem, steps), start=1):
         if false:
             return Verdict(number, "arithmetic", {"equation": false})
@@ -71,7 +71,7 @@ def rollout_judge(policy: Policy, k: int = 8) -> Judge:
         return right > 0
 
     def judge(solution: Solution) -> Task[Verdict]:
-        steps = split_steps(solution.text)
+        steps = split_steps(solution.text, solution.style)
         seen: dict[str, list[int]] = {}
         if not (yield from reached(solution, steps, 0, seen)):
             return Verdict(None, "rollout", {"reason": "no right solution from the beginning", "rollouts": seen})
@@ -87,15 +87,18 @@ def rollout_judge(policy: Policy, k: int = 8) -> Judge:
     return judge
 
 
-_BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
+_BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}[\s.$*)]*$")
+UNDECIDED = ("the votes are even", "no reply could be read")
 
 
-def llm_judge(whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: str | None = None) -> Judge:
+def llm_judge(
+    whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: str | None = None, retry: bool = True
+) -> Judge:
     r"""
     What a language model says, by majority.
 
     A reply counts if it ends in the number of a step, or -1, in `\boxed{}`. For others more are asked, as many again
-    as votes are wanted.
+    as votes are wanted, if the judge is sampled.
 
     Args:
         whom (`str`):
@@ -108,6 +111,8 @@ def llm_judge(whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: s
             Whether the judge sees answer and solution of the data set.
         prompt (`str`, *optional*):
             Jinja template, defaults to [`~stepdpo_trl.prompts.JUDGE_PROMPTS`].
+        retry (`bool`, *optional*, defaults to `True`):
+            Whether to ask again where a reply cannot be read. A greedy judge would say the same.
 
     Returns:
         `Judge`: The judge. Its evidence are the votes, the unreadable replies and a reply of the majority.
@@ -115,29 +120,31 @@ def llm_judge(whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: s
     template = prompt or JUDGE_PROMPTS["gold" if gold else "no-gold"]
 
     def judge(solution: Solution) -> Task[Verdict]:
-        steps = split_steps(solution.text).texts()
+        steps = split_steps(solution.text, solution.style).texts()
         problem = solution.problem
         text = render_template(
             template, problem=problem.problem, answer=problem.answer, solution=problem.solution, steps=steps
         )
         said: list[tuple[int, str]] = []
         asked = 0
-        while len(said) < votes and asked < 2 * votes:
+        most = 2 * votes if retry else votes
+        while len(said) < votes and asked < most:
             keys = [f"{solution.key}/{digest(text)}/{asked + i}" for i in range(votes - len(said))]
-            keys = keys[: 2 * votes - asked]
+            keys = keys[: most - asked]
             messages = ({"role": "user", "content": text},)
             requests = tuple(Request(key, messages, seed_of(seed, f"{whom}/{key}")) for key in keys)
             replies: Mapping[str, Completion] = yield Ask(whom, requests)
             asked += len(keys)
             for key in keys:
-                number = read_step(replies[key].text, len(steps))
+                whole = replies[key].finish_reason == "stop"
+                number = read_step(replies[key].text, len(steps)) if whole else None
                 if number is not None:
                     said.append((number, replies[key].text))
         evidence: dict[str, Any] = {"votes": dict(Counter(str(number) for number, _ in said))}
         evidence["unreadable"] = asked - len(said)
         ranked = Counter(number for number, _ in said).most_common(2)
         if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
-            reason = "the votes are even" if ranked else "no reply could be read"
+            reason = UNDECIDED[0] if ranked else UNDECIDED[1]
             return Verdict(None, "llm", {"reason": reason, **evidence})
         winner = ranked[0][0]
         evidence["reply"] = next(reply for number, reply in said if number == winner)
@@ -159,10 +166,11 @@ def read_step(reply: str, steps: int) -> int | None:
             Number of steps.
 
     Returns:
-        `int` or `None`: The number in the last `\boxed{}`: of a step, or -1 for none. `None` where it is neither.
+        `int` or `None`: The number in the `\boxed{}` that ends it: of a step, or -1 for none. `None` where it is
+        neither.
     """
-    found = _BOXED_STEP.findall(reply)
-    number = int(found[-1]) if found else 0
+    found = _BOXED_STEP.search(reply)
+    number = int(found[1]) if found else 0
     return number if number == -1 or 1 <= number <= steps else None
 
 
@@ -188,7 +196,7 @@ def prm_judge(threshold: float = 0.5) -> Judge:
     """
 
     def judge(solution: Solution) -> Task[Verdict]:
-        steps = split_steps(solution.text).texts()
+        steps = split_steps(solution.text, solution.style).texts()
         key = f"{solution.key}/{digest(*steps)}"
         replies = yield Ask("prm", (PRMRequest(key, solution.problem.problem, steps),))
         scores = replies[key]["scores"]
@@ -199,25 +207,29 @@ def prm_judge(threshold: float = 0.5) -> Judge:
     return judge
 
 
-def human_judge(labels: Mapping[str, Mapping[str, Any]]) -> Judge:
+@dataclass(frozen=True)
+class HumanRequest:
+    """A solution for a person to look at."""
+
+    key: str
+    solution: Solution
+
+
+def human_judge(solution: Solution) -> Task[Verdict]:
     """
-    What a person said.
+    What a person says. Silent on what is skipped, and on what is not reached before the page is closed.
 
     Args:
-        labels (`Mapping[str, Mapping]`):
-            Answers by key of the solution.
+        solution (`Solution`):
+            The solution.
 
     Returns:
-        `Judge`: The judge. Silent on what was skipped.
+        `Verdict`: Its evidence says why there is none.
     """
-
-    def judge(solution: Solution) -> Task[Verdict]:
-        label = labels.get(solution.key, {"skipped": True})
-        reason = {} if label.get("step") else {"reason": "no step is wrong" if label.get("no_error") else "skipped"}
-        return Verdict(label.get("step"), "human", reason)
-        yield  # a task that asks nothing
-
-    return judge
+    labels = yield Ask("human", (HumanRequest(solution.key, solution),))
+    label = labels[solution.key]
+    reason = {} if label.get("step") else {"reason": "no step is wrong" if label.get("no_error") else "skipped"}
+    return Verdict(label.get("step"), "human", reason)
 
 
 def parse_judges(expression: str) -> list[list[str]]:
@@ -247,6 +259,11 @@ def parse_judges(expression: str) -> list[list[str]]:
     if len(set(names)) < len(names):
         raise RunError(f"A judge stands twice in {expression!r}. Name each once.")
     return groups
+
+
+def undecided(verdict: Verdict) -> bool:
+    """Whether a language model was asked and nothing came of it: that is not "no step is wrong"."""
+    return any(isinstance(e, dict) and e.get("reason") in UNDECIDED for e in verdict.evidence.values())
 
 
 def combine(groups: list[list[str]], judges: Mapping[str, Judge]) -> Judge:

@@ -33,6 +33,7 @@ def localize(stage: Stage, judge: Judge, way: str) -> Counter[str]:
         return solution, (yield from judge(solution))
 
     counts: Counter[str] = Counter()
+    log.extend([])  # so that it is there where there is nothing to say
     for solution, verdict in stage.go(map(task, solutions), len(solutions), "solutions", counts):
         if solution.key not in log:
             log.append(solution.key, vars(verdict))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Solution:
             `"stop"`, or `"length"` where it was cut.
         answer (`str`, *optional*):
             The final answer.
+        style (`str`, *optional*):
+            How its steps are told apart, defaults to what [`~stepdpo_trl.steps.split_steps`] finds.
     """
 
     key: str
@@ -61,6 +64,7 @@ class Solution:
     outcome: str
     finish_reason: str
     answer: str | None = None
+    style: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,22 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     return list(problems.values())
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """
+    Read the texts of problems, as [`read_problems`] does, whether they have answers or not.
+
+    Raises:
+        RunError: If a row has no text.
+    """
+    texts = []
+    for number, row in enumerate(_read_rows(Path(path)), start=1):
+        column = next((name for name in _PROBLEM_COLUMNS if isinstance(row, Mapping) and name in row), None)
+        if column is None:
+            raise RunError(f"Row {number} of {path} has no `problem` (nor `question`).")
+        texts.append(str(row[column]))
+    return texts
+
+
 def _read_rows(path: Path) -> list[Any]:
     if not path.is_file():
         near = (
@@ -145,7 +165,11 @@ def _read_rows(path: Path) -> list[Any]:
 
         return list(Dataset.from_parquet(str(path)))
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -168,7 +192,7 @@ def _problem(row: Any) -> Problem | str:
     text, answer, solution = row[column], row.get("answer"), row.get("solution") or ""
     if not isinstance(text, str) or not text.strip():
         return f"`{column}` is empty"
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
         return f"has no `answer` ({text[:40]!r})"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..steps import split_steps
 from .collect import wrong_solutions
-from .judges import Judge
+from .judges import Judge, undecided
 from .localize import read_verdicts
 from .policy import Policy
 from .records import RIGHT, Solution
@@ -77,24 +77,35 @@ def rectify(
                     continuation.check.outcome != RIGHT
                     or len(found) == wanted
                     or len(anew) < step
+                    or (len(anew) == step and continuation.finish_reason != "stop")  # cut within the step
                     or anew.spans[step - 1].begin != steps.spans[step - 1].begin
                     or normalize_step(anew.step(step)) in seen
                 ):
                     continue
                 seen.add(normalize_step(anew.step(step)))
+                evidence: dict[str, Any] = {}
                 if judge is not None:
                     # Only what the judge has not seen yet is new: the prefix was found right
-                    upto = Solution(continuation.key, solution.problem, continuation.text, RIGHT, "stop")
-                    verdict = yield from judge(upto)
-                    if verdict.step is not None and verdict.step <= step:
+                    whole = Solution(
+                        continuation.key, solution.problem, continuation.text, RIGHT, "stop", style=steps.style
+                    )
+                    verdict = yield from judge(whole)
+                    if undecided(verdict) or (verdict.step is not None and verdict.step <= step):
                         dropped += 1
                         continue
+                    evidence = verdict.evidence
                 found.append(
-                    {"key": continuation.key, "text": continuation.text, "finish": continuation.finish_reason}
+                    {
+                        "key": continuation.key,
+                        "text": continuation.text,
+                        "finish": continuation.finish_reason,
+                        "check": evidence,
+                    }
                 )
         return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
 
     counts: Counter[str] = Counter()
+    log.extend([])  # so that it is there where nothing is found
     for solution, record in stage.go(map(task, solutions), len(solutions), "solutions", counts):
         if solution.key not in log:
             log.append(solution.key, record)

@@ -79,9 +79,10 @@ tags: [step-dpo, preference, math, stepdpo_trl]
 # Step pairs
 
 {pairs:,} step pairs in the columns of `xinlai/Math-Step-DPO-10K`, made by `stepdpo_trl` as in Step-DPO (arXiv
-2406.18629): solutions were sampled from the model, the first wrong step of wrong ones was located, and the same model
-wrote that step anew. `StepDPOTrainer` trains on it as it is. `step_index` counts steps from 1; `*_ends_solution` tells
-whether the solution is over after a step; `source` names the way and the sample.
+2406.18629): solutions were sampled from the model, the first wrong step of wrong ones was located, and the model (or
+the `rectifier` that the settings name) wrote that step anew. `StepDPOTrainer` trains on it as it is. `step_index`
+counts steps from 1; `*_ends_solution` tells whether the solution is over after a step; `source` names the way and the
+sample.
 
 | stage | what | count |
 |---|---|---:|

@@ -1,6 +1,7 @@
 """The stages with all that they need: models, judges, checks. What the command line calls, and Ray on each machine."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from ..prompts import StepPrompt
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
+from .human import Person
 from .judges import (
     Judge,
     arithmetic_judge,
@@ -25,7 +27,7 @@ from .judges import (
     rollout_judge,
 )
 from .policy import Policy
-from .records import Problem, shard_of, write_problem
+from .records import Problem, digest, shard_of, write_problem
 from .run_directory import RunDirectory, RunError
 from .stage import Stage
 from .tasks import RecordedChecks, RecordedModel
@@ -102,6 +104,33 @@ class JudgeOptions:
         return self.sampling or Sampling(0.0 if self.votes == 1 else 0.7, 0.95, 1024)
 
 
+def check_rectify(check: str | None, options: JudgeOptions, wanted: int, most: int) -> list[list[str]]:
+    """
+    Check the options of `rectify`.
+
+    Returns:
+        `list[list[str]]`: The judges that look at preferred steps, as from [`parse_judges`].
+
+    Raises:
+        RunError: If one cannot be used.
+    """
+    groups = parse_judges(check) if check else []
+    names = [name for group in groups for name in group]
+    if set(names) & {"rollout", "human"}:
+        raise RunError(
+            f"--check {check!r} cannot look at right solutions. Take arithmetic, llm, prm or a combination."
+        )
+    options.check(names)
+    if wanted < 1 or most < wanted:
+        raise RunError(f"wanted={wanted} must be at least 1 and at most most={most}.")
+    return groups
+
+
+def _name(model: str) -> str:
+    """Name of a model in files: its last part, and what tells it from others that end so."""
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{digest(model)[:6]}"
+
+
 @dataclass
 class Session:
     """
@@ -150,7 +179,7 @@ class Session:
             "sampling": asdict(sampling),
             "samples": samples,
             "seed": seed,
-            "model": {"model": model.model, "backend": model.backend, "tokenizer": model.tokenizer},
+            "model": {name: getattr(model, name) for name in ("model", "backend", "tokenizer", "dtype")},
             "shard": list(shard),
         }
         with RunDirectory(path, create=True) as run:
@@ -174,6 +203,7 @@ class Session:
     ) -> Counter[str]:
         """Find the first wrong steps; see [`~stepdpo_trl.pipeline.localize.localize`]."""
         groups = parse_judges(way)
+        way = ">".join("+".join(group) for group in groups)
         names = [name for group in groups for name in group]
         options.check(names)
         with RunDirectory(path) as run:
@@ -195,16 +225,9 @@ class Session:
     ) -> Counter[str]:
         """Write wrong steps anew; see [`~stepdpo_trl.pipeline.rectify.rectify`]."""
         options = options or JudgeOptions()
-        groups = parse_judges(check) if check else []
+        groups = check_rectify(check, options, wanted, most)
         names = [name for group in groups for name in group]
-        if set(names) & {"rollout", "human"}:
-            raise RunError(
-                f"--check {check!r} cannot look at right solutions. Take arithmetic, llm, prm or a combination."
-            )
-        options.check(names)
-        if wanted < 1 or most < wanted:
-            raise RunError(f"wanted={wanted} must be at least 1 and at most most={most}.")
-        name = Path(rectifier.model).name if rectifier else None
+        name = _name(rectifier.model) if rectifier else None
         with RunDirectory(path) as run:
             found_in, _ = localizing.read_verdicts(run, way)
             settings = {"wanted": wanted, "most": most, "check": check, **options.settings(names)}
@@ -241,30 +264,22 @@ class Session:
             return rollout_judge(self._policy(stage, self._model_of(stage.run, model)), options.k)
         if name == "llm":
             assert options.model is not None
-            log = stage.run.log("generations.judge")
+            sampling = options.judge_sampling
+            whom = f"judge-{_name(options.model.model)}-{digest(sampling)[:6]}"  # each its own answers
             generator = self.generator(options.model)
-            stage.services["judge"] = RecordedModel(generator, options.judge_sampling, log, "judge", stage.name)
+            log = stage.run.log(f"generations.{whom}")
+            stage.services[whom] = RecordedModel(generator, sampling, log, whom, stage.name)
             seed = stage.run.settings()["collect"]["seed"]
-            return llm_judge("judge", seed, options.votes, options.gold, options.prompt)
+            return llm_judge(whom, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
             from .prm import ProcessRewardModel, RecordedPRM
 
             assert options.prm is not None
             loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)
-            stage.services["prm"] = RecordedPRM(loaded, stage.run.log("scores.prm"))
+            stage.services["prm"] = RecordedPRM(loaded, stage.run.log(f"scores.prm-{_name(options.prm)}"))
             return prm_judge(options.threshold)
-        return self._ask_person(stage, options)
-
-    def _ask_person(self, stage: Stage, options: JudgeOptions) -> Judge:
-        from .human import ToLabel, label
-
-        labels = stage.run.log("labels")
-        items = [
-            ToLabel(s.key, s.problem.problem, s.problem.answer, s.problem.solution, collecting.steps_of(s))
-            for s in collecting.wrong_solutions(stage.run)
-        ]
-        label(items, labels, port=options.port)
-        return human_judge(labels)
+        stage.services["human"] = Person(stage.run.log("labels"), options.port)
+        return human_judge
 
     def _check_golds(self, problems: Sequence[Problem]) -> None:
         unusable = check_golds(self.checker, [problem.answer for problem in problems])
