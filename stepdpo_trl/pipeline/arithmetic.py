@@ -38,7 +38,7 @@ _GOES_ON_BEFORE = re.compile(
 )
 # And what stands behind to the right: "= 2 hours 30 minutes", "= 5 R 2", "= 3 times", "= 2x", "= 4!"
 _GOES_ON_BEHIND = re.compile(
-    r"^(?:[\w^!{\\:/*]|[ \t]*[+\-*/^=][ \t]*\S|[ \t]+[A-Za-z]+\.?,?[ \t]+(?:and[ \t]+)?\d"
+    r"^(?:[\w^!{\\:/*]|[ \t]*[ap]\.?m\b|[ \t]+(?:hour|day|week|dollar|foot|cents)\b|[ \t]*[+\-*/^=][ \t]*\S|[ \t]+[A-Za-z]+\.?,?[ \t]+(?:and[ \t]+)?\d"
     r"|[ \t]+(?:r|remainder|with|times|plus|minus|divided|million|billion|thousand|hundred|dozen|and|to|or|of)\b)",
     re.I,
 )
@@ -134,6 +134,8 @@ def evaluate(expression: str) -> Fraction | None:
         `Fraction` or `None`: Its exact value, `None` if it is not such an expression.
     """
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)
+    if re.search(rf"[+-]\s*{_NUMBER}%", text):  # "100 - 20%": of what?
+        return None
     text = re.sub(rf"({_NUMBER})%", r"(\1/100)", text).strip()
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # which Python does not read
     if not re.fullmatch(r"[\d.+\-*/()\s]+", text) or re.search(r"\*\*|//|\d\s+\d|\)\s*\d|\d\s*\(", text):

@@ -209,7 +209,7 @@ _FORMULA = re.compile(r"(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\))", re.S)
 def _text(text: str) -> str:
     """As it is written, formulas set: what would be Markdown or HTML is shown, not obeyed."""
     parts = _FORMULA.split(text)
-    parts[::2] = [re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", part) for part in parts[::2]]
     parts[1::2] = [part.replace("<", r"\lt ").replace(">", r"\gt ") for part in parts[1::2]]
     return re.sub(r"\n[ \t]*", "  \n", "".join(parts))
 
