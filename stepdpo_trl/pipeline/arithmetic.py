@@ -38,7 +38,8 @@ _GOES_ON_BEFORE = re.compile(
 )
 # And what stands behind to the right: "= 2 hours 30 minutes", "= 5 R 2", "= 3 times", "= 2x", "= 4!"
 _GOES_ON_BEHIND = re.compile(
-    r"^(?:[\w^!{\\:/*]|[ \t]*[ap]\.?m\b|[ \t]+(?:hour|day|week|dollar|foot|cents)\b|[ \t]*[+\-*/^=][ \t]*\S|[ \t]+[A-Za-z]+\.?,?[ \t]+(?:and[ \t]+)?\d"
+    r"^(?:[\w^!{\\:/*]|[ \t]*[ap]\.?m\b|[ \t]+(?:hour|day|week|dollar|foot|cents)\b"
+    r"|[ \t]*[+\-*/^=][ \t]*\S|[ \t]+[A-Za-z]+\.?,?[ \t]+(?:and[ \t]+)?\d"
     r"|[ \t]+(?:r|remainder|with|times|plus|minus|divided|million|billion|thousand|hundred|dozen|and|to|or|of)\b)",
     re.I,
 )

@@ -10,7 +10,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from stepdpo_trl import StepDPOTrainer
-from tests.distributed.train import prepare_cpu
+from tests.distributed.train import leave, prepare_cpu
 from tests.training import logged
 
 
@@ -60,6 +60,7 @@ def main() -> None:
     sys.modules["stepdpo_trl.step_dpo_trainer"].StepDPOTrainer = ReportingTrainer
     sys.argv = [recipe, *arguments]
     runpy.run_path(recipe, run_name="__main__")
+    leave()
 
 
 if __name__ == "__main__":

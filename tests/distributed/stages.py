@@ -5,12 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.distributed.train import describe, prepare_cpu
+from tests.distributed.train import describe, leave, prepare_cpu
 from tests.sdpo import check_rows, record_rows, staged_run, two_stages
 from tests.test_reference import measure_swap
 from tests.training import logged
@@ -69,8 +69,7 @@ def main() -> None:
         finish(trainer)
     if args.backend == "ddp":  # batches are drawn alike under all
         check_purity(args.model, Path(args.output_dir) / "purity", args.backend)
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
