@@ -5,7 +5,9 @@ import sys
 
 from . import __version__
 from .cli_data import add_commands
+from .cli_loop import loop
 from .generation import GenerationError
+from .loop import LoopError
 from .pipeline.run_directory import RunError
 
 
@@ -68,15 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # `train` parses its own line: its options are those of three dataclasses and of accelerate
     commands.add_parser("train", help="train with StepDPOTrainer (options: stepdpo train --help)", add_help=False)
+    commands.add_parser("loop", help="make pairs and train on them, in turns", add_help=False)
     add_commands(commands)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         train(arguments[1:])
         return 0
-    args = parser.parse_args(arguments)
+    # So does `loop`, whose options are its own, those of `data` and those of `train`
+    own = arguments[:1] == ["loop"]
+    args = argparse.Namespace(command="loop") if own else parser.parse_args(arguments)
     try:
-        args.handler(args)
-    except (RunError, GenerationError, ValueError, OSError) as error:
+        loop(arguments[1:]) if own else args.handler(args)
+    except (RunError, GenerationError, LoopError, ValueError, OSError) as error:
         return _error(args.command, error)
     except KeyboardInterrupt:
         print(f"\nstepdpo {args.command}: stopped. The same command goes on from here.", file=sys.stderr)

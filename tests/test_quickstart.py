@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_problems_are_reproducible_distinct_and_within_bounds():
         ({"n_operations": 1}, "at least 2"),
         ({"n_operations": (5, 4)}, "least and the most"),
         ({"count": 0}, "at least 1"),
-        ({"count": 2_000, "n_operations": 2}, "fewer"),
+        ({"count": 100, "n_operations": 2}, "fewer"),
     ],
 )
 def test_impossible_problems_are_refused(arguments, message):
@@ -254,11 +255,13 @@ def test_accuracy_needs_problems(model, tokenizer):
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_quickstart_refuses_wrong_arguments(arguments, message):
-    run = subprocess.run([sys.executable, str(QUICKSTART), *arguments], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+def test_quickstart_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the script sets for good
+    monkeypatch.setattr(sys, "argv", [str(QUICKSTART), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(QUICKSTART), run_name="__main__")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

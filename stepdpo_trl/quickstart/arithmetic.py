@@ -147,7 +147,7 @@ def make_problems(
         problems[problem] = None
         if len(problems) == count:
             return list(problems)
-        if draws > 100 * count + 1000:
+        if draws > 20 * count + 1000:
             break
     raise ValueError(
         f"There are not {count} different problems with n_operations={n_operations}. Ask for fewer, or for more "

@@ -1,0 +1,175 @@
+"""What came out: tables with means and intervals, and pictures."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joined import KINDS
+from training import ARMS
+
+from stepdpo_trl.pipeline.run_directory import Log
+
+METHODS = ("SFT", "DPO", "DPOTrainer on steps", "Step-DPO", "Step-DPO, other model's steps")
+LOCALIZERS = ("arithmetic", "rollout", "random")
+STAGED = ("Step-DPO", "sDPO", "sDPO, reversed", "sDPO, random split", "sDPO, stage 2 from S")
+HOW = ("greedy", "sampled")
+
+
+def best_settings(log: Log, arm: str) -> tuple[float, float]:
+    """Learning rate and beta with which most validation problems are solved; the lower ones if several are."""
+    return max(reversed(trials(log, arm)), key=lambda trial: trial[1])[0]
+
+
+def trials(log: Log, arm: str) -> list[tuple[tuple[float, float], float]]:
+    """Settings of an arm in ascending order, with the share of validation problems solved."""
+    found = []
+    for key in log:
+        kind, *names = key.split("/")
+        if kind == "tune" and names[0] == arm:
+            rate, beta = map(float, names[1:3])
+            found.append(((rate, beta), float(np.mean(log[key]["result"]["greedy"]["solved"]))))
+    return sorted(found)
+
+
+def results_of(log: Log, arm: str) -> list[dict[str, Any]]:
+    """What each seed of an arm gave."""
+    if arm == "before":
+        return [log["test/before"]["result"]]
+    return [log[key]["result"] for key in sorted(log) if key.startswith(f"test/{arm}/")]
+
+
+def solved(results: Iterable[dict[str, Any]], how: str) -> np.ndarray:
+    """Of shape `(seeds, problems)`."""
+    return np.array([result[how]["solved"] for result in results], dtype=float)
+
+
+def mean_and_half(table: np.ndarray) -> tuple[float, float]:
+    """
+    Mean of `(seeds, problems)` and half its 95 % interval.
+
+    Seeds and problems are both a sample: the variance is that of the mean over seeds and that over problems.
+    """
+    squared = sum(np.var(means, ddof=1) / len(means) for means in (table.mean(0), table.mean(1)) if len(means) > 1)
+    return 100 * float(table.mean()), 196 * math.sqrt(squared)
+
+
+def percent(table: np.ndarray, signed: bool = False) -> str:
+    """Such as "81.2 +- 1.4"."""
+    mean, half = mean_and_half(table)
+    return f"{mean:{'+' if signed else ''}.1f} +- {half:.1f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def comparison(log: Log, arms: Sequence[str], against: str) -> str:
+    """Accuracy of arms, and the difference from one of them on the same problems."""
+    rows = []
+    base = {how: solved(results_of(log, against), how) for how in HOW}
+    for arm in arms:
+        results = results_of(log, arm)
+        tables = {how: solved(results, how) for how in HOW}
+        row = [arm, *(percent(tables[how]) for how in HOW)]
+        row += ["" if arm == against else percent(tables[how] - base[how], signed=True) for how in HOW]
+        row.append(
+            f"{np.mean([result['sampled']['no answer'] / len(tables['sampled'][0]) for result in results]):.1%}"
+        )
+        rows.append(row + (["", ""] if arm == "before" else settings_of(log, arm, results)))
+    head = [
+        "",
+        "greedy, %",
+        "sampled, %",
+        f"minus {against}, greedy",
+        "sampled",
+        "no final answer",
+        "settings",
+        "pairs",
+    ]
+    return markdown(head, rows)
+
+
+def settings_of(log: Log, arm: str, results: list[dict[str, Any]]) -> list[str]:
+    """Chosen learning rate and beta, and pairs and updates."""
+    rate, beta = best_settings(log, arm)
+    text = f"{rate:g}" + ("" if ARMS[arm].method == "sft" else f", beta {beta:g}")
+    return [text, f"{results[0]['pairs']} x {results[0]['updates']} updates"]
+
+
+def localizers(log: Log) -> str:
+    """What each localizer finds, and what its pairs are worth."""
+    facts = log["facts"]["result"]
+    rows = []
+    for source in LOCALIZERS:
+        fact, results = facts[source], results_of(log, source)
+        rows.append(
+            [
+                source if source != "random" else "random step",
+                f"{fact['named right'] / max(fact['named'], 1):.1%} of {fact['named']}",
+                fact["pairs"],
+                f"{fact['samples to rectify'] / max(fact['pairs'], 1):.1f}",
+                *(percent(solved(results, how)) for how in HOW),
+                *settings_of(log, source, results),
+            ]
+        )
+    head = ["first wrong step by", "right", "pairs", "samples a pair", "greedy, %", "sampled, %", "settings", "used"]
+    return markdown(head, rows)
+
+
+def stages(log: Log) -> str:
+    """How the references see the second stage's pairs."""
+    rows = []
+    for arm in STAGED[1:4]:
+        seen: dict[str, list[float]] = {}
+        for result in results_of(log, arm):
+            gammas = [entry["sdpo/gamma_ref"] for entry in result["log"] if "sdpo/gamma_ref" in entry]
+            last = {name: entry[name] for entry in result["log"] for name in entry if name.startswith("gamma_")}
+            for name, value in (("start", last["gamma_start"]), ("middle", gammas[1]), ("end", last["gamma_end"])):
+                seen.setdefault(name, []).append(value)
+        rows.append([arm, *(f"{np.mean(seen[name]):+.2f}" for name in ("start", "middle", "end"))])
+    return markdown(["mean gamma_ref of the second stage's pairs under", "S", "M_1", "M_2, trained on them"], rows)
+
+
+def in_turns(log: Log) -> str:
+    """Accuracy after each stage."""
+    rows = []
+    for kind in KINDS:
+        runs = [log[key]["result"] for key in sorted(log) if key.startswith(f"loop/{kind}/")]
+        row = [percent(solved([run[stage] for run in runs], "greedy")) for stage in range(len(runs[0]))]
+        rows.append([kind, percent(solved(results_of(log, "before"), "greedy")), *row])
+    return markdown(["greedy, %, after stage", "0", *(str(n) for n in range(1, len(rows[0]) - 1))], rows)
+
+
+def tuning(log: Log) -> str:
+    """All trials."""
+    rows = []
+    for arm in ARMS:
+        found = trials(log, arm)
+        cells = [f"{rate:g}{f', beta {beta:g}' if beta else ''}: {100 * share:.1f}" for (rate, beta), share in found]
+        rows.append([arm, "; ".join(cells)])
+    return markdown(["", "greedy accuracy on validation problems, %"], rows)
+
+
+def write_report(log: Log, out: Path) -> str:
+    """Write tables and pictures, and return the tables."""
+    from pictures import draw
+
+    parts = {
+        "Methods": comparison(log, ("before", *METHODS), "DPO"),
+        "Localizers": localizers(log),
+        "In stages": comparison(log, STAGED, "Step-DPO"),
+        "References": stages(log),
+        "In turns": in_turns(log),
+        "Tuning": tuning(log),
+    }
+    text = "\n".join(f"## {title}\n\n{table}\n" for title, table in parts.items())
+    (out / "tables.md").write_text(text, encoding="utf-8")
+    (out / "results.json").write_text(json.dumps({key: log[key]["result"] for key in log if key != "scale"}))
+    draw(log, out)
+    minutes = log["minutes"]["result"]
+    return f"{text}\n{minutes:.0f} minutes. Tables, pictures and every run are in {str(out)!r}."

@@ -1,0 +1,267 @@
+"""The methods that are compared, each trained by its own trainer on the same number of pairs and updates."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pairs import OPERATIONS
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from stepdpo_trl import SDPOCallback, StepDPOConfig, StepDPOTrainer, measure_gamma, split_stages
+from stepdpo_trl.quickstart import MODEL_PATH, Problem, final_answer, generate_solutions, make_problems
+
+LARGEST_SET = 500  # of problems
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    What is trained.
+
+    Args:
+        method (`str`):
+            `"sft"` on right solutions, `"dpo"` on whole solutions, `"stock"` (trl.DPOTrainer on step rows), `"step"`.
+        source (`str`, *optional*, defaults to `"arithmetic"`):
+            Where the pairs come from.
+        split (`str`, *optional*):
+            How they are split into the two stages of sDPO: `"natural"`, `"reversed"`, `"random"`; `"from S"` is
+            `"natural"` with the second stage begun from the first model instead of the reference.
+        few (`bool`, *optional*, defaults to `False`):
+            Only as many pairs as every source has.
+    """
+
+    method: str
+    source: str = "arithmetic"
+    split: str | None = None
+    few: bool = False
+
+
+ARMS = {
+    "SFT": Arm("sft"),
+    "DPO": Arm("dpo"),
+    "DPOTrainer on steps": Arm("stock"),
+    "Step-DPO": Arm("step"),
+    "Step-DPO, other model's steps": Arm("step", "other"),
+    "arithmetic": Arm("step", few=True),
+    "rollout": Arm("step", "rollout", few=True),
+    "random": Arm("step", "random", few=True),
+    "sDPO": Arm("step", split="natural"),
+    "sDPO, reversed": Arm("step", split="reversed"),
+    "sDPO, random split": Arm("step", split="random"),
+    "sDPO, stage 2 from S": Arm("step", split="from S"),
+}
+
+
+def load(path: Any = MODEL_PATH) -> Any:
+    """The small model, or one trained from it."""
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def tokenizer() -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(MODEL_PATH)
+
+
+def rows_for(method: str, rows: Rows) -> Dataset:
+    """Pairs in the form that a method learns from."""
+    columns = (
+        "prompt",
+        "initial_reason_steps",
+        "chosen",
+        "rejected",
+        "chosen_ends_solution",
+        "rejected_ends_solution",
+    )
+    if method == "step":
+        return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+    if method == "stock":  # as TRL's users do: the template's text and the prefix as a prompt
+        template = tokenizer().apply_chat_template
+        texts = [
+            template([{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True)
+            for row in rows
+        ]
+        return Dataset.from_list(
+            [
+                {"prompt": text + row["initial_reason_steps"], "chosen": row["chosen"], "rejected": row["rejected"]}
+                for text, row in zip(texts, rows, strict=True)
+            ]
+        )
+
+    def answer(row: dict[str, Any], which: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": row["initial_reason_steps"] + row[f"full_{which}"]}]
+
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    if method == "sft":
+        return Dataset.from_list(
+            [{"prompt": p, "completion": answer(row, "chosen")} for p, row in zip(prompts, rows, strict=True)]
+        )
+    return Dataset.from_list(
+        [
+            {"prompt": p, "chosen": answer(row, "chosen"), "rejected": answer(row, "rejected")}
+            for p, row in zip(prompts, rows, strict=True)
+        ]
+    )
+
+
+def options(folder: str, updates: int, batch: int, learning_rate: float, seed: int, **more: Any) -> dict[str, Any]:
+    """What all trainers are given."""
+    return {
+        "output_dir": folder,
+        "max_steps": updates,  # in stages: of each
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "per_device_train_batch_size": batch,
+        "dataloader_drop_last": True,  # so that every update sees as many pairs
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "max_length": None,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        **more,
+    }
+
+
+def fit(trainer: Any) -> list[dict[str, float]]:
+    """Train, and return what was logged."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return list(trainer.state.log_history)
+
+
+def train(
+    arm: Arm, rows: Rows, held_out: Rows, updates: int, batch: int, learning_rate: float, beta: float, seed: int
+) -> tuple[Any, list[dict[str, float]]]:
+    """
+    Train one model.
+
+    Args:
+        arm (`Arm`):
+            What.
+        rows, held_out (`list[dict]`):
+            Pairs to train on, and pairs whose accuracy and margin are followed (may be empty).
+        updates (`int`):
+            How many, of all stages together.
+        batch (`int`):
+            Pairs in each.
+        learning_rate, beta (`float`):
+            Settings. SFT has no beta.
+        seed (`int`):
+            Seed of the order of the rows, and of a random split.
+
+    Returns:
+        `PreTrainedModel`, `list[dict]`: The model, and what was logged.
+    """
+    model, data = load(), rows_for(arm.method, rows)
+    follow: dict[str, Any] = {}
+    if held_out:
+        follow = {"eval_strategy": "steps", "eval_steps": max(1, updates // 8), "eval_on_start": True}
+    with tempfile.TemporaryDirectory() as folder:
+        if arm.split:
+            log = train_in_stages(
+                model, arm.split, data, options(folder, updates // 2, batch, learning_rate, seed), beta
+            )
+            return model, log
+        given = options(folder, updates, batch, learning_rate, seed, **follow)
+        both: dict[str, Any] = {"model": model, "train_dataset": data, "processing_class": tokenizer()}
+        if arm.method == "sft":
+            return model, fit(SFTTrainer(args=SFTConfig(**given), **both))
+        both["eval_dataset"] = rows_for(arm.method, held_out) if held_out else None
+        given |= {"beta": beta, "precompute_ref_log_probs": True}
+        if arm.method == "stock":
+            return model, fit(DPOTrainer(args=DPOConfig(**given), **both))
+        return model, fit(StepDPOTrainer(args=StepDPOConfig(**given), **both))
+
+
+def train_in_stages(
+    model: Any, split: str, data: Dataset, given: dict[str, Any], beta: float
+) -> list[dict[str, float]]:
+    """Train in two stages, and return what was logged and how the references see the second stage's pairs."""
+    stages = split_sources(data, split, given["seed"])
+    if split != "from S":
+        args = StepDPOConfig(**given, beta=beta, precompute_ref_log_probs=True)
+        log = fit(
+            StepDPOTrainer(
+                model, args=args, train_dataset=stages, processing_class=tokenizer(), callbacks=[SDPOCallback()]
+            )
+        )
+    else:
+        first, second = stages.values()
+        reference = load()
+        args = StepDPOConfig(**given, beta=beta, precompute_ref_log_probs=True)
+        log = fit(StepDPOTrainer(reference, args=args, train_dataset=first, processing_class=tokenizer()))
+        args = StepDPOConfig(**given, beta=beta)
+        log += fit(StepDPOTrainer(model, reference, args=args, train_dataset=second, processing_class=tokenizer()))
+    second = list(stages.values())[1]
+    for name, seen_by in (("gamma_start", load()), ("gamma_end", model)):
+        log.append({name: float(np.mean(gamma_of(seen_by, second)))})
+    return log
+
+
+def gamma_of(model: Any, data: Dataset) -> np.ndarray:
+    """log p(chosen) - log p(rejected) of each pair."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_gamma(model, data, StepDPOConfig(**options(folder, 1, 32, 1e-5, 0)), tokenizer())
+
+
+def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
+    """Two stages: problems of few and of many operations, in one order or the other, or both in each."""
+    sizes = [len(Problem.parse(prompt).operators) for prompt in data["prompt"]]
+    middle = float(np.median(sizes))
+    named = data.add_column("source", ["short" if size <= middle else "long" for size in sizes])
+    gamma = gamma_of(load(), data)
+    natural = split_stages(named, "easy_to_hard", source_column="source", gamma=gamma)
+    if split == "random":
+        fractions = [len(stage) / len(data) for stage in natural.values()]
+        return split_stages(named, "stratified", fractions=fractions, source_column="source", seed=seed)
+    return dict(reversed(natural.items())) if split == "reversed" else natural
+
+
+def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float]) -> Mapping[str, Any]:
+    """
+    Solve held-out problems.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        count (`int`):
+            How many problems.
+        tuning (`bool`):
+            Whether they are those to tune on rather than those to test on.
+        temperatures (`Sequence[float]`):
+            0 is greedy.
+
+    Returns:
+        `dict`: By temperature, whether each problem is solved, and how many solutions have no final answer.
+    """
+    # Drawn in one go, so that those to tune on are none of those to test on
+    problems = make_problems(2 * LARGEST_SET, "held_out", OPERATIONS)
+    problems = problems[LARGEST_SET:][:count] if tuning else problems[:count]
+    result: dict[str, Any] = {}
+    for temperature in temperatures:
+        set_seed(0)  # the same draws for every model
+        texts = [problem.text for problem in problems]
+        solutions = generate_solutions(model, tokenizer(), texts, temperature=temperature)
+        answers = [final_answer(solution) for solution in solutions]
+        result["greedy" if temperature == 0 else "sampled"] = {
+            "solved": [int(answer == problem.answer) for answer, problem in zip(answers, problems, strict=True)],
+            "no answer": sum(answer is None for answer in answers),
+        }
+    return result
+
+
+def set_up() -> None:
+    """For a process of its own: these matrices are small."""
+    torch.set_num_threads(1)
