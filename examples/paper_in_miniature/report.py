@@ -19,8 +19,8 @@ HOW = ("greedy", "sampled")
 
 
 def best_settings(log: Log, arm: str) -> tuple[float, float]:
-    """Learning rate and beta with which most validation problems are solved; the lower ones if several are."""
-    return max(reversed(trials(log, arm)), key=lambda trial: trial[1])[0]
+    """Learning rate and beta with which most validation problems are solved; the lowest if several are."""
+    return max(trials(log, ARMS[arm].tuned_as or arm), key=lambda trial: trial[1])[0]
 
 
 def trials(log: Log, arm: str) -> list[tuple[tuple[float, float], float]]:
@@ -148,7 +148,7 @@ def in_turns(log: Log) -> str:
 def tuning(log: Log) -> str:
     """All trials."""
     rows = []
-    for arm in ARMS:
+    for arm in (arm for arm in ARMS if not ARMS[arm].tuned_as):
         found = trials(log, arm)
         cells = [f"{rate:g}{f', beta {beta:g}' if beta else ''}: {100 * share:.1f}" for (rate, beta), share in found]
         rows.append([arm, "; ".join(cells)])

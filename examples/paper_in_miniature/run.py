@@ -176,7 +176,8 @@ def main() -> None:
                 return [(rate, 0.0) for rate in scale.sft_rates]
             return [(rate, beta) for rate in scale.rates for beta in scale.betas]
 
-        runs.do("Tuning", (job(arm, *settings, 0, False) for arm in ARMS for settings in grid(arm)))
+        tuned = [arm for arm in ARMS if not ARMS[arm].tuned_as]
+        runs.do("Tuning", (job(arm, *settings, 0, False) for arm in tuned for settings in grid(arm)))
         best = {arm: best_settings(log, arm) for arm in ARMS}
         runs.do("Before", iter([("test/before", before, (scale,))]))
         runs.do("Training", (job(arm, *best[arm], seed, True) for seed in range(scale.seeds) for arm in ARMS))

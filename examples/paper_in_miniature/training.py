@@ -35,12 +35,15 @@ class Arm:
             `"natural"` with the second stage begun from the first model instead of the reference.
         few (`bool`, *optional*, defaults to `False`):
             Only as many pairs as every source has.
+        tuned_as (`str`, *optional*):
+            The arm whose settings it takes, a variant of the same method.
     """
 
     method: str
     source: str = "arithmetic"
     split: str | None = None
     few: bool = False
+    tuned_as: str | None = None
 
 
 ARMS = {
@@ -48,14 +51,14 @@ ARMS = {
     "DPO": Arm("dpo"),
     "DPOTrainer on steps": Arm("stock"),
     "Step-DPO": Arm("step"),
-    "Step-DPO, other model's steps": Arm("step", "other"),
-    "arithmetic": Arm("step", few=True),
-    "rollout": Arm("step", "rollout", few=True),
-    "random": Arm("step", "random", few=True),
+    "Step-DPO, other model's steps": Arm("step", "other", tuned_as="Step-DPO"),
+    "arithmetic": Arm("step", few=True, tuned_as="Step-DPO"),
+    "rollout": Arm("step", "rollout", few=True, tuned_as="Step-DPO"),
+    "random": Arm("step", "random", few=True, tuned_as="Step-DPO"),
     "sDPO": Arm("step", split="natural"),
-    "sDPO, reversed": Arm("step", split="reversed"),
-    "sDPO, random split": Arm("step", split="random"),
-    "sDPO, stage 2 from S": Arm("step", split="from S"),
+    "sDPO, reversed": Arm("step", split="reversed", tuned_as="sDPO"),
+    "sDPO, random split": Arm("step", split="random", tuned_as="sDPO"),
+    "sDPO, stage 2 from S": Arm("step", split="from S", tuned_as="sDPO"),
 }
 
 
