@@ -1,11 +1,10 @@
 """The loop that joins both papers: each stage's pairs come anew from the model of the last one, its reference too."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pairs import fresh_pairs, write_rows
+from pairs import fresh_pairs, read_rows, write_rows
 from training import fit, load, measure, options, rows_for, tokenizer
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
@@ -57,13 +56,13 @@ def loop_run(out: str, kind: str, seed: int, settings: tuple[float, float], scal
         if kind == KINDS[0]:
             rows = fresh_pairs(folder / RUN, model, scale.stage_pairs, 1000 * seed + number, 64)
         else:
-            of_first = [json.loads(line) for line in (first_folder(out, seed) / PAIRS).read_text().splitlines()]
+            of_first = read_rows(first_folder(out, seed) / PAIRS)
             begin = scale.stage_pairs * (number - 1) if kind == KINDS[1] else 0
             rows = of_first[begin : begin + scale.stage_pairs]
         write_rows(folder / PAIRS, rows)
 
     def train(number: int, model: str, folder: Path) -> None:
-        rows = [json.loads(line) for line in (folder / PAIRS).read_text().splitlines()]
+        rows = read_rows(folder / PAIRS)
         with tempfile.TemporaryDirectory() as output_dir:
             trained = load(model)
             given = options(output_dir, updates, scale.batch, rate, seed)

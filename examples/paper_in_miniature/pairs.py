@@ -136,3 +136,8 @@ def fresh_pairs(folder: Path, model: str, count: int, seed: int, batch_size: int
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """As JSON lines."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

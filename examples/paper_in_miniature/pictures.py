@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from joined import KINDS
-from report import METHODS, STAGED, mean_and_half, results_of, solved
+from report import METHODS, STAGED, mean_and_half, results_of, solved, trials
 
 from stepdpo_trl.pipeline.run_directory import Log
 
@@ -19,7 +19,7 @@ GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563eb", "#d97706", "#16803c"
 def draw(log: Log, out: Path) -> None:
     """Draw all of them."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    for name, picture in (("methods", methods), ("curves", curves), ("stages", stages), ("turns", turns)):
+    for name, picture in PICTURES:
         figure = picture(log)
         figure.savefig(out / f"{name}.png", bbox_inches="tight", facecolor="white")
         plt.close(figure)
@@ -38,6 +38,22 @@ def methods(log: Log) -> Any:
     axis.set_yticks(range(len(arms)), reversed(arms))
     axis.set_xlim(0, 105)
     axis.set_xlabel("test problems solved, greedy, % (five seeds, 95 % intervals)")
+    return figure
+
+
+def tuning(log: Log) -> Any:
+    """Accuracy on validation problems over the learning rate, each with its better beta."""
+    figure, axis = plt.subplots(figsize=(6, 3))
+    colors = {"SFT": GREEN, "DPO": GREY, "DPOTrainer on steps": ORANGE, "Step-DPO": BLUE}
+    for arm, color in colors.items():
+        best: dict[float, float] = {}
+        for (rate, _), share in trials(log, arm):
+            best[rate] = max(best.get(rate, 0.0), 100 * share)
+        axis.plot(list(best), list(best.values()), marker="o", markersize=4, color=color, label=arm)
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("validation problems solved, greedy, %")
+    axis.legend(frameon=False)
     return figure
 
 
@@ -95,3 +111,6 @@ def turns(log: Log) -> Any:
     axis.set_ylabel("test problems solved, greedy, %")
     axis.legend(frameon=False)
     return figure
+
+
+PICTURES = (("methods", methods), ("tuning", tuning), ("curves", curves), ("stages", stages), ("turns", turns))

@@ -13,7 +13,7 @@ from training import ARMS
 from stepdpo_trl.pipeline.run_directory import Log
 
 METHODS = ("SFT", "DPO", "DPOTrainer on steps", "Step-DPO", "Step-DPO, other model's steps")
-LOCALIZERS = ("arithmetic", "rollout", "random")
+LOCALIZERS = {"arithmetic": "Step-DPO", "rollout": "Step-DPO, rollout", "random": "Step-DPO, random step"}
 STAGED = ("Step-DPO", "sDPO", "sDPO, reversed", "sDPO, random split", "sDPO, stage 2 from S")
 HOW = ("greedy", "sampled")
 
@@ -94,19 +94,18 @@ def comparison(log: Log, arms: Sequence[str], against: str) -> str:
     return markdown(head, rows)
 
 
-def settings_of(log: Log, arm: str, results: list[dict[str, Any]]) -> list[str]:
-    """Chosen learning rate and beta, and pairs and updates."""
+def settings_of(log: Log, arm: str) -> str:
+    """Chosen learning rate and beta."""
     rate, beta = best_settings(log, arm)
-    text = f"{rate:g}" + ("" if ARMS[arm].method == "sft" else f", beta {beta:g}")
-    return [text, f"{results[0]['pairs']} x {results[0]['updates']} updates"]
+    return f"{rate:g}" + (f", beta {beta:g}" if beta else "")
 
 
 def localizers(log: Log) -> str:
     """What each localizer finds, and what its pairs are worth."""
     facts = log["facts"]["result"]
     rows = []
-    for source in LOCALIZERS:
-        fact, results = facts[source], results_of(log, source)
+    for source, arm in LOCALIZERS.items():
+        fact, results = facts[source], results_of(log, arm)
         rows.append(
             [
                 source if source != "random" else "random step",
@@ -114,10 +113,9 @@ def localizers(log: Log) -> str:
                 fact["pairs"],
                 f"{fact['samples to rectify'] / max(fact['pairs'], 1):.1f}",
                 *(percent(solved(results, how)) for how in HOW),
-                *settings_of(log, source, results),
             ]
         )
-    head = ["first wrong step by", "right", "pairs", "samples a pair", "greedy, %", "sampled, %", "settings", "used"]
+    head = ["first wrong step by", "right", "pairs", "samples a pair", "greedy, %", "sampled, %"]
     return markdown(head, rows)
 
 

@@ -12,6 +12,7 @@ README.md beside this file says what came out.
 import argparse
 import json
 import os
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402
 from joined import KINDS, first_pairs, loop_run  # noqa: E402
-from pairs import SOURCES, make_shard, read_pairs, write_rows  # noqa: E402
+from pairs import make_shard, read_pairs, read_rows, write_rows  # noqa: E402
 from report import best_settings, write_report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from training import ARMS, load, measure, set_up, train  # noqa: E402
@@ -46,8 +47,8 @@ class Scale:
     Args:
         problems (`int`):
             From which pairs are collected.
-        epochs, batch (`int`):
-            Of the pairs. Arms with fewer pairs have as many updates.
+        pairs, epochs, batch (`int`):
+            Of each run. A seed draws its pairs from those collected.
         held_out (`int`):
             Pairs that are followed and not trained on.
         test, validation (`int`):
@@ -63,37 +64,27 @@ class Scale:
     """
 
     problems: int = 900
+    pairs: int = 64
     epochs: int = 4
-    batch: int = 32
+    batch: int = 16
     held_out: int = 48
     test: int = 500
     validation: int = 250
     seeds: int = 5
-    rates: tuple[float, ...] = (1.5e-5, 3e-5, 6e-5)
+    rates: tuple[float, ...] = (3e-5, 6e-5, 1.2e-4, 2.4e-4, 4.8e-4)
     betas: tuple[float, ...] = (0.1, 0.4)
-    sft_rates: tuple[float, ...] = (3e-5, 6e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+    sft_rates: tuple[float, ...] = (3e-5, 6e-5, 1.2e-4, 1.7e-4, 2.4e-4, 3.4e-4, 4.8e-4, 6.8e-4, 9.6e-4, 2e-3)
     stages: int = 4
-    stage_pairs: int = 64
+    stage_pairs: int = 32
+
+    @property
+    def updates(self) -> int:
+        """Of each run."""
+        return self.epochs * self.pairs // self.batch
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """
-    What is trained on.
-
-    Args:
-        files (`dict[str, str]`):
-            By source, the last ones held out.
-        many, few (`int`):
-            How many are used; `few` is what the source with the fewest has.
-    """
-
-    files: dict[str, str]
-    many: int
-    few: int
-
-
-QUICK = Scale(60, 2, 4, 4, 20, 10, 2, (3e-5,), (0.4,), (2e-4,), 2, 8)
+QUICK = Scale(100, 8, 2, 4, 4, 20, 10, 2, (3e-5,), (0.4,), (2e-4,), 2, 4)
+TUNING = 100  # the seed of trials
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,20 +99,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def trial(pairs: Pairs, arm: str, rate: float, beta: float, seed: int, scale: Scale, test: bool) -> Any:
-    """Train one arm and measure it, on validation or on test problems."""
-    file = pairs.files[ARMS[arm].source]
-    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    held_out = rows[-scale.held_out :]
-    rows = rows[: pairs.few if ARMS[arm].few else pairs.many]
-    updates = scale.epochs * pairs.many // scale.batch // 2 * 2  # two stages share them
-    follow = held_out if test and arm in ("DPO", "Step-DPO") else []
-    start = time.process_time()
-    model, log = train(ARMS[arm], rows, follow, updates, scale.batch, rate, beta, seed)
-    spent = time.process_time() - start
-    count, temperatures = (scale.test, (0.0, 1.0)) if test else (scale.validation, (0.0,))
-    found = measure(model, count, not test, temperatures)
-    return {**found, "log": log if test else [], "training seconds": spent, "pairs": len(rows), "updates": updates}
+def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Scale) -> Any:
+    """Train one arm and measure it, on validation problems with the seed of trials, on test problems otherwise."""
+    rows = read_rows(Path(folder) / f"{ARMS[arm].source}.jsonl")
+    held_out, tuning = rows[-scale.held_out :], seed == TUNING
+    rows = random.Random(seed).sample(rows[: -scale.held_out], scale.pairs)
+    follow = held_out if arm in ("DPO", "Step-DPO") and not tuning else []
+    model, log = train(ARMS[arm], rows, follow, scale.updates, scale.batch, rate, beta, seed)
+    if tuning:
+        return measure(model, scale.validation, True, (0.0,))
+    return {**measure(model, scale.test, False, (0.0, 1.0)), "log": log}
 
 
 def before(scale: Scale) -> Any:
@@ -165,11 +152,11 @@ def main() -> None:
     start = time.perf_counter()
     with ProcessPoolExecutor(args.processes, get_context("spawn"), set_up) as pool:
         runs = Runs(log, pool)
-        pairs = collect(runs, out, scale, args.processes)
+        folder = collect(runs, out, scale, args.processes)
 
-        def job(arm: str, rate: float, beta: float, seed: int, test: bool) -> Any:
-            given = (pairs, arm, rate, beta, seed, scale, test)
-            return f"{'test' if test else 'tune'}/{arm}/{rate:g}/{beta:g}/{seed}", trial, given
+        def job(arm: str, rate: float, beta: float, seed: int) -> Any:
+            name = "tune" if seed == TUNING else "test"
+            return f"{name}/{arm}/{rate:g}/{beta:g}/{seed}", trial, (folder, arm, rate, beta, seed, scale)
 
         def grid(arm: str) -> list[tuple[float, float]]:
             if ARMS[arm].method == "sft":
@@ -177,10 +164,10 @@ def main() -> None:
             return [(rate, beta) for rate in scale.rates for beta in scale.betas]
 
         tuned = [arm for arm in ARMS if not ARMS[arm].tuned_as]
-        runs.do("Tuning", (job(arm, *settings, 0, False) for arm in tuned for settings in grid(arm)))
+        runs.do("Tuning", (job(arm, *settings, TUNING) for arm in tuned for settings in grid(arm)))
         best = {arm: best_settings(log, arm) for arm in ARMS}
         runs.do("Before", iter([("test/before", before, (scale,))]))
-        runs.do("Training", (job(arm, *best[arm], seed, True) for seed in range(scale.seeds) for arm in ARMS))
+        runs.do("Training", (job(arm, *best[arm], seed) for seed in range(scale.seeds) for arm in ARMS))
         seeds, path, settings = range(scale.seeds), str(out), best["Step-DPO"]
         runs.do("Pairs of the first model", ((f"first/{seed}", first_pairs, (path, seed, scale)) for seed in seeds))
         loops = (
@@ -192,19 +179,19 @@ def main() -> None:
     print(write_report(log, out))
 
 
-def collect(runs: Runs, out: Path, scale: Scale, parts: int) -> Pairs:
-    """Collect pairs and write those of each source into a file."""
+def collect(runs: Runs, out: Path, scale: Scale, parts: int) -> str:
+    """Collect pairs, and write those of each source into a file of one folder."""
     folder = out / "pairs"
     given = [(str(folder), (index, parts), scale.problems, 128) for index in range(parts)]
     runs.do("Collecting pairs", ((f"pairs/{index}", make_shard, given[index]) for index in range(parts)))
     pairs, facts = read_pairs(str(folder))
-    for source, rows in pairs.items():
-        write_rows(folder / f"{source}.jsonl", rows)
     if "facts" not in runs.log:
         runs.log.append("facts", {"result": facts})
-    many = (min(len(pairs["arithmetic"]), len(pairs["other"])) - scale.held_out) // scale.batch * scale.batch
-    files = {source: str(folder / f"{source}.jsonl") for source in SOURCES}
-    return Pairs(files, many, min(many, *map(len, pairs.values())))
+    for source, rows in pairs.items():
+        if len(rows) < scale.pairs + scale.held_out:
+            raise SystemExit(f"{scale.problems} problems give only {len(rows)} pairs by {source}.")
+        write_rows(folder / f"{source}.jsonl", rows)
+    return str(folder)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,6 @@ class Arm:
         split (`str`, *optional*):
             How they are split into the two stages of sDPO: `"natural"`, `"reversed"`, `"random"`; `"from S"` is
             `"natural"` with the second stage begun from the first model instead of the reference.
-        few (`bool`, *optional*, defaults to `False`):
-            Only as many pairs as every source has.
         tuned_as (`str`, *optional*):
             The arm whose settings it takes, a variant of the same method.
     """
@@ -42,7 +40,6 @@ class Arm:
     method: str
     source: str = "arithmetic"
     split: str | None = None
-    few: bool = False
     tuned_as: str | None = None
 
 
@@ -52,9 +49,8 @@ ARMS = {
     "DPOTrainer on steps": Arm("stock"),
     "Step-DPO": Arm("step"),
     "Step-DPO, other model's steps": Arm("step", "other", tuned_as="Step-DPO"),
-    "arithmetic": Arm("step", few=True, tuned_as="Step-DPO"),
-    "rollout": Arm("step", "rollout", few=True, tuned_as="Step-DPO"),
-    "random": Arm("step", "random", few=True, tuned_as="Step-DPO"),
+    "Step-DPO, rollout": Arm("step", "rollout", tuned_as="Step-DPO"),
+    "Step-DPO, random step": Arm("step", "random", tuned_as="Step-DPO"),
     "sDPO": Arm("step", split="natural"),
     "sDPO, reversed": Arm("step", split="reversed", tuned_as="sDPO"),
     "sDPO, random split": Arm("step", split="random", tuned_as="sDPO"),
