@@ -6,7 +6,7 @@ from pathlib import Path
 import stepdpo_trl
 
 PACKAGE = Path(stepdpo_trl.__file__).parent
-DATA = ("pipeline", "generation", "steps", "answers", "answer_rules", "cli_data")
+DATA = ("pipeline", "generation", "steps", "answers", "answer_rules", "cli_data", "cli_options")
 
 
 def imported(file):
