@@ -6,7 +6,17 @@ from pathlib import Path
 import stepdpo_trl
 
 PACKAGE = Path(stepdpo_trl.__file__).parent
-DATA = ("pipeline", "generation", "steps", "answers", "answer_rules", "cli_data", "cli_options")
+DATA = (
+    "pipeline",
+    "generation",
+    "steps",
+    "answers",
+    "answer_rules",
+    "cli_data",
+    "cli_options",
+    "cli_eval",
+    "evaluation",
+)
 
 
 def imported(file):
