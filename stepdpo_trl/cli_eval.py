@@ -7,13 +7,14 @@ from typing import Any
 from .cli_options import add_command, model_options, model_spec, positive, text_of
 from .evaluation.harness import HARNESS
 from .evaluation.problems import PROBLEM_SETS, load_problems
-from .generation import Sampling
+from .generation import ModelSpec, Sampling
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.run_directory import RunError
 from .prompts import STEP_PROMPTS
 
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
-DEFAULTS = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 1024, "seed": 0, "prompt": "qwen2-boxed"}
+DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}
+DEFAULTS |= {"max_new_tokens": 1024, "seed": 0}
 
 
 def add_eval_command(commands: Any) -> None:
@@ -51,32 +52,37 @@ def _eval(args: argparse.Namespace) -> None:
     model, other = model_spec(args), model_spec(args, "against_", "--against")
     assert model is not None
     if args.tasks:
-        said = [name for name in (*DEFAULTS, "opening") if getattr(args, name) is not None]
-        if said or other:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in [*said, *(["against"] if other else [])])
-            raise RunError(
-                f"{named} cannot go with --tasks: lm-evaluation-harness has its own prompts and sampling, and takes "
-                "one model at a time. Give them with --problems, or leave them out."
-            )
-        from .evaluation.harness import evaluate_tasks, show_tasks
+        _eval_tasks(args, model, other)
+    else:
+        _eval_problems(args, [model, other] if other else [model])
 
-        print(show_tasks(evaluate_tasks(Path(args.out), args.tasks, model, args.batch_size, args.limit)))
-        return
-    said = {
-        name: default if getattr(args, name) is None else getattr(args, name) for name, default in DEFAULTS.items()
-    }
-    sampling = Sampling(said["temperature"], said["top_p"], said["max_new_tokens"])
-    prompt = resolve_step_prompt(text_of(said["prompt"]), args.opening)
+
+def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
+    said = [name for name in (*DEFAULTS, "opening") if getattr(args, name) is not None] + ["against"] * bool(other)
+    if said:
+        named = ", ".join("--" + name.replace("_", "-") for name in said)
+        raise RunError(
+            f"{named} cannot go with --tasks: "
+            "lm-evaluation-harness has its own prompts and sampling, and takes one model at a time. Leave them out."
+        )
+    from .evaluation.harness import evaluate_tasks, show_tasks
+
+    results = evaluate_tasks(Path(args.out), args.tasks, model, args.batch_size, args.limit)
+    print(f"{show_tasks(results)}\n\nResults and records: {args.out}")
+
+
+def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
+    options = {**DEFAULTS, **{name: value for name, value in vars(args).items() if value is not None}}
+    sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
+    prompt = resolve_step_prompt(text_of(options["prompt"]), args.opening)
     from .evaluation.evaluate import check_options, evaluate
     from .evaluation.results import table
     from .pipeline.session import Session
 
-    models = [model, other] if other else [model]
-    check_options(models, sampling, said["samples"])
+    samples, seed = options["samples"], options["seed"]
+    check_options(models, sampling, samples)
     problems = load_problems(args.problems, args.limit)
     name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
     with Session() as session:
-        results = evaluate(
-            session, Path(args.out), name, problems, models, prompt, sampling, said["samples"], said["seed"]
-        )
+        results = evaluate(session, Path(args.out), name, problems, models, prompt, sampling, samples, seed)
     print(f"{table(results)}\n\nResults and records: {args.out}")

@@ -91,7 +91,7 @@ def evaluate(
         names = _names(models)
         results = {**settings, "results": [measure(*each) for each in zip(names, answers, strict=True)]}
         if len(models) == 2:
-            results["difference"] = compare(*answers, seed=seed)
+            results["difference"] = compare(answers[0], answers[1], seed)
         rows = [
             _record(problem, dict(zip(names, each, strict=True)))
             for problem, *each in zip(problems, *answers, strict=True)
