@@ -1,5 +1,6 @@
 """Figures of an evaluation, and how they are printed."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ def measure(model: str, answers: Sequence[Answers]) -> dict[str, Any]:
         "model": model,
         "solutions": _outcomes([check.outcome for check in checks]),
         "unreadable": dict(Counter(check.reason for check in checks if check.outcome == UNREADABLE).most_common()),
-        "accuracy": sum(shares) / len(shares),
+        "accuracy": math.fsum(shares) / len(shares),
         "interval": clustered(shares, samples),
     }
     if samples > 1:
@@ -65,7 +66,7 @@ def compare(first: Sequence[Answers], second: Sequence[Answers], seed: int = 0) 
     )
     only = {"only_first": solved[True, False], "only_second": solved[False, True]}
     return {
-        "accuracy": sum(differences) / len(differences),
+        "accuracy": math.fsum(differences) / len(differences),
         "interval": bootstrap(differences, seed),
         "mcnemar": {"both": solved[True, True], **only, "neither": solved[False, False], "p": mcnemar(**only)},
     }
