@@ -1,10 +1,8 @@
-"""Accuracy of models: figures against other computations, kills, labelled solutions, what is handed over, errors."""
+"""Accuracy of models: figures against other computations, kills, labelled solutions, errors."""
 
 import json
-import random
 import subprocess
 import sys
-import types
 from collections import Counter
 from pathlib import Path
 
@@ -14,20 +12,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stepdpo_trl.answers import Check
 from stepdpo_trl.cli import main
-from stepdpo_trl.evaluation import harness
 from stepdpo_trl.evaluation.evaluate import evaluate
-from stepdpo_trl.evaluation.majority import Vote, vote
 from stepdpo_trl.evaluation.problems import load_problems
 from stepdpo_trl.evaluation.results import table
-from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar, wilson
+from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
-from stepdpo_trl.pipeline.policy import Continuation
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.pipeline.session import Session
-from stepdpo_trl.pipeline.tasks import run_tasks
 from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import MODEL_PATH, generate_solutions, make_problems, measure_accuracy
 
@@ -62,90 +55,6 @@ def read(path):
 
 def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-# Figures
-
-
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p"),
-    [  # scipy.stats.binomtest(only_first, only_first + only_second).pvalue
-        (0, 0, 1.0),
-        (7, 7, 1.0),
-        (1, 9, 0.021484375),
-        (15, 5, 0.04138946533203125),
-        (30, 12, 0.007915897334896727),
-        (700, 800, 0.010559255466711506),
-    ],
-)
-def test_mcnemar(only_first, only_second, p):
-    assert mcnemar(only_first, only_second) == pytest.approx(p, rel=1e-12)
-    assert mcnemar(only_second, only_first) == pytest.approx(p, rel=1e-12)
-
-
-def test_wilson_and_clustered_intervals():
-    # scipy.stats.binomtest(950, 1319).proportion_ci(method="wilson")
-    expected = pytest.approx((0.6954052216266475, 0.74380084961182), abs=1e-8)
-    assert wilson(950 / 1319, 1319) == expected
-    assert clustered([1.0] * 950 + [0.0] * 369, 1) == expected
-    # Ten answers that are always the same tell no more than one; ten that are independent as much as ten problems
-    assert clustered([1.0] * 950 + [0.0] * 369, 10) == expected
-    assert clustered([0.5] * 100, 10) == pytest.approx(wilson(0.5, 1000))
-    assert clustered([1.0] * 20, 8) == wilson(1.0, 20)
-
-
-def test_clustered_intervals_hold_the_truth_as_often_as_they_say():
-    """Problems of different difficulty, eight samples each: where intervals of independent answers fail."""
-    rng = np.random.default_rng(0)
-    truth, held, naive = 0.8, 0, 0
-    for _ in range(1000):
-        shares = rng.binomial(8, rng.beta(0.8, 0.2, size=60)) / 8
-        low, high = clustered(list(shares), 8)
-        held += low <= truth <= high
-        low, high = wilson(shares.mean(), 8 * 60)
-        naive += low <= truth <= high
-    assert 930 <= held <= 970
-    assert naive < 700
-
-
-def test_bootstrap():
-    differences = [1.0] * 300 + [-1.0] * 120 + [0.0] * 1580
-    low, high = bootstrap(differences)
-    error = np.std(differences) / len(differences) ** 0.5
-    assert (low, high) == pytest.approx((0.09 - 1.96 * error, 0.09 + 1.96 * error), abs=0.002)
-    assert bootstrap(differences) == (low, high) != bootstrap(differences, seed=1)
-    # Resampled one problem at a time
-    rng = np.random.default_rng(0)
-    shares = [0.25, -0.5, 0.75, 0.0, 1.0, 0.25]
-    drawn = rng.choice(shares, size=(20_000, len(shares))).mean(1)
-    assert bootstrap(shares, resamples=20_000) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))), abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["right 4", "wrong 5", "wrong 5"], ("wrong", "5", 2)),
-        (["wrong 5", "right 4", "right 8/2"], ("right", "4", 2)),
-        (["right 4", "wrong 5"], ("right", "4", 1)),  # of equally many the first
-        (["wrong 5", "right 4"], ("wrong", "5", 1)),
-        (["right 4", "right 4", "wrong 0.5", "wrong \\frac{1}{2}", "wrong 50\\%"], ("wrong", "0.5", 3)),
-        (["right 4", "right 4", "wrong 1,200", "wrong 1200", "wrong 1200.0"], ("wrong", "1,200", 3)),
-        (["right 4", "right 4", "wrong 1", "wrong 2", "wrong 3"], ("right", "4", 2)),
-        (["wrong right", "right left", "wrong right"], ("wrong", "right", 2)),
-        (["unreadable ?", "unreadable ?", "wrong 5"], ("wrong", "5", 1)),
-        (["unreadable ?", "unreadable ?"], ("unreadable", None, 0)),
-    ],
-)
-def test_majority(given, expected, checker):
-    class Service:
-        def answer(self, requests):
-            return {r.key: checker.check([(r.gold, r.text)])[0] for r in requests}
-
-    samples = [Continuation("", "", "stop", Check(*text.split(" ", 1))) for text in given]
-    assert list(run_tasks([vote(samples)], {"check": Service()})) == [Vote(*expected)]
-
-
-# Runs
 
 
 def test_two_models(tmp_path, checker):
@@ -264,7 +173,7 @@ def test_agreement_with_labels(tmp_path, checker):
 
 # The command, with the quickstart's model
 
-COMMAND = ("eval", "--model", MODEL_PATH, "--prompt", "plain", "--max-new-tokens", 160)
+COMMAND = ("eval", "--model", MODEL_PATH, "--prompt", "plain", "--max-new-tokens", 256)
 
 
 @pytest.fixture(scope="module")
@@ -306,13 +215,7 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL_PATH), tmp_path / "adapter")
     texts = [generate_solutions(each, tokenizer, [p.text for p in problems]) for each in (quickstart[0], loaded)]
     names = [str(MODEL_PATH), f"{MODEL_PATH} + {tmp_path / 'adapter'}"]
-    assert [[row["models"][name]["samples"][0]["text"] for row in rows] for name in names] == [
-        [
-            solution[: None if "boxed" in solution else 0] or row["models"][name]["samples"][0]["text"]
-            for solution, row in zip(each, rows, strict=True)
-        ]
-        for name, each in zip(names, texts, strict=True)
-    ]
+    assert [[row["models"][name]["samples"][0]["text"] for row in rows] for name in names] == texts
     first, second = (each["solutions"]["right"] for each in results["results"])
     assert first != second
     assert results["difference"]["accuracy"] == pytest.approx((first - second) / 24)
@@ -349,7 +252,7 @@ def test_known_sets(monkeypatch):
         load_problems("gsm8k")
 
 
-EVAL = ("eval", "--model", "m", "--out", "out")
+EVAL = ("eval", "--model", "./m", "--out", "out")
 ASKED = (*EVAL, "--problems", "p.jsonl")
 
 
@@ -359,17 +262,17 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         ((*EVAL, "--problems", "gms8k"), "Did you mean 'gsm8k'?"),
         ((*EVAL, "--problems", "q.jsonl"), "Did you mean p.jsonl?"),
         ((*EVAL, "--problems", "b.jsonl"), "has no `answer`"),
-        ((*ASKED, "--against", "m"), "is the model itself"),
         ((*ASKED, "--against", "./m"), "is the model itself"),
+        ((*ASKED, "--against", "./x/../m"), "is the model itself"),
         ((*ASKED, "--against-backend", "vllm"), "not its name: --against."),
         ((*ASKED, "--samples", 4), "at temperature 0"),
         ((*ASKED, "--temperature", -1), "must not be negative"),
         ((*ASKED, "--prompt", "plan"), "Did you mean 'plain'?"),
         ((*ASKED, "--prompt", "t.jinja"), "does not contain the problem"),
         ((*ASKED, "--adapter", "a", "--backend", "vllm"), "does not load the adapter"),
-        (ASKED, "'m' cannot be loaded"),
-        (("eval", "--model", MODEL_PATH, "--adapter", "a", *ASKED[3:]), "adapter 'a' cannot be loaded"),
-        (("eval", "--model", MODEL_PATH, "--against", "n", *ASKED[3:]), "'n' cannot be loaded"),
+        (ASKED, "'./m' cannot be loaded"),
+        (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
+        (("eval", "--model", MODEL_PATH, "--against", "./n", *ASKED[3:]), "'./n' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, *EVAL[3:], "--problems", "g.jsonl"), "cannot be read as an answer"),
         ((*EVAL, "--tasks", "h4", "--samples", 4), "--samples cannot go with --tasks"),
         ((*EVAL, "--tasks", "h4", "--against", "n"), "--against cannot go with --tasks"),
@@ -402,106 +305,3 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         stepdpo(*arguments)
     assert message in capsys.readouterr().err
-
-
-# lm-evaluation-harness, by a stand-in
-
-H4 = {"arc_challenge": (25, 0.71), "hellaswag": (10, 0.88), "mmlu": (5, 0.66), "truthfulqa_mc2": (0, 0.71)}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Calls of `simple_evaluate`, which answers as 0.4.11 does."""
-    made = []
-
-    def simple_evaluate(**arguments):
-        made.append(arguments)
-        (task,) = arguments["tasks"]
-        value = H4.get(task, (0, 0.5))[1]
-        # Each metric of the task another value, so that the wrong one is seen
-        metrics = {"alias": task, "acc,none": value, "acc_stderr,none": 0.01}
-        if task in ("arc_challenge", "hellaswag"):
-            metrics |= {"acc,none": 0.1, "acc_norm,none": value, "acc_norm_stderr,none": 0.01}
-        for metric in (
-            "exact_match,strict-match",
-            "exact_match,flexible-extract",
-            "exact_match,none",
-            "math_verify,none",
-        ):
-            metrics |= {metric: len(metric) / 100, metric.replace(",", "_stderr,"): "N/A"}
-        sample = {"doc_id": 0, "target": 3, "filter": "none", "filtered_resps": [(-1.5, False)], "metrics": ["acc"]}
-        samples = {task: [{**sample, "acc": 1.0, "doc": {"q": "?"}, "arguments": ["long"]}]}
-        return {"results": {task: metrics}, "samples": samples, "date": random.random()}
-
-    module = types.ModuleType("lm_eval")
-    module.simple_evaluate = simple_evaluate
-    monkeypatch.setitem(sys.modules, "lm_eval", module)
-    monkeypatch.setattr(harness, "version", lambda name: {"lm-eval": "0.4.11"}.get(name, "4.11.0"))
-    return made
-
-
-def test_h4_is_handed_over(tmp_path, calls, capsys):
-    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--limit", 8, "--out", tmp_path)
-    assert stepdpo(*command) == 0
-    model = {"model": "hf", "model_args": {"pretrained": str(MODEL_PATH), "dtype": "auto"}}
-    model["batch_size"] = "auto" if torch.cuda.is_available() else 1
-    assert calls == [
-        {**model, "tasks": [t], "num_fewshot": shots, "limit": 8, "use_cache": str(tmp_path / f"answers.{t}")}
-        for t, (shots, _) in H4.items()
-    ]
-    printed = capsys.readouterr().out
-    assert "H4 (mean)" in printed
-    assert "74.0%" in printed  # (0.71 + 0.88 + 0.66 + 0.71) / 4
-    assert "88.0% (86.0% to 90.0%)" in printed
-    assert json.loads((tmp_path / "results.json").read_text())["h4"] == pytest.approx(0.74)
-    record = json.loads((tmp_path / "records.mmlu.jsonl").read_text())
-    assert record == {"task": "mmlu", "doc_id": 0, "target": 3, "filter": "none", "filtered_resps": [[-1.5, False]], "acc": 1.0}  # fmt: skip
-    before = contents(tmp_path)
-    assert stepdpo(*command) == 0
-    assert len(calls) == 4  # nothing anew
-    assert contents(tmp_path) == before
-    assert stepdpo(*command[:-4], "--out", tmp_path) == 2
-    assert "limit=8 (now None)" in capsys.readouterr().err
-
-
-def test_standard_mathematics_is_handed_over(tmp_path, calls, capsys):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    command = ("eval", "--tasks", "gsm8k", "math", "--model", MODEL_PATH, "--adapter", tmp_path / "adapter")
-    assert stepdpo(*command, "--batch-size", 4, "--out", tmp_path / "out") == 0
-    assert [(call["tasks"], call["num_fewshot"], call["batch_size"]) for call in calls] == [
-        (["gsm8k"], 5, 4),
-        (["minerva_math"], 4, 4),
-    ]
-    assert calls[0]["model_args"]["peft"] == str(tmp_path / "adapter")
-    printed = capsys.readouterr().out
-    for name, value in (("strict-match", "24.0%"), ("flexible-extract", "28.0%"), ("math_verify,none", "16.0%")):
-        assert value in next(line for line in printed.splitlines() if name in line)
-
-
-def test_other_back_ends_are_handed_over():
-    server = ModelSpec("m", "openai", "http://localhost:8000/v1", batch_size=7)
-    assert harness.handed_over(server, None) == {
-        "model": "local-completions",
-        "model_args": {
-            "model": "m",
-            "base_url": "http://localhost:8000/v1/completions",
-            "num_concurrent": 7,
-            "tokenizer": "m",
-        },
-        "batch_size": 1,
-    }
-    assert harness.handed_over(ModelSpec("m", "vllm", dtype="bfloat16"), None) == {
-        "model": "vllm",
-        "model_args": {"pretrained": "m", "dtype": "bfloat16"},
-        "batch_size": "auto",
-    }
-    with pytest.raises(RunError, match="OPENAI_API_KEY"):
-        harness.handed_over(ModelSpec("m", "openai", "http://h/v1", api_key_variable="KEY"), None)
-
-
-def test_math_needs_its_grammar_before_anything_is_asked(tmp_path, calls, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "version", lambda name: "4.13.2")
-    assert stepdpo("eval", "--tasks", "h4", "math", "--model", MODEL_PATH, "--out", tmp_path / "out") == 2
-    assert "pip install 'lm-eval[math]'" in capsys.readouterr().err
-    assert calls == []

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..generation import ModelSpec
 from ..pipeline.run_directory import RunError
-from .statistics import Z, show
 
 
 @dataclass(frozen=True)
@@ -121,19 +120,19 @@ def handed_over(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
     from torch.cuda import is_available
 
     arguments |= {"peft": model.adapter} if model.adapter else {}
-    fitting = "auto" if is_available() else 1
-    return {"model": "hf", "model_args": arguments, "batch_size": batch_size or fitting}
+    # It would take a GPU for granted
+    device, fitting = ("cuda", "auto") if is_available() else ("cpu", 1)
+    return {"model": "hf", "model_args": arguments, "batch_size": batch_size or fitting, "device": device}
 
 
 def show_tasks(results: dict[str, Any]) -> str:
     """The figures, to be printed."""
-    lines = [f"{'':<18}{'shots':>6}   {'metric':<30}accuracy, with 95 % interval"]
+    lines = [f"{'':<18}{'shots':>6}   {'metric':<30}accuracy, with standard error"]
     for task in results["tasks"]:
         found = results["results"][task["name"]]["results"][task["name"]]
         for metric in task["metrics"]:
             value, error = found[metric], found.get(metric.replace(",", "_stderr,"))
-            known = isinstance(error, float)
-            shown = show(value, (value - Z * error, value + Z * error)) if known else f"{value:.1%}"
+            shown = f"{value:.1%} ± {error:.1%}" if isinstance(error, float) else f"{value:.1%}"
             lines.append(f"{task['name']:<18}{task['shots']:>6}   {metric:<30}{shown}")
     lines += [f"{'H4 (mean)':<57}{results['h4']:.1%}"] if "h4" in results else []
     return "\n".join(lines)
