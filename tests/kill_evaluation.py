@@ -20,7 +20,7 @@ from stepdpo_trl.prompts import STEP_PROMPTS
 
 from .simulated import Student, draw_records
 
-KILLS = 6
+KILLS = 5
 
 
 class Checker:

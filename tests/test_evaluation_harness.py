@@ -85,6 +85,30 @@ def test_h4_is_handed_over(tmp_path, calls, capsys):
     assert "limit=8 (now None)" in capsys.readouterr().err
 
 
+def test_tasks_go_on(tmp_path, calls, monkeypatch):
+    """What was done before a stop is not done again."""
+    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--out", tmp_path)
+    answer = sys.modules["lm_eval"].simple_evaluate
+
+    def stopped(**arguments):
+        if arguments["tasks"] == ["mmlu"]:
+            raise KeyboardInterrupt
+        return answer(**arguments)
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", stopped)
+    assert stepdpo(*command) == 130
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", answer)
+    assert stepdpo(*command) == 0
+    assert [call["tasks"] for call in calls] == [[task] for task in H4]
+
+
+def test_a_metric_that_is_missing_is_said(tmp_path, calls, monkeypatch, capsys):
+    monkeypatch.setitem(harness.HARNESS, "gsm8k", (harness.HarnessTask("mmlu", 5, ("acc_of_old,none",)),))
+    assert stepdpo("eval", "--tasks", "gsm8k", "--model", MODEL_PATH, "--out", tmp_path) == 2
+    assert "0.4.11 does not report acc_of_old,none for mmlu" in capsys.readouterr().err
+
+
 def test_standard_mathematics_is_handed_over(tmp_path, calls, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')

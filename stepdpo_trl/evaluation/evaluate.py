@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import ModelSpec, Sampling
-from ..generation.chat import check_model
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem
@@ -72,6 +71,8 @@ def evaluate(
     check_options(models, sampling, samples)
     for model in models:
         if model not in session.generators:
+            from ..generation.chat import check_model  # loads transformers
+
             check_model(model)
     settings = {
         "problems": {"name": name, "count": len(problems)},

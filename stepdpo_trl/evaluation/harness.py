@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..generation import ModelSpec
@@ -88,12 +89,17 @@ def evaluate_tasks(
                 limit=limit,
                 use_cache=str(path / f"answers.{task.name}"),  # goes on from there after a kill
             )
+            missing = [metric for metric in task.metrics if metric not in found["results"][task.name]]
+            if missing:
+                raise RunError(
+                    f"lm-evaluation-harness {version('lm-eval')} does not report {', '.join(missing)} for {task.name}. "
+                    "0.4.11 reports all that is needed: install that one."
+                )
             write_text(path / f"records.{task.name}.jsonl", _records(found["samples"]))
             done.append(task.name, {"version": version("lm-eval"), "results": _figures(found["results"])})
         results = {**settings, "results": {task.name: done[task.name] for task in tasks}}
         if "h4" in names:
-            h4 = [done[task.name]["results"][task.name][task.metrics[0]] for task in HARNESS["h4"]]
-            results["h4"] = sum(h4) / len(h4)
+            results["h4"] = fmean(done[task.name]["results"][task.name][task.metrics[0]] for task in HARNESS["h4"])
         write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
