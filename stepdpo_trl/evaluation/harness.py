@@ -92,12 +92,12 @@ def evaluate_tasks(
             missing = [metric for metric in task.metrics if metric not in found["results"][task.name]]
             if missing:
                 raise RunError(
-                    f"lm-evaluation-harness {version('lm-eval')} does not report {', '.join(missing)} for {task.name}. "
-                    "0.4.11 reports all that is needed: install that one."
+                    f"lm-evaluation-harness {version('lm-eval')} does not report {', '.join(missing)} for {task.name}; "
+                    "0.4.11 does. Install that one."
                 )
             write_text(path / f"records.{task.name}.jsonl", _records(found["samples"]))
             done.append(task.name, {"version": version("lm-eval"), "results": _figures(found["results"])})
-        results = {**settings, "results": {task.name: done[task.name] for task in tasks}}
+        results: dict[str, Any] = {**settings, "results": {task.name: done[task.name] for task in tasks}}
         if "h4" in names:
             results["h4"] = fmean(done[task.name]["results"][task.name][task.metrics[0]] for task in HARNESS["h4"])
         write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
