@@ -92,8 +92,8 @@ def evaluate_tasks(
             missing = [metric for metric in task.metrics if metric not in found["results"][task.name]]
             if missing:
                 raise RunError(
-                    f"lm-evaluation-harness {version('lm-eval')} does not report {', '.join(missing)} for {task.name}; "
-                    "0.4.11 does. Install that one."
+                    f"lm-evaluation-harness {version('lm-eval')} does not report {', '.join(missing)} for "
+                    f"{task.name}; 0.4.11 does. Install that one."
                 )
             write_text(path / f"records.{task.name}.jsonl", _records(found["samples"]))
             done.append(task.name, {"version": version("lm-eval"), "results": _figures(found["results"])})
