@@ -5,6 +5,7 @@ import sys
 
 from . import __version__
 from .cli_data import add_commands
+from .cli_eval import add_eval_command
 from .cli_loop import loop
 from .generation import GenerationError
 from .loop import LoopError
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("train", help="train with StepDPOTrainer (options: stepdpo train --help)", add_help=False)
     commands.add_parser("loop", help="make pairs and train on them, in turns", add_help=False)
     add_commands(commands)
+    add_eval_command(commands)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         train(arguments[1:])

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .generation import BACKENDS, ModelSpec, Sampling
+from .cli_options import add_command, model_changes, model_options, model_spec, positive, text_of
+from .generation import Sampling
 from .pipeline.judges import JUDGES, parse_judges
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.records import read_problems, read_texts
 from .pipeline.run_directory import RunError
 from .prompts import STEP_PROMPTS
-
-Handler = Callable[[argparse.Namespace], None]
 
 
 def add_commands(commands: Any) -> None:
@@ -26,49 +25,39 @@ def add_commands(commands: Any) -> None:
         commands (`argparse._SubParsersAction`):
             Where to.
     """
-    collect = _add(commands, "collect", "sample solutions and keep the wrong ones", _collect)
+    collect = add_command(commands, "collect", "sample solutions and keep the wrong ones", _collect)
     _collect_options(collect)
     _where(collect, "--out")
-    localize = _add(commands, "localize", "find the first wrong step of each wrong solution", _localize)
+    localize = add_command(commands, "localize", "find the first wrong step of each wrong solution", _localize)
     _where(localize, "run")
     _localize_options(localize)
-    _model_options(localize, "", "the model that wrote the solutions, where that has moved", given=False)
-    rectify = _add(commands, "rectify", "let the model write the first wrong step anew", _rectify)
+    model_options(localize, "", "the model that wrote the solutions, where that has moved", given=False)
+    rectify = add_command(commands, "rectify", "let the model write the first wrong step anew", _rectify)
     _where(rectify, "run")
     rectify.add_argument("--judge", metavar="NAME", help="whose verdicts to take, where there are several")
     _rectify_options(rectify)
     _judge_options(rectify)
-    _model_options(rectify, "", "the model that wrote the solutions, where that has moved", given=False)
-    build = _add(commands, "build", "make a data set of step pairs", _build)
+    model_options(rectify, "", "the model that wrote the solutions, where that has moved", given=False)
+    build = add_command(commands, "build", "make a data set of step pairs", _build)
     build.add_argument("run", help="folder of the run, or of its shards")
     _build_options(build)
-    data = _add(commands, "data", "collect, localize, rectify and build", _data)
+    data = add_command(commands, "data", "collect, localize, rectify and build", _data)
     _collect_options(data)
     _where(data, "--out")
     _localize_options(data)
     _rectify_options(data)
     _build_options(data)
-    report = _add(commands, "report", "what a run gave and cost: a table, and report.html in its folder", _report)
+    report = add_command(
+        commands, "report", "what a run gave and cost: a table, and report.html in its folder", _report
+    )
     report.add_argument("run", help="folder of the run, or of its shards")
-    imports = _add(commands, "import", "make step pairs of published data", _import)
+    imports = add_command(commands, "import", "make step pairs of published data", _import)
     imports.add_argument("format", choices=("prm800k", "math-shepherd", "processbench"))
     imports.add_argument("file", help="the file as published")
     imports.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME")
     imports.add_argument(
         "--cases", action="store_true", help="solutions with their first wrong step, to test judges on"
     )
-
-
-def _add(commands: Any, name: str, what: str, handler: Handler) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=what,
-        description=what.capitalize() + ".",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(handler=handler)
-    return parser
 
 
 def _where(parser: argparse.ArgumentParser, name: str) -> None:
@@ -78,33 +67,20 @@ def _where(parser: argparse.ArgumentParser, name: str) -> None:
         "--shard", type=_shard, metavar="I/N", help="work on part I of N, from 0, in a folder of its own"
     )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where the shards are worked on")
-    parser.add_argument("--shards", type=_positive, default=1, help="parts that Ray works on side by side")
+    parser.add_argument("--shards", type=positive, default=1, help="parts that Ray works on side by side")
     parser.add_argument("--num-gpus", type=float, default=0, help="GPUs for each part, under Ray")
 
 
-def _model_options(parser: argparse.ArgumentParser, prefix: str, what: str, given: bool = True) -> None:
-    group = parser.add_argument_group(what)
-    group.add_argument(f"--{prefix}model", required=given and not prefix, help="id or folder; its name at a server")
-    group.add_argument(f"--{prefix}backend", choices=BACKENDS, help="transformers, or openai with an address")
-    group.add_argument(f"--{prefix}base-url", metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1")
-    group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template, for a server")
-    group.add_argument(
-        f"--{prefix}batch-size", type=_positive, help="sequences, or requests to a server, at once (32)"
-    )
-    group.add_argument(f"--{prefix}dtype", help="data type of the weights (auto)")
-    group.add_argument(f"--{prefix}api-key-variable", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
-
-
 def _collect_options(parser: argparse.ArgumentParser) -> None:
-    _model_options(parser, "", "the model whose mistakes are collected")
+    model_options(parser, "", "the model whose mistakes are collected")
     group = parser.add_argument_group("what it is asked")
     group.add_argument("--problems", required=True, metavar="FILE", help="JSON lines or Parquet: problem, answer")
-    group.add_argument("--limit", type=_positive, help="the first so many problems")
+    group.add_argument("--limit", type=positive, help="the first so many problems")
     group.add_argument(
         "--prompt", default="qwen2-boxed", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template"
     )
     group.add_argument("--opening", help="how every answer begins, such as 'Step 1:' (that of the named prompt)")
-    group.add_argument("--samples", type=_positive, default=2, help="solutions of each problem")
+    group.add_argument("--samples", type=positive, default=2, help="solutions of each problem")
     group.add_argument("--temperature", type=float, default=0.8)
     group.add_argument("--top-p", type=float, default=0.95)
     group.add_argument("--max-new-tokens", type=int, default=1024)
@@ -118,15 +94,15 @@ def _localize_options(parser: argparse.ArgumentParser) -> None:
         metavar="JUDGES",
         help=f"{', '.join(JUDGES)}; joined by + (what all agree on) and > (the next where the first is silent)",
     )
-    parser.add_argument("--k", type=_positive, default=8, help="rollouts of a prefix at most")
+    parser.add_argument("--k", type=positive, default=8, help="rollouts of a prefix at most")
     parser.add_argument("--port", type=int, help="of the page for a person (a free one)")
     _judge_options(parser)
 
 
 def _judge_options(parser: argparse.ArgumentParser) -> None:
-    _model_options(parser, "judge-", "the language model that judges", given=False)
+    model_options(parser, "judge-", "the language model that judges", given=False)
     group = parser.add_argument_group("judges")
-    group.add_argument("--votes", type=_positive, default=1, help="replies of the judge that count")
+    group.add_argument("--votes", type=positive, default=1, help="replies of the judge that count")
     group.add_argument("--no-gold", action="store_true", help="the judge sees neither answer nor solution")
     group.add_argument("--judge-prompt", metavar="FILE", help="Jinja template: problem, answer, solution, steps")
     group.add_argument("--prm", metavar="MODEL", help="process reward model")
@@ -135,29 +111,23 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _rectify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wanted", type=_positive, default=1, help="preferred steps for each wrong solution")
-    parser.add_argument("--most", type=_positive, default=20, help="samples for each wrong solution at most")
+    parser.add_argument("--wanted", type=positive, default=1, help="preferred steps for each wrong solution")
+    parser.add_argument("--most", type=positive, default=20, help="samples for each wrong solution at most")
     parser.add_argument(
         "--check",
         default="arithmetic",
         metavar="JUDGES",
         help="who looks at the preferred step too: arithmetic, llm, prm, none",
     )
-    _model_options(parser, "rectifier-", "another model that writes the preferred steps", given=False)
+    model_options(parser, "rectifier-", "another model that writes the preferred steps", given=False)
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME (private)")
     parser.add_argument("--corrections", metavar="WAY", help="which to take, where there are several")
     parser.add_argument("--exclude", action="append", default=[], metavar="FILE", help="problems of a test set")
-    parser.add_argument("--per-problem", type=_positive, metavar="M", help="most pairs of a problem")
+    parser.add_argument("--per-problem", type=positive, metavar="M", help="most pairs of a problem")
     parser.add_argument("--logps", metavar="MODEL", help="add log-probabilities of both steps under this model")
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -165,31 +135,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I below N, such as 0/4")
     return int(match[1]), int(match[2])
-
-
-def _text(name_or_file: str) -> str:
-    """A name, or what stands in a file."""
-    path = Path(name_or_file)
-    return path.read_text(encoding="utf-8") if path.suffix and path.is_file() else name_or_file
-
-
-def _changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
-    """What was said of a model."""
-    names = ("model", "backend", "base_url", "tokenizer", "batch_size", "dtype", "api_key_variable")
-    given = {name: getattr(args, f"{prefix}{name}", None) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {"backend": "openai", **given} if "base_url" in given else given
-
-
-def _spec(args: argparse.Namespace, prefix: str = "") -> ModelSpec | None:
-    given = _changes(args, prefix)
-    if not given:
-        return None
-    if "model" not in given:
-        raise RunError(
-            f"Options of a model are given ({', '.join(given)}), but not its name: --{prefix.replace('_', '-')}model."
-        )
-    return ModelSpec(**given)
 
 
 def _folders(args: argparse.Namespace, path: str) -> list[tuple[Path, tuple[int, int]]]:
@@ -225,8 +170,8 @@ def _each(args: argparse.Namespace, path: str, work: Callable[[Any, Path, tuple[
 
 def _collect_work(args: argparse.Namespace) -> Callable[[Any, Path, tuple[int, int]], Any]:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens)
-    prompt = resolve_step_prompt(_text(args.prompt), args.opening)
-    model = _spec(args)
+    prompt = resolve_step_prompt(text_of(args.prompt), args.opening)
+    model = model_spec(args)
     problems = read_problems(args.problems, args.limit)
     name, samples, seed = Path(args.problems).stem, args.samples, args.seed
 
@@ -239,12 +184,12 @@ def _collect_work(args: argparse.Namespace) -> Callable[[Any, Path, tuple[int, i
 def _judges(args: argparse.Namespace) -> Any:
     from .pipeline.session import JudgeOptions
 
-    prompt = _text(args.judge_prompt) if args.judge_prompt else None
+    prompt = text_of(args.judge_prompt) if args.judge_prompt else None
     if args.judge_prompt and prompt == args.judge_prompt:
         raise RunError(f"--judge-prompt: there is no file {args.judge_prompt!r}.")
     return JudgeOptions(
         k=getattr(args, "k", 8),
-        model=_spec(args, "judge_"),
+        model=model_spec(args, "judge_"),
         votes=args.votes,
         gold=not args.no_gold,
         prompt=prompt,
@@ -272,7 +217,7 @@ def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable
 
     way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
     check = None if args.check == "none" else args.check
-    rectifier = _spec(args, "rectifier_")
+    rectifier = model_spec(args, "rectifier_")
     check_rectify(check, options, wanted, most)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
@@ -286,11 +231,11 @@ def _collect(args: argparse.Namespace) -> None:
 
 
 def _localize(args: argparse.Namespace) -> None:
-    _each(args, args.run, _localize_work(args, _changes(args)))
+    _each(args, args.run, _localize_work(args, model_changes(args)))
 
 
 def _rectify(args: argparse.Namespace) -> None:
-    _each(args, args.run, _rectify_work(args, _changes(args)))
+    _each(args, args.run, _rectify_work(args, model_changes(args)))
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -317,7 +262,9 @@ def _data(args: argparse.Namespace) -> None:
     check_target(args.to)
     for problems in args.exclude:
         read_texts(problems)
-    changes = {name: value for name, value in _changes(args).items() if name not in ("model", "backend", "tokenizer")}
+    changes = {
+        name: value for name, value in model_changes(args).items() if name not in ("model", "backend", "tokenizer")
+    }
     stages = [_collect_work(args), _localize_work(args, changes), _rectify_work(args, changes)]
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:

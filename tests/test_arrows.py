@@ -6,7 +6,8 @@ from pathlib import Path
 import stepdpo_trl
 
 PACKAGE = Path(stepdpo_trl.__file__).parent
-DATA = ("pipeline", "generation", "steps", "answers", "answer_rules", "cli_data")
+DATA = ("pipeline", "evaluation", "generation", "steps", "answers", "answer_rules")
+DATA += ("cli_data", "cli_eval", "cli_options")
 
 
 def imported(file):

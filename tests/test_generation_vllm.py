@@ -52,7 +52,9 @@ def test_a_copy_on_each_gpu(tmp_path, monkeypatch):
     assert {key for key, answer in answers.items() if answer.finish_reason == "length"} == {"3"}
     ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert {(answer.prompt_tokens, answer.tokens) for answer in answers.values()} == {(len(ids), 2)}
-    generator.pool.shutdown()
+    workers = list(generator.pool._processes.values())
+    del generator
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_missing(monkeypatch):

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from .protocol import GenerationError
+from .protocol import GenerationError, ModelSpec
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -26,6 +26,31 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             "model."
         )
     return tokenizer
+
+
+def check_model(spec: ModelSpec) -> None:
+    """
+    Find out, without loading the weights, whether a model is there.
+
+    Args:
+        spec (`ModelSpec`):
+            The model. Of one behind a server, its tokenizer is looked at.
+
+    Raises:
+        GenerationError: If something is missing.
+    """
+    load_tokenizer(spec.model if spec.backend == "transformers" else spec.tokenizer or spec.model)
+    what = f"model {spec.model!r}"
+    try:
+        if spec.backend != "openai":
+            AutoConfig.from_pretrained(spec.model)
+        if spec.adapter is not None:
+            from peft import PeftConfig
+
+            what = f"adapter {spec.adapter!r}"
+            PeftConfig.from_pretrained(spec.adapter)
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"The {what} cannot be loaded: {error}") from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], opening: str = "") -> str:

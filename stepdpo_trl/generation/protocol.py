@@ -120,6 +120,8 @@ class ModelSpec:
             Data type of the weights.
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key.
+        adapter (`str`, *optional*):
+            Adapter of PEFT's to load on top of the model (transformers).
 
     Raises:
         ValueError: If the values do not fit together.
@@ -132,6 +134,7 @@ class ModelSpec:
     batch_size: int = 32
     dtype: str = "auto"
     api_key_variable: str = "OPENAI_API_KEY"
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -152,6 +155,11 @@ class ModelSpec:
             raise ValueError(
                 f"Back end {self.backend!r} and base_url={self.base_url!r} do not fit: a server needs the back end "
                 "'openai' and its address, such as http://localhost:8000/v1; the others take no address."
+            )
+        if self.adapter is not None and self.backend != "transformers":
+            raise ValueError(
+                f"Back end {self.backend!r} does not load the adapter {self.adapter!r}: take the back end "
+                "'transformers', or merge the adapter into the model, or have the server serve it under a name."
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")

@@ -1,6 +1,8 @@
 """Generation with transformers, in batches of like length: the back end that works everywhere."""
 
+import logging
 from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from transformers import (
 
 from .chat import load_tokenizer, render
 from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+
+logger = logging.getLogger(__name__)
 
 MOST_LIKELY = 1024  # tokens that nearly always hold the mass that top-p asks for
 
@@ -90,6 +94,8 @@ class TransformersGenerator:
             model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, device_map=device)
         except (OSError, ValueError) as error:
             raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
+        if spec.adapter is not None:
+            model = _adapt(model, spec)
         return cls(model, tokenizer, spec.batch_size)
 
     def render(self, user: str, opening: str) -> str:
@@ -141,3 +147,17 @@ class TransformersGenerator:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _adapt(model: PreTrainedModel, spec: ModelSpec) -> Any:
+    from peft import PeftModel
+
+    assert spec.adapter is not None
+    try:
+        adapted = PeftModel.from_pretrained(model, spec.adapter)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
+        raise GenerationError(f"The adapter {spec.adapter!r} does not fit {spec.model!r}: {error}") from error
+    base = adapted.active_peft_config.base_model_name_or_path
+    if base and Path(base).name != Path(spec.model).name:
+        logger.warning(f"The adapter {spec.adapter!r} was trained on {base!r} and is used on {spec.model!r}.")
+    return adapted

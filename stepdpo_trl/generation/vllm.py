@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
@@ -36,6 +37,7 @@ class VLLMGenerator:
             free.put(gpu)
         self.copies = len(gpus)
         self.pool = ProcessPoolExecutor(len(gpus), context, initializer=_start, initargs=(free, spec))
+        weakref.finalize(self, self.pool.shutdown)  # so that the next model finds the GPUs empty
 
     def render(self, user: str, opening: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""

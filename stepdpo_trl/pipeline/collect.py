@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..steps import split_steps
 from .policy import Policy
-from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution
+from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution, write_problem
 from .run_directory import Log, RunDirectory, RunError
 from .stage import Stage
 from .tasks import Task
@@ -45,12 +45,17 @@ def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: 
         counts.update(solution.outcome for solution in solutions)
         different += len({solution.text for solution in solutions}) > 1
     if samples > 1 and not different:
-        logger.warning(
-            f"All {samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
-            "a server may ignore it (`transformers serve` samples where the model's generation_config.json says "
-            '"do_sample": true).'
-        )
+        logger.warning(not_sampled(samples))
     return counts
+
+
+def not_sampled(samples: int) -> str:
+    """What to say where samples do not differ."""
+    return (
+        f"All {samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
+        "a server may ignore it (`transformers serve` samples where the model's generation_config.json says "
+        '"do_sample": true).'
+    )
 
 
 def _record(solution: Solution) -> dict[str, object]:
@@ -62,6 +67,20 @@ def _record(solution: Solution) -> dict[str, object]:
         "steps": len(split_steps(solution.text)),
         "text": solution.text,
     }
+
+
+def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
+    """
+    Write down the problems of a run, or check that they are the same where it goes on.
+
+    Raises:
+        RunError: If one is another.
+    """
+    log = run.log("problems")
+    for problem in problems:
+        if log.get(problem.id, write_problem(problem)) != write_problem(problem):
+            raise RunError(f"Problem {problem.id!r} is another one than when {run.path} was begun. Take a new --out.")
+    log.extend((problem.id, write_problem(problem)) for problem in problems if problem.id not in log)
 
 
 def read_problems_of(run: RunDirectory) -> dict[str, Problem]:

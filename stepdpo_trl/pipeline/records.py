@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import isfinite
@@ -113,8 +113,24 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     Raises:
         RunError: If the file or a row cannot be used; all such rows are counted and the first ones named.
     """
-    path = Path(path)
-    rows = _read_rows(path)
+    return problems_of(_read_rows(Path(path)), str(path), limit)
+
+
+def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> list[Problem]:
+    """
+    Make problems of rows, as [`read_problems`] does.
+
+    Args:
+        rows (`Sequence`):
+            The rows.
+        where (`str`):
+            Where they come from, for the error message.
+        limit (`int`, *optional*):
+            Take the first so many.
+
+    Raises:
+        RunError: If a row cannot be used.
+    """
     problems: dict[str, Problem] = {}
     texts: dict[str, int] = {}
     wrong = []
@@ -130,11 +146,11 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
             texts[problem.id] = number
     if wrong:
         raise RunError(
-            f"{len(wrong)} of the rows of {path} cannot be used: {'; '.join(wrong[:5])}"
+            f"{len(wrong)} of the rows of {where} cannot be used: {'; '.join(wrong[:5])}"
             f"{' ...' if len(wrong) > 5 else ''}. Mend or remove them."
         )
     if not problems:
-        raise RunError(f"{path} has no problems. Give a file with one problem a line.")
+        raise RunError(f"{where} has no problems. Give a file with one problem a line.")
     return list(problems.values())
 
 

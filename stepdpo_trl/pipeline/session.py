@@ -1,5 +1,6 @@
 """The stages with all that they need: models, judges, checks. What the command line calls, and Ray on each machine."""
 
+import gc
 import logging
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ from .judges import (
     rollout_judge,
 )
 from .policy import Policy
-from .records import Problem, digest, shard_of, write_problem
+from .records import Problem, digest, shard_of
 from .run_directory import RunDirectory, RunError
 from .stage import Stage
 from .tasks import RecordedChecks, RecordedModel
@@ -126,9 +127,9 @@ def check_rectify(check: str | None, options: JudgeOptions, wanted: int, most: i
     return groups
 
 
-def _name(model: str) -> str:
-    """Name of a model in files: its last part, and what tells it from others that end so."""
-    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{digest(model)[:6]}"
+def file_name(model: str, *more: object) -> str:
+    """Name of a model in files: its last part, and what tells it from others that end so, with what else counts."""
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{digest(model, *more)[:6]}"
 
 
 @dataclass
@@ -158,6 +159,27 @@ class Session:
             self.generators[spec] = make_generator(spec)
         return self.generators[spec]
 
+    def release(self, spec: ModelSpec) -> None:
+        """Let go of a model, so that the next one finds its memory free."""
+        self.generators.pop(spec, None)
+        gc.collect()
+
+    def check_golds(self, problems: Sequence[Problem]) -> None:
+        """
+        Check that solutions can be compared with the gold answers.
+
+        Raises:
+            RunError: If one cannot be read as an answer.
+        """
+        unusable = check_golds(self.checker, [problem.answer for problem in problems])
+        if unusable:
+            named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
+            raise RunError(
+                f"{len(unusable)} gold answers cannot be read as an answer ({'; '.join(named)}"
+                f"{' ...' if len(unusable) > 5 else ''}): no solution could be compared with them. Mend or remove "
+                "these problems."
+            )
+
     def collect(
         self,
         path: Path,
@@ -171,7 +193,7 @@ class Session:
         shard: tuple[int, int] = (0, 1),
     ) -> Counter[str]:
         """Sample solutions of problems; see [`~stepdpo_trl.pipeline.collect.collect`]."""
-        self._check_golds(problems)
+        self.check_golds(problems)
         mine = shard_of(problems, shard)
         settings = {
             "problems": name,
@@ -184,13 +206,7 @@ class Session:
         }
         with RunDirectory(path, create=True) as run:
             run.keep_settings("collect", settings, free=("samples",))
-            log = run.log("problems")
-            for problem in mine:
-                if log.get(problem.id, write_problem(problem)) != write_problem(problem):
-                    raise RunError(
-                        f"Problem {problem.id!r} is another one than when {path} was begun. Take a new --out."
-                    )
-            log.extend((problem.id, write_problem(problem)) for problem in mine if problem.id not in log)
+            collecting.keep_problems(run, mine)
             stage = self._stage(run, f"collect {samples}")
             policy = self._policy(stage, model)
             counts = collecting.collect(stage, policy, mine, samples)
@@ -227,7 +243,7 @@ class Session:
         options = options or JudgeOptions()
         groups = check_rectify(check, options, wanted, most)
         names = [name for group in groups for name in group]
-        name = _name(rectifier.model) if rectifier else None
+        name = file_name(rectifier.model) if rectifier else None
         with RunDirectory(path) as run:
             found_in, _ = localizing.read_verdicts(run, way)
             settings = {"wanted": wanted, "most": most, "check": check, **options.settings(names)}
@@ -265,7 +281,7 @@ class Session:
         if name == "llm":
             assert options.model is not None
             sampling = options.judge_sampling
-            whom = f"judge-{_name(options.model.model)}-{digest(sampling)[:6]}"  # each its own answers
+            whom = f"judge-{file_name(options.model.model)}-{digest(sampling)[:6]}"  # each its own answers
             generator = self.generator(options.model)
             log = stage.run.log(f"generations.{whom}")
             stage.services[whom] = RecordedModel(generator, sampling, log, whom, stage.name)
@@ -276,17 +292,7 @@ class Session:
 
             assert options.prm is not None
             loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)
-            stage.services["prm"] = RecordedPRM(loaded, stage.run.log(f"scores.prm-{_name(options.prm)}"))
+            stage.services["prm"] = RecordedPRM(loaded, stage.run.log(f"scores.prm-{file_name(options.prm)}"))
             return prm_judge(options.threshold)
         stage.services["human"] = Person(stage.run.log("labels"), options.port)
         return human_judge
-
-    def _check_golds(self, problems: Sequence[Problem]) -> None:
-        unusable = check_golds(self.checker, [problem.answer for problem in problems])
-        if unusable:
-            named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
-            raise RunError(
-                f"{len(unusable)} gold answers cannot be read as an answer ({'; '.join(named)}"
-                f"{' ...' if len(unusable) > 5 else ''}): no solution could be compared with them. Mend or remove "
-                "these problems."
-            )

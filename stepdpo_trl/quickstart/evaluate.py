@@ -1,49 +1,14 @@
 """Accuracy of a model on problems of [`~stepdpo_trl.quickstart.arithmetic`], with its 95 % interval."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.statistics import Accuracy
 from .arithmetic import Problem, final_answer
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """
-    Share of problems solved.
-
-    Args:
-        right (`int`):
-            Problems whose final answer is right.
-        total (`int`):
-            All problems.
-    """
-
-    right: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Share of right answers, from 0 to 1."""
-        return self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval (Wilson score), from 0 to 1."""
-        z = 1.959964
-        spread = z**2 / self.total
-        centre = (self.value + spread / 2) / (1 + spread)
-        half = math.sqrt(self.value * (1 - self.value) * spread + spread**2 / 4) / (1 + spread)
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""Arguments of the command that measures accuracy: eval."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .cli_options import add_command, model_options, model_spec, positive, text_of
+from .evaluation.harness import HARNESS
+from .evaluation.problems import PROBLEM_SETS, load_problems
+from .generation import ModelSpec, Sampling
+from .pipeline.policy import resolve_step_prompt
+from .pipeline.run_directory import RunError
+from .prompts import STEP_PROMPTS
+
+# What holds where nothing is said. Said options are told from these, as some go with --problems alone.
+DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}
+DEFAULTS |= {"max_new_tokens": 1024, "seed": 0}
+
+
+def add_eval_command(commands: Any) -> None:
+    """
+    Add the command.
+
+    Args:
+        commands (`argparse._SubParsersAction`):
+            Where to.
+    """
+    parser = add_command(commands, "eval", "measure the accuracy of a model, or compare two", _eval)
+    what = parser.add_mutually_exclusive_group(required=True)
+    sets = ", ".join(PROBLEM_SETS)
+    what.add_argument("--problems", metavar="SET", help=f"{sets}, or JSON lines or Parquet: problem, answer")
+    what.add_argument("--tasks", nargs="+", choices=HARNESS, help="of lm-evaluation-harness, to which they are handed")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="for answers, results.json, records.jsonl")
+    parser.add_argument("--limit", type=positive, help="the first so many problems")
+    _adapter(model_options(parser, "", "the model"), "")
+    _adapter(model_options(parser, "against-", "another one to compare it with", flag="--against"), "against-")
+    group = parser.add_argument_group("what it is asked (with --problems)")
+    group.add_argument("--prompt", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template (qwen2-boxed)")
+    group.add_argument("--opening", help="how every answer begins, such as 'Step 1:' (that of the named prompt)")
+    group.add_argument("--samples", type=positive, help="solutions of each problem (1)")
+    group.add_argument("--temperature", type=float, help="(0: greedy)")
+    group.add_argument("--top-p", type=float, help="(1)")
+    group.add_argument("--max-new-tokens", type=int, help="(1024)")
+    group.add_argument("--seed", type=int, help="(0)")
+
+
+def _adapter(group: Any, prefix: str) -> None:
+    group.add_argument(f"--{prefix}adapter", metavar="FOLDER", help="adapter of PEFT's on top (transformers)")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    model, other = model_spec(args), model_spec(args, "against_", "--against")
+    assert model is not None
+    if args.tasks:
+        _eval_tasks(args, model, other)
+    else:
+        _eval_problems(args, [model, other] if other else [model])
+
+
+def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
+    said = [name for name in (*DEFAULTS, "opening") if getattr(args, name) is not None] + ["against"] * bool(other)
+    if said:
+        named = ", ".join("--" + name.replace("_", "-") for name in said)
+        raise RunError(
+            f"{named} cannot go with --tasks: "
+            "lm-evaluation-harness has its own prompts and sampling, and takes one model at a time. Leave them out."
+        )
+    from .evaluation.harness import evaluate_tasks, show_tasks
+
+    results = evaluate_tasks(Path(args.out), args.tasks, model, args.batch_size, args.limit)
+    print(f"{show_tasks(results)}\n\nResults and records: {args.out}")
+
+
+def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
+    options = {**DEFAULTS, **{name: value for name, value in vars(args).items() if value is not None}}
+    sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
+    prompt = resolve_step_prompt(text_of(options["prompt"]), args.opening)
+    from .evaluation.evaluate import check_options, evaluate
+    from .evaluation.results import table
+    from .pipeline.session import Session
+
+    samples, seed = options["samples"], options["seed"]
+    check_options(models, sampling, samples)
+    problems = load_problems(args.problems, args.limit)
+    name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
+    with Session() as session:
+        results = evaluate(session, Path(args.out), name, problems, models, prompt, sampling, samples, seed)
+    print(f"{table(results)}\n\nResults and records: {args.out}")

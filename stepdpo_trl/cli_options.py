@@ -1,0 +1,100 @@
+"""What the commands share: how they are added, options of models, and how those are read."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .generation import BACKENDS, ModelSpec
+from .pipeline.run_directory import RunError
+
+Handler = Callable[[argparse.Namespace], None]
+
+
+def add_command(commands: Any, name: str, what: str, handler: Handler) -> argparse.ArgumentParser:
+    """Add a command that does `what` by calling `handler`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=what.capitalize() + ".",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def model_options(
+    parser: argparse.ArgumentParser, prefix: str, what: str, given: bool = True, flag: str | None = None
+) -> Any:
+    """
+    Add the options that describe a model.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            The command.
+        prefix (`str`):
+            What the options begin with; nothing for those of the first model.
+        what (`str`):
+            Title of the group.
+        given (`bool`, *optional*, defaults to `True`):
+            Whether the first model has to be named.
+        flag (`str`, *optional*):
+            The option that names the model, defaults to `--{prefix}model`.
+
+    Returns:
+        `argparse._ArgumentGroup`: The group.
+    """
+    group = parser.add_argument_group(what)
+    group.add_argument(
+        flag or f"--{prefix}model",
+        dest=f"{prefix}model".replace("-", "_"),
+        required=given and not prefix,
+        metavar="MODEL",
+        help="id or folder; its name at a server",
+    )
+    group.add_argument(f"--{prefix}backend", choices=BACKENDS, help="transformers, or openai with an address")
+    group.add_argument(f"--{prefix}base-url", metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1")
+    group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template, for a server")
+    group.add_argument(f"--{prefix}batch-size", type=positive, help="sequences, or requests to a server, at once (32)")
+    group.add_argument(f"--{prefix}dtype", help="data type of the weights (auto)")
+    group.add_argument(f"--{prefix}api-key-variable", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
+    return group
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def text_of(name_or_file: str) -> str:
+    """A name, or what stands in a file."""
+    path = Path(name_or_file)
+    return path.read_text(encoding="utf-8") if path.suffix and path.is_file() else name_or_file
+
+
+def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """What was said of a model."""
+    names = ("model", "backend", "base_url", "tokenizer", "batch_size", "dtype", "api_key_variable", "adapter")
+    given = {name: getattr(args, f"{prefix}{name}", None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"backend": "openai", **given} if "base_url" in given else given
+
+
+def model_spec(args: argparse.Namespace, prefix: str = "", flag: str | None = None) -> ModelSpec | None:
+    """
+    The model that is described; arguments as for [`model_options`], with `_` in the prefix.
+
+    Raises:
+        RunError: If it is described and not named.
+    """
+    given = model_changes(args, prefix)
+    if not given:
+        return None
+    if "model" not in given:
+        name = flag or f"--{prefix.replace('_', '-')}model"
+        raise RunError(f"Options of a model are given ({', '.join(given)}), but not its name: {name}.")
+    return ModelSpec(**given)

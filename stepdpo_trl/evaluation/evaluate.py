@@ -1,0 +1,225 @@
+"""Let models solve problems, and count. Every answer is on disk before it is used: a run that was killed goes on."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..generation import ModelSpec, Sampling
+from ..pipeline.collect import keep_problems, not_sampled
+from ..pipeline.policy import Policy
+from ..pipeline.records import Problem
+from ..pipeline.run_directory import RunDirectory, RunError
+from ..pipeline.session import Session, file_name
+from ..pipeline.stage import Stage
+from ..pipeline.tasks import RecordedChecks, RecordedModel, Task
+from ..prompts import StepPrompt
+from .majority import Answers, vote
+from .results import compare, measure
+
+logger = logging.getLogger(__name__)
+
+CHUNK, CHUNKS = 2**16, 64  # bytes of a file of weights that are looked at
+
+
+def evaluate(
+    session: Session,
+    path: Path,
+    name: str,
+    problems: Sequence[Problem],
+    models: Sequence[ModelSpec],
+    prompt: StepPrompt,
+    sampling: Sampling,
+    samples: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Measure the accuracy of one model, or of two and their difference.
+
+    Args:
+        session (`Session`):
+            Models that are loaded already, and the answer checker.
+        path (`Path`):
+            Folder for the answers, `results.json`, and `records.jsonl` with what was made of each problem.
+        name (`str`):
+            Name of the problems.
+        problems (`Sequence[Problem]`):
+            The problems.
+        models (`Sequence[ModelSpec]`):
+            The model, or the two.
+        prompt (`StepPrompt`):
+            How they are asked.
+        sampling (`Sampling`):
+            How they are sampled.
+        samples (`int`, *optional*, defaults to `1`):
+            Solutions of each problem. The i-th sample of a problem has the same seed for both models.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling and of the bootstrap.
+
+    Returns:
+        `dict[str, Any]`: What is in `results.json`.
+
+    Raises:
+        RunError: If the options do not fit together, or `path` holds another evaluation.
+        GenerationError: If a model cannot be loaded.
+    """
+    check_options(models, sampling, samples)
+    for model in models:
+        if model not in session.generators:
+            from ..generation.chat import check_model  # loads transformers
+
+            check_model(model)
+    settings = {
+        "problems": {"name": name, "count": len(problems)},
+        "models": [identity(model) for model in models],
+        "prompt": asdict(prompt),
+        "sampling": asdict(sampling),
+        "samples": samples,
+        "seed": seed,
+    }
+    with begin(path, settings) as run:
+        session.check_golds(problems)
+        keep_problems(run, problems)
+        answers = []
+        for model in models:
+            answers.append(_answer(session, run, model, problems, prompt, sampling, samples, seed))
+            session.release(model)
+        names = _names(models)
+        results = {**settings, "results": [measure(*each) for each in zip(names, answers, strict=True)]}
+        if len(models) == 2:
+            results["difference"] = compare(answers[0], answers[1], seed)
+        rows = [
+            _record(problem, dict(zip(names, each, strict=True)))
+            for problem, *each in zip(problems, *answers, strict=True)
+        ]
+        write_text(path / "records.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def check_options(models: Sequence[ModelSpec], sampling: Sampling, samples: int) -> None:
+    """
+    Check that models can be compared, and samples differ.
+
+    Raises:
+        RunError: If not.
+    """
+    places = [{**identity(model), "model": Path(model.model).resolve()} for model in models]
+    if len(models) == 2 and places[0] == places[1]:
+        raise RunError(
+            f"--against {models[1].model!r} is the model itself: there is nothing to compare. Name another model or "
+            "adapter; a server has to serve it under another name."
+        )
+    if samples > 1 and not sampling.temperature:
+        raise RunError(
+            f"--samples {samples} at temperature 0 are {samples} times the same answer. Give a --temperature, such as "
+            "0.7, or leave --samples out."
+        )
+
+
+def begin(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
+    """
+    Open the folder of an evaluation, with settings that belong to it.
+
+    Raises:
+        RunError: If it belongs to something else.
+    """
+    run = RunDirectory(path, create=True)
+    try:
+        others = [stage for stage in run.settings() if stage != "eval"]
+        if others:
+            raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Take another --out.")
+        run.keep_settings("eval", settings)
+    except RunError:
+        run.__exit__(None, None, None)
+        raise
+    return run
+
+
+def _names(models: Sequence[ModelSpec]) -> list[str]:
+    """What models are called in tables: with their settings, if they are the same otherwise."""
+    names = [f"{spec.model} + {spec.adapter}" if spec.adapter else spec.model for spec in models]
+    if len(set(names)) == len(names):
+        return names
+    settings = [f"{spec.backend}, {spec.dtype}, {spec.tokenizer or 'own tokenizer'}" for spec in models]
+    return [f"{name} ({each})" for name, each in zip(names, settings, strict=True)]
+
+
+def identity(spec: ModelSpec) -> dict[str, Any]:
+    """What answers depend on. A server may move."""
+    named = {name: getattr(spec, name) for name in ("model", "adapter", "backend", "tokenizer", "dtype")}
+    return {**named, "weights": _fingerprint(spec)}
+
+
+def _fingerprint(spec: ModelSpec) -> str | None:
+    """A short name for weights in folders: one that was trained on since is another model."""
+    folders = [Path(place) for place in (spec.model, spec.adapter) if place and Path(place).is_dir()]
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    seen = sha256()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            for start in range(0, size, max(CHUNK, size // CHUNKS)):  # all of it would take as long as loading it
+                content.seek(start)
+                seen.update(content.read(CHUNK))
+    return seen.hexdigest()[:16] if files else None
+
+
+def _answer(
+    session: Session,
+    run: RunDirectory,
+    model: ModelSpec,
+    problems: Sequence[Problem],
+    prompt: StepPrompt,
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+) -> list[Answers]:
+    """Let a model solve the problems; its answers are its own, whoever else answers in this folder."""
+    name = file_name(model.adapter or model.model, *identity(model).values())
+    generator = session.generator(model)
+    stage = Stage(run, f"eval {name}")
+    stage.services["model"] = RecordedModel(generator, sampling, run.log(f"answers.{name}"), name, stage.name)
+    stage.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
+    policy = Policy("model", prompt, generator.render, seed)
+
+    def task(problem: Problem) -> Task[tuple[str, Answers]]:
+        sampled = yield from policy.sample(problem, prompt.opening, range(samples))
+        majority = yield from vote(sampled)
+        return problem.id, Answers(sampled, majority)
+
+    counts: Counter[str] = Counter()
+    answers: dict[str, Answers] = {}
+    for problem, answered in stage.go(map(task, problems), len(problems), "problems", counts):
+        counts.update(sample.check.outcome for sample in answered.samples)
+        answers[problem] = answered
+    if samples > 1 and all(len({sample.text for sample in each.samples}) == 1 for each in answers.values()):
+        logger.warning(not_sampled(samples))
+    return [answers[problem.id] for problem in problems]
+
+
+def _record(problem: Problem, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """What the models made of a problem."""
+    models = {
+        name: {
+            **({"majority": asdict(each.majority)} if len(each.samples) > 1 else {}),
+            "samples": [
+                {"outcome": s.check.outcome, "answer": s.check.answer, "reason": s.check.reason, "text": s.text}
+                for s in each.samples
+            ],
+        }
+        for name, each in answers.items()
+    }
+    return {"id": problem.id, "problem": problem.problem, "gold": problem.answer, "models": models}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
