@@ -45,26 +45,6 @@ def test_students_make_the_mistakes_that_the_docstring_says():
 
 
 @pytest.mark.slow
-def test_sdpo_stages(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), "--quick", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    # The easier source comes first
-    assert list(results["stages"].items()) == [("4 operations", 146), ("2 or 3 operations", 163)]
-    assert [run["arm"] for run in results["runs"]] == ["before", "dpo", "natural", "reversed", "random"]
-    assert all(len(run["greedy"]["solved"]) == 20 for run in results["runs"])
-
-
-def test_sdpo_stages_refuses_wrong_arguments():
-    command = [sys.executable, str(EXAMPLES / "sdpo_stages.py"), "--updates", "3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--updates is 3, but must be even" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
 def test_benchmark_pipeline():
     command = [sys.executable, str(EXAMPLES / "benchmark_pipeline.py"), "--problems", "4"]
     done = subprocess.run(command, capture_output=True, text=True)

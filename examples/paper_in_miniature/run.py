@@ -83,7 +83,7 @@ class Scale:
         return self.epochs * self.pairs // self.batch
 
 
-QUICK = Scale(100, 8, 2, 4, 4, 20, 10, 2, (3e-5,), (0.4,), (2e-4,), 2, 4)
+QUICK = Scale(100, 8, 2, 4, 4, 20, 10, 1, (3e-5,), (0.4,), (2e-4,), 2, 4)
 TUNING = 100  # the seed of trials
 
 
