@@ -55,6 +55,18 @@ def _error(command: str, error: Exception) -> int:
     return 2
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but `train` and `loop`, which take options of other programs and parse their own."""
+    parser = argparse.ArgumentParser(prog="stepdpo", description="Step-DPO for Hugging Face TRL.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"stepdpo_trl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train with StepDPOTrainer (options: stepdpo train --help)", add_help=False)
+    add_commands(commands)
+    commands.add_parser("loop", help="make pairs and train on them, in turns", add_help=False)
+    add_eval_command(commands)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run the command line.
@@ -66,23 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: Exit status.
     """
-    parser = argparse.ArgumentParser(prog="stepdpo", description="Step-DPO for Hugging Face TRL.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"stepdpo_trl {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # `train` parses its own line: its options are those of three dataclasses and of accelerate
-    commands.add_parser("train", help="train with StepDPOTrainer (options: stepdpo train --help)", add_help=False)
-    commands.add_parser("loop", help="make pairs and train on them, in turns", add_help=False)
-    add_commands(commands)
-    add_eval_command(commands)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         train(arguments[1:])
         return 0
-    # So does `loop`, whose options are its own, those of `data` and those of `train`
-    own = arguments[:1] == ["loop"]
-    args = argparse.Namespace(command="loop") if own else parser.parse_args(arguments)
+    looped = arguments[:1] == ["loop"]
+    args = argparse.Namespace(command="loop") if looped else make_parser().parse_args(arguments)
     try:
-        loop(arguments[1:]) if own else args.handler(args)
+        loop(arguments[1:]) if looped else args.handler(args)
     except (RunError, GenerationError, LoopError, ValueError, OSError) as error:
         return _error(args.command, error)
     except KeyboardInterrupt:

@@ -72,15 +72,3 @@ def draw_records(count: int, operations: int = 4, seed: int = 0) -> list[Record]
     rng = random.Random(seed)
     drawn = {problem.text: problem for problem in (draw_problem(rng, operations) for _ in range(20 * count))}
     return [Record(f"p{n}", text, problem.answer) for n, (text, problem) in enumerate(drawn.items())][:count]
-
-
-def truly_wrong_step(problem: str, solution: str) -> int | None:
-    """The first step that does not work one of the operations that are left, or that changes the value of the rest."""
-    left = Problem.parse(problem)
-    wanted = evaluate(left.expression)
-    for number, step in enumerate(split_steps(solution), start=1):
-        ways = [index for index in range(len(left.operators)) if left.step(index) == step.rstrip()]
-        if not ways or evaluate(left.work(ways[0]).expression) != wanted:
-            return number
-        left = left.work(ways[0])
-    return None

@@ -28,9 +28,8 @@ MATH = ("exact_match,none", "math_verify,none")
 H4 = {"arc_challenge": (25, 0.71), "hellaswag": (10, 0.88), "mmlu": (5, 0.66), "truthfulqa_mc2": (0, 0.71)}
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Calls of `simple_evaluate`, which answers as 0.4.11 does."""
+def stand_in_harness(monkeypatch):
+    """Puts a stand-in for lm-evaluation-harness 0.4.11 in place, and returns the calls of its `simple_evaluate`."""
     made = []
 
     def simple_evaluate(**arguments):
@@ -57,6 +56,11 @@ def calls(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     monkeypatch.setattr(harness, "version", lambda name: {"lm-eval": "0.4.11"}.get(name, "4.11.0"))
     return made
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return stand_in_harness(monkeypatch)
 
 
 def test_h4_is_handed_over(tmp_path, calls, capsys):

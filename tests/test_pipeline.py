@@ -14,9 +14,11 @@ from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.pipeline.summary import summarize
 from stepdpo_trl.prompts import STEP_PROMPTS
+from stepdpo_trl.quickstart import Problem as Sum
+from stepdpo_trl.quickstart import first_lost_step
 from stepdpo_trl.schema import StepPreference
 
-from .simulated import Student, draw_records, truly_wrong_step
+from .simulated import Student, draw_records
 
 MODEL = ModelSpec("student")
 SAMPLING = Sampling(1.0, 1.0, 256)
@@ -54,13 +56,16 @@ def test_pairs(tmp_path, checker):
         assert (solution.outcome == "right") == solution.text.endswith(f"boxed{{{solution.problem.answer}}}.")
     located = {s.key: (s, verdicts[s.key].step) for s in wrong if verdicts[s.key].step}
     assert len(located) > 30
-    right = sum(step == truly_wrong_step(s.problem.problem, s.text) for s, step in located.values())
+    right = sum(step == first_lost_step(Sum.parse(s.problem.problem), s.text) for s, step in located.values())
     assert right / len(located) > 0.95  # luck makes some wrong steps good
     rows, left_out = build([tmp_path])
     assert len(rows) > 30
     assert left_out["duplicate"] >= 0
     for row in rows:
-        assert truly_wrong_step(row["prompt"], row["initial_reason_steps"] + row["full_chosen"]) in (None, *range(99))
+        assert first_lost_step(Sum.parse(row["prompt"]), row["initial_reason_steps"] + row["full_chosen"]) in (
+            None,
+            *range(99),
+        )
         assert row["full_chosen"].startswith(row["chosen"])
         assert row["full_rejected"].startswith(row["rejected"])
         assert row["initial_reason_steps"].endswith(f"Step {row['step_index']}:")

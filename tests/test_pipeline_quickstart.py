@@ -13,9 +13,7 @@ from stepdpo_trl.cli import main
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import read_verdicts
 from stepdpo_trl.pipeline.run_directory import RunDirectory
-from stepdpo_trl.quickstart import MODEL_PATH, make_problems
-
-from .simulated import truly_wrong_step
+from stepdpo_trl.quickstart import MODEL_PATH, Problem, first_lost_step, make_problems
 
 
 def stepdpo(*arguments):
@@ -56,7 +54,7 @@ def test_localizers_against_the_truth(run):
         wrong = wrong_solutions(directory)
         for judge, least in (("arithmetic", 0.99), ("rollout", 0.95)):
             verdicts = read_verdicts(directory, judge)[1]
-            spoken = [(truly_wrong_step(s.problem.problem, s.text), verdicts[s.key].step) for s in wrong]
+            spoken = [(first_lost_step(Problem.parse(s.problem.problem), s.text), verdicts[s.key].step) for s in wrong]
             spoken = [(truth, step) for truth, step in spoken if step]
             assert len(spoken) > 0.8 * len(wrong) > 100
             assert sum(truth == step for truth, step in spoken) >= least * len(spoken), judge
@@ -69,9 +67,9 @@ def test_pairs_against_the_truth(run):
     assert len(pairs) > 50
     right = wrong = 0
     for pair in pairs:
-        step = pair["step_index"]
-        chosen = truly_wrong_step(pair["prompt"], pair["initial_reason_steps"] + pair["chosen"])
-        rejected = truly_wrong_step(pair["prompt"], pair["initial_reason_steps"] + pair["rejected"])
+        step, problem = pair["step_index"], Problem.parse(pair["prompt"])
+        chosen = first_lost_step(problem, pair["initial_reason_steps"] + pair["chosen"])
+        rejected = first_lost_step(problem, pair["initial_reason_steps"] + pair["rejected"])
         right += chosen is None
         wrong += rejected == step
     assert right >= 0.99 * len(pairs)

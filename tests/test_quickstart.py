@@ -14,6 +14,7 @@ from stepdpo_trl.quickstart import (
     Accuracy,
     Problem,
     final_answer,
+    first_lost_step,
     first_wrong_step,
     generate_solutions,
     is_right_step,
@@ -110,6 +111,17 @@ def test_first_wrong_step():
     assert first_wrong_step(PROBLEM, SOLUTION.replace("Step 3: 19 - 5 = 14\n", "")) == 3
     assert first_wrong_step(PROBLEM, SOLUTION.replace("The answer", "Step 4: 14 + 1 = 15\nThe answer")) == 4
     assert first_wrong_step(PROBLEM, "no steps") == 1
+
+
+def test_first_lost_step():
+    """As first_wrong_step, but for another order of the same value, and where solutions end early."""
+    assert first_lost_step(PROBLEM, SOLUTION) is None
+    assert first_lost_step(PROBLEM, LEFT_TO_RIGHT) == 1
+    problem = Problem((2, 3, 4, 5), ("*", "+", "*"))  # 2 * 3 + 4 * 5
+    for choices, lost in (([0, 1, 0], None), ([1, 0, 0], 1), ([2, 0, 0], None), ([0, 0, 0], 2)):
+        assert first_lost_step(problem, write_solution(problem, choices)) == lost
+    assert first_lost_step(problem, "Step 1: 2 * 3 = 7, leaving 7 + 4 * 5") == 1
+    assert first_lost_step(problem, "Step 1: 2 * 3 = 6, leaving 6 + 4 * 5") is None
 
 
 def test_problems_are_reproducible_distinct_and_within_bounds():

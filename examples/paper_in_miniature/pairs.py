@@ -17,7 +17,7 @@ from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.pipeline.stage import Stage
 from stepdpo_trl.pipeline.tasks import Task
 from stepdpo_trl.prompts import STEP_PROMPTS
-from stepdpo_trl.quickstart import MODEL_PATH, first_wrong_step, make_problems
+from stepdpo_trl.quickstart import MODEL_PATH, first_lost_step, make_problems
 from stepdpo_trl.quickstart import Problem as Sum
 from stepdpo_trl.steps import split_steps
 
@@ -106,7 +106,7 @@ def _compare_with_truth(shards: list[Path], way: str) -> dict[str, float]:
             samples += sum(record["samples"] for record in corrections.values())
             for solution in wrong_solutions(run):
                 step = verdicts[solution.key].step
-                truth = first_wrong_step(Sum.parse(solution.problem.problem), solution.text)
+                truth = first_lost_step(Sum.parse(solution.problem.problem), solution.text)
                 solutions, named, right = solutions + 1, named + (step is not None), right + (step == truth)
     return {"wrong solutions": solutions, "named": named, "named right": right, "samples to rectify": samples}
 

@@ -119,6 +119,16 @@ def localizers(log: Log) -> str:
     return markdown(head, rows)
 
 
+def credit(log: Log) -> str:
+    """Where the reward margin of held-out pairs comes from."""
+    rows = []
+    for arm in ("DPO", "Step-DPO"):
+        found = [result["margins"] for result in results_of(log, arm)]
+        step, whole = (np.mean([margins[name] for margins in found]) for name in ("step", "whole"))
+        rows.append([arm, f"{step:+.2f}", f"{whole - step:+.2f}"])
+    return markdown(["growth of log p(chosen) - log p(rejected), nats", "in the step", "behind it"], rows)
+
+
 def stages(log: Log) -> str:
     """How the references see the second stage's pairs."""
     rows = []
@@ -159,6 +169,7 @@ def write_report(log: Log, out: Path) -> str:
 
     parts = {
         "Methods": comparison(log, ("before", *METHODS), "DPO"),
+        "Credit": credit(log),
         "Localizers": localizers(log),
         "In stages": comparison(log, STAGED, "Step-DPO"),
         "References": stages(log),

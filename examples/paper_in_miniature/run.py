@@ -32,7 +32,7 @@ from joined import KINDS, first_pairs, loop_run  # noqa: E402
 from pairs import make_shard, read_pairs, read_rows, write_rows  # noqa: E402
 from report import best_settings, write_report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from training import ARMS, load, measure, set_up, train  # noqa: E402
+from training import ARMS, load, margins, measure, set_up, train  # noqa: E402
 
 from stepdpo_trl.pipeline.run_directory import Log  # noqa: E402
 
@@ -108,7 +108,8 @@ def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Sca
     model, log = train(ARMS[arm], rows, follow, scale.updates, scale.batch, rate, beta, seed)
     if tuning:
         return measure(model, scale.validation, True, (0.0,))
-    return {**measure(model, scale.test, False, (0.0, 1.0)), "log": log}
+    result = {**measure(model, scale.test, False, (0.0, 1.0)), "log": log}
+    return {**result, "margins": margins(model, held_out)} if follow else result
 
 
 def before(scale: Scale) -> Any:

@@ -215,6 +215,15 @@ def gamma_of(model: Any, data: Dataset) -> np.ndarray:
         return measure_gamma(model, data, StepDPOConfig(**options(folder, 1, 32, 1e-5, 0)), tokenizer())
 
 
+def margins(model: Any, rows: Rows) -> dict[str, float]:
+    """How much more a model tells pairs apart than before training: by the step alone, and by the whole solutions."""
+    found = {}
+    for name, method in (("step", "step"), ("whole", "dpo")):
+        data = rows_for(method, rows)
+        found[name] = float(np.mean(gamma_of(model, data) - gamma_of(load(), data)))
+    return found
+
+
 def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
     """Two stages: problems of few and of many operations, in one order or the other, or both in each."""
     sizes = [len(Problem.parse(prompt).operators) for prompt in data["prompt"]]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .arithmetic import (
     Problem,
     final_answer,
+    first_lost_step,
     first_wrong_step,
     is_right_step,
     make_problems,
@@ -35,6 +36,7 @@ __all__ = [
     "Accuracy",
     "Problem",
     "final_answer",
+    "first_lost_step",
     "first_wrong_step",
     "generate_solutions",
     "is_right_step",

@@ -271,6 +271,29 @@ def first_wrong_step(problem: Problem, solution: str) -> int | None:
     return None if len(steps) == len(problem.operators) else len(steps) + 1
 
 
+def first_lost_step(problem: Problem, solution: str) -> int | None:
+    """
+    Return the step that loses the right answer. Unlike for [`first_wrong_step`], any order that keeps it will do.
+
+    Args:
+        problem (`Problem`):
+            The problem.
+        solution (`str`):
+            Text of the solution.
+
+    Returns:
+        `int` or `None`: Number of the first step, from 1, that works no operation of what is left, or changes the
+        value of the rest; `None` if there is none.
+    """
+    left = problem
+    for number, step in enumerate(split_steps(solution), start=1):
+        ways = [index for index in range(len(left.operators)) if left.step(index) == step.rstrip()]
+        if not ways or left.work(ways[0]).answer != problem.answer:
+            return number
+        left = left.work(ways[0])
+    return None
+
+
 def final_answer(solution: str) -> str | None:
     r"""
     Return the final answer of a solution.

@@ -1,0 +1,127 @@
+"""Every command of the README is run, in order, in one folder, with the quickstart's model for the large ones."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stepdpo_trl import cli
+from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, make_problems
+from stepdpo_trl.train import parse_arguments
+
+from .test_evaluation_harness import stand_in_harness
+
+ROOT = Path(__file__).parents[1]
+README, RECIPES = ROOT / "README.md", ROOT / "recipes" / "README.md"
+MODELS = re.compile(r"^(Qwen|HuggingFaceTB)/[\w.-]+$|^outputs/\S+$|^loop/stage-\d/model$")
+# The small model is asked as in its pretraining, for short answers, and not by default for 1,024 tokens
+ASKING = ("--prompt", "plain", "--max-new-tokens", "96")
+SAMPLED = (*ASKING, "--temperature", "1", "--top-p", "1", "--samples", "3")
+QUICK = {"collect": SAMPLED, "data": SAMPLED, "eval": ASKING}
+CPU = ["--use_cpu", "true", "--bf16", "false"]
+
+
+def commands(file):
+    """Lines of the blocks of shell."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", file.read_text(), re.S | re.M)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def fill(folder):
+    """Put there what the commands read."""
+    for name, split in (("problems.jsonl", "pairs"), ("test.jsonl", "held_out")):
+        lines = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(24, split)]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(PAIRS_PATH, folder / "old_pairs.jsonl")
+    for name in ("recipes", "examples", "constraints.txt", "Makefile", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def run_stepdpo(words, monkeypatch):
+    """Run a command with the small model."""
+    command, words = words[0], [str(MODEL_PATH) if MODELS.match(word) else word for word in words[1:]]
+    if command == "train":
+        check_training(words, monkeypatch)
+    elif command == "loop":
+        place = words.index("--")
+        monkeypatch.setattr("stepdpo_trl.cli_loop.run_loop", lambda *args: None)  # test_loop runs it
+        assert cli.main([command, *words[:place], "--", *words[place + 1 :], *CPU]) == 0
+    else:
+        assert cli.main([command, *words, *(QUICK.get(command, ()) if "--tasks" not in words else ())]) == 0
+
+
+def check_training(words, monkeypatch):
+    """That all is understood; test_cli and test_recipes train."""
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    cli.main(["train", *words, *CPU])
+    assert launched[0].training_script == "stepdpo_trl.train"
+
+
+def run(words, monkeypatch):
+    """Run a command."""
+    if words[0] == "stepdpo":
+        run_stepdpo(words[1:], monkeypatch)
+    elif words[:2] == ["accelerate", "launch"]:
+        script = next(word for word in words if word.endswith(".py"))
+        assert Path(script).is_file()  # test_recipes runs them all
+        if "--config" in words:
+            parse_arguments([*words[words.index(script) + 1 :], *CPU])
+        if "--config_file" in words:
+            assert Path(words[words.index("--config_file") + 1]).is_file()
+    elif words[0] == "make":
+        done = subprocess.run(["make", "--dry-run", *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == "python":
+        assert Path(words[1]).is_file()  # test_examples, test_quickstart and test_paper_in_miniature run them
+    else:
+        assert words[:2] == ["pip", "install"], words
+        assert Path("constraints.txt").is_file()
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme(tmp_path, monkeypatch):
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stand_in_harness(monkeypatch)
+    found = commands(README)
+    assert {words[1] for words in found if words[0] == "stepdpo"} >= {"train", "data", "eval", "inspect", "loop"}
+    for words in found:
+        run(words, monkeypatch)
+
+
+def test_commands_of_the_recipes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = commands(RECIPES)
+    assert len(found) > 5
+    for words in found:
+        if words[0] != "stepdpo":
+            run(words, monkeypatch)
+            continue
+        parser = cli.make_parser()
+        parser.parse_args(words[1:])
+
+
+def test_python_of_the_readme_is_valid():
+    for block in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M):
+        compile(block, "README.md", "exec")
+        for module, names in re.findall(r"^from (stepdpo_trl\S*) import (.+)$", block, re.M):
+            done = __import__(module, fromlist=["x"])
+            assert all(hasattr(done, name.strip()) for name in names.split(","))
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for file in (README, RECIPES):
+        text = file.read_text()
+        anchors = {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
+        }
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", text):
+            path, _, anchor = "".join(target).partition("#")
+            assert not path or (file.parent / path).exists(), target
+            assert path or anchor in anchors, target
