@@ -1,5 +1,6 @@
 """The page for a person: what it keeps, and the page itself in a headless Chromium."""
 
+import re
 import shutil
 import socket
 import threading
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from stepdpo_trl.pipeline.human import Labelling, ToLabel, label
+from stepdpo_trl.pipeline.human import Labelling, ToLabel, _text, label
 from stepdpo_trl.pipeline.run_directory import Log
 
 ITEMS = [
@@ -16,7 +17,12 @@ ITEMS = [
         r"What is \(2 + 2 * 3\)?",
         "8",
         "Multiply first.",
-        ("2*3 + 4*5 = 26", "4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)"),
+        (
+            "2*3 + 4*5 = 26",
+            "4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)",
+            r"Costs $5 and $7, so $\frac{12}{2} < 7$ each",
+            r"\[\rule{9999em}{9999em}\]",
+        ),
     ),
     ToLabel("b", "Is 1 < 2 & 3 > 2?", "yes", "", ("<script>document.title = 'broken'</script> **no**", "so no", "no")),
     ToLabel("c", "Count.", "12", "", tuple(f"{n}" for n in range(1, 13))),
@@ -62,6 +68,23 @@ def test_nothing_to_do_needs_no_page(tmp_path):
     label(ITEMS, log)
 
 
+@pytest.mark.parametrize(
+    ("text", "formulas"),
+    [
+        ("$x$ and $y + 1$", ["x", "y + 1"]),
+        ("$5 and $7", []),
+        ("$$x$$ or \\[y\\] or \\(z\\)", ["x", "y", "z"]),
+        (r"$\frac{1}{2}$.", [r"\frac{1}{2}"]),
+        (r"\$3 and $4", []),
+        (r"$\def\m{em}\rule{9\m}{9\m}$", []),
+        ("$1\\kern 9999 em 2$", []),
+        (r"$\defect$", [r"\defect"]),
+    ],
+)
+def test_formulas(text, formulas):
+    assert re.findall(r"\\[(\[](.+?)\\[)\]]", _text(text)) == formulas
+
+
 @pytest.fixture
 def browser():
     pytest.importorskip("gradio", reason="needs the extra human")
@@ -97,6 +120,11 @@ def test_in_the_browser(browser, tmp_path):
     wait_for("0 of 3 done")
     wait_for("2*3 + 4*5 = 26")  # not emphasis
     wait_for("4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)")  # nor a picture that is fetched
+    wait_for("Costs $5 and $7, so")  # money
+    wait_for(r"\[\rule{9999em}{9999em}\]")  # would cover the page
+    assert page.locator(".katex").count() == 2  # the problem's formula, and the one between dollars
+    assert page.locator(".katex-error").count() == 0
+    page.screenshot(path=tmp_path / "page.png")
     page.click("#step-1")
     wait_for("1 of 3 done")
     assert read(path) == {"a": {"step": 1}}  # saved at once

@@ -112,10 +112,7 @@ _STYLE = """
 .step button {min-width: 3.2rem; max-width: 3.2rem}
 footer {display: none !important}
 """
-_LATEX = [
-    {"left": left, "right": right, "display": left in ("$$", r"\[")}
-    for left, right in (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"))
-]
+_LATEX = [{"left": r"\[", "right": r"\]", "display": True}, {"left": r"\(", "right": r"\)", "display": False}]
 
 
 def label(items: Sequence[ToLabel], answers: Answers, port: int | None = None, open_browser: bool = True) -> None:
@@ -203,15 +200,37 @@ def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
     return page
 
 
-_FORMULA = re.compile(r"(\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\))", re.S)
+# A single dollar opens a formula where no space follows it, and closes it where none is before and no digit behind it:
+# "$5 and $7" is money
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$\w])\$(?=[^\s$])([^$\n]*?(?<![\s\\]))\$(?![\d$])", re.S
+)
+# What has a size, such as \rule{999em}{999em}, may cover the page; what defines a macro may hide that
+_NOT_SET = re.compile(
+    r"\\(?:rule|[gex]?def|let|futurelet|(?:re)?newcommand|providecommand)(?![a-z])"
+    r"|\d\s*(?:em|ex|mu|pt|pc|px|mm|cm|in|bp|dd|cc|nd|nc|sp)(?![a-z])"
+)
 
 
 def _text(text: str) -> str:
     """As it is written, formulas set: what would be Markdown or HTML is shown, not obeyed."""
-    parts = _FORMULA.split(text)
-    parts[::2] = [re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", part) for part in parts[::2]]
-    parts[1::2] = [part.replace("<", r"\lt ").replace(">", r"\gt ") for part in parts[1::2]]
-    return re.sub(r"\n[ \t]*", "  \n", "".join(parts))
+    shown, end = [], 0
+    for match in _FORMULA.finditer(text):
+        display, formula = bool(match[1] or match[2]), next(group for group in match.groups() if group is not None)
+        shown.append(_escape(text[end : match.start()]))
+        shown.append(_escape(match[0]) if _NOT_SET.search(formula) else _formula(formula, display))
+        end = match.end()
+    shown.append(_escape(text[end:]))
+    return re.sub(r"\n[ \t]*", "  \n", "".join(shown))
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def _formula(formula: str, display: bool) -> str:
+    formula = formula.replace("<", r"\lt ").replace(">", r"\gt ").replace("\n", " ")
+    return rf"\[{formula}\]" if display else rf"\({formula}\)"
 
 
 class Person:
