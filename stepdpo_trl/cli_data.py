@@ -258,6 +258,7 @@ def _build(args: argparse.Namespace) -> None:
 
 def _data(args: argparse.Namespace) -> None:
     from .pipeline.build import check_target
+    from .pipeline.session import corrections_name
 
     check_target(args.to)
     for problems in args.exclude:
@@ -277,6 +278,7 @@ def _data(args: argparse.Namespace) -> None:
         print(f"Shard done. With all shards in {args.out}: stepdpo build {args.out} --to {args.to}")
         return
     args.run = args.out
+    args.corrections = args.corrections or corrections_name(args.judge, model_spec(args, "rectifier_"))
     _build(args)
 
 

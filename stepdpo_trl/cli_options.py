@@ -56,7 +56,7 @@ def model_options(
     )
     group.add_argument(f"--{prefix}backend", choices=BACKENDS, help="transformers, or openai with an address")
     group.add_argument(f"--{prefix}base-url", metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1")
-    group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template, for a server")
+    group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template (the model's)")
     group.add_argument(f"--{prefix}batch-size", type=positive, help="sequences, or requests to a server, at once (32)")
     group.add_argument(f"--{prefix}dtype", help="data type of the weights (auto)")
     group.add_argument(f"--{prefix}api-key-variable", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
@@ -77,10 +77,19 @@ def text_of(name_or_file: str) -> str:
 
 
 def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
-    """What was said of a model."""
+    """
+    What was said of a model.
+
+    Raises:
+        RunError: If something of it has no effect.
+    """
     names = ("model", "backend", "base_url", "tokenizer", "batch_size", "dtype", "api_key_variable", "adapter")
     given = {name: getattr(args, f"{prefix}{name}", None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
+    for name, wrong in (("dtype", "base_url" in given), ("api_key_variable", "base_url" not in given)):
+        if wrong and name in given:
+            where = "at a server, which has loaded its model" if name == "dtype" else "without a server (base-url)"
+            raise RunError(f"--{prefix}{name} has no effect {where}. Leave it out.".replace("_", "-"))
     return {"backend": "openai", **given} if "base_url" in given else given
 
 

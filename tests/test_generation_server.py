@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("openai", reason="needs the extra openai")
 
-from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling
+from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, openai
 from stepdpo_trl.generation.openai import OpenAIGenerator
 from stepdpo_trl.quickstart import MODEL_PATH
 
@@ -71,6 +71,18 @@ class Server:
 
             def reply_null(self, body):
                 self.reply(200, b'{"choices": [{"text": null, "finish_reason": "stop", "index": 0}]}')
+
+            def reply_filtered(self, body):
+                self.reply(400, b'{"error": {"message": "blocked", "code": "content_filter"}}')
+
+            def reply_half_filtered(self, body):
+                self.reply(200, self.content(body).replace(b'"stop"', b'"content_filter"'))
+
+            def reply_long(self, body):
+                self.reply(400, b'{"error": {"message": "maximum context length is 64 tokens"}}')
+
+            def reply_half_character(self, body):
+                self.reply(200, self.content(body).replace(b'"to ', b'"\\ud83d '))
 
             def reply_nothing(self, body):
                 self.close_connection = True
@@ -196,3 +208,46 @@ def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
     assert server.bodies[0][2] == f"Bearer {KEY}"
     assert all(KEY not in file.read_text() for file in tmp_path.iterdir())
     assert KEY not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("trouble", ["filtered", "half_filtered", "long"])
+def test_a_text_that_is_refused_ends_nothing(server, trouble):
+    server.script = [trouble]
+    found, pauses, error = ask(server, 5)
+    assert (len(found), pauses, error) == (5, [], None)
+    assert sorted(answer.finish_reason for answer in found.values()) == ["refused"] + ["stop"] * 4
+
+
+def test_texts_that_are_all_refused_end_the_run(server):
+    server.script = ["long"] * 30
+    found, _, error = ask(server, 30)
+    assert not found
+    assert "maximum context length is 64 tokens" in error
+    assert len(server.bodies) < 12
+
+
+def test_half_a_character_can_be_written(server):
+    server.script = ["half_character"]
+    assert ask(server, 1)[0]["0"].text.encode().decode() == "\ufffd 0"
+
+
+def test_what_is_on_its_way_is_kept_at_ctrl_c(server, monkeypatch):
+    waited, stops = openai.wait, []
+
+    def wait(*args, **kwargs):
+        if len(server.bodies) >= 2 and not stops:
+            stops.append(1)
+            raise KeyboardInterrupt
+        return waited(*args, **kwargs)
+
+    monkeypatch.setattr(openai, "wait", wait)
+    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=2))
+    kept = []
+
+    def keep():
+        for batch in generator.generate([Request(str(n), "text", n) for n in range(20)], Sampling(), ()):
+            kept.extend(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        keep()
+    assert 2 <= len(kept) == len(server.bodies) < 20

@@ -138,6 +138,13 @@ def test_what_the_judge_sees():
         assert message["content"].endswith(r"with \boxed{-1} if no step is wrong.")
 
 
+def test_a_template_shows_no_gold_where_the_judge_is_to_see_none():
+    services = Replies(r"\boxed{1}")
+    template = "{{ problem }}{{ steps[0] }}[{{ answer }}{{ solution }}]"
+    judge_one(llm_judge("judge", 0, gold=False, prompt=template), solution(2), {"judge": services})
+    assert services.asked[0].prompt[0]["content"] == "What is it?s1[]"
+
+
 @pytest.mark.parametrize(
     ("reply", "number"),
     [

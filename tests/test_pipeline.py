@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from stepdpo_trl.cli import main
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
 from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
 from stepdpo_trl.pipeline.localize import agreement, read_verdicts
 from stepdpo_trl.pipeline.records import read_problems
 from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import JudgeOptions, Session, corrections_name
 from stepdpo_trl.pipeline.summary import summarize
 from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import Problem as Sum
@@ -331,11 +332,41 @@ def test_nothing_readable(tmp_path, checker, caplog):
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
         ("rollout", JudgeOptions(k=0), "k=0"),
+        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "leaves the steps out"),
+        ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
 )
 def test_judges_that_cannot_be_asked(tmp_path, checker, way, options, message):
     with pytest.raises(RunError, match=message):
         Session({}, checker).localize(tmp_path, way, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "bfloat16", "--base-url", "http://localhost:1/v1"], "--dtype has no effect at a server"),
+        (["--api-key-variable", "KEY"], "--api-key-variable has no effect without a server"),
+        (["--judge-dtype", "bfloat16", "--judge-base-url", "http://localhost:1/v1"], "--judge-dtype has no effect"),
+    ],
+)
+def test_options_without_effect(tmp_path, capsys, options, message):
+    (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    command = ["data", "--model", "m", "--problems", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--to", "x.jsonl", "--judge-model", "j", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_corrections(tmp_path, checker):
+    """What `data` builds from is what `rectify` wrote, whatever else is there."""
+    other = ModelSpec("there/other")
+    session = Session({MODEL: Student(), other: Student()}, checker)
+    session.collect(tmp_path, draw_records(10), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    for way in ("arithmetic", " arithmetic > rollout"):
+        session.localize(tmp_path, way, JudgeOptions())
+        for rectifier in (None, other):
+            session.rectify(tmp_path, way.strip(), rectifier=rectifier)
+            assert build([tmp_path], corrections_name(way, rectifier))[0]
 
 
 def test_stages_out_of_order(tmp_path, checker):

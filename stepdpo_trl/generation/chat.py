@@ -39,7 +39,7 @@ def check_model(spec: ModelSpec) -> None:
     Raises:
         GenerationError: If something is missing.
     """
-    load_tokenizer(spec.model if spec.backend == "transformers" else spec.tokenizer or spec.model)
+    load_tokenizer(spec.tokenizer or spec.model)
     what = f"model {spec.model!r}"
     try:
         if spec.backend != "openai":

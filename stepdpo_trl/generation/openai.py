@@ -1,9 +1,13 @@
 """Generation by an OpenAI-compatible server: vLLM, SGLang, `transformers serve`, llama.cpp, hosted models."""
 
+import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +18,11 @@ from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
 
 TRIES = 8
 TIMEOUT = 600.0  # seconds for one answer
+REFUSED = 8  # refusals without any answer that are taken for a mistake in the settings
+# What servers say where it is this one text that they do not take: for what it says, or for its length
+_OF_THE_TEXT = re.compile(r"content.?(?:filter|policy|management)|context.?length|maximum context|too long", re.I)
+
+logger = logging.getLogger(__name__)
 
 
 class OpenAIGenerator:
@@ -51,6 +60,7 @@ class OpenAIGenerator:
             ) from error
         self._openai = openai
         self.spec, self.tries, self.sleep = spec, tries, sleep
+        self._stopping = threading.Event()
         self._key = os.environ.get(spec.api_key_variable, "").strip()
         if not self._key.isascii() or not (self._key or "-").isprintable():
             raise GenerationError(f"The key in {spec.api_key_variable} holds characters that no key has. Set it anew.")
@@ -75,28 +85,53 @@ class OpenAIGenerator:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
     ) -> Iterator[list[tuple[Request, Completion]]]:
-        """Answer, each as it comes. See [`~stepdpo_trl.generation.Generator`]."""
+        """
+        Answer, each as it comes. See [`~stepdpo_trl.generation.Generator`].
+
+        Where a run ends, by an error or Ctrl-C, answers on their way are waited for and handed out first.
+        """
         todo = iter([request for request in requests if request.key not in done])
         failed: BaseException | None = None
+        refused: list[tuple[Request, Completion]] = []  # until it is known that others are answered
+        answered = asked_all = False
         with ThreadPoolExecutor(self.spec.batch_size) as pool:
             running: dict[Future[Completion], Request] = {}
             while True:
                 while failed is None and len(running) < self.spec.batch_size:
                     request = next(todo, None)
+                    asked_all = request is None
                     if request is None:
                         break
                     running[pool.submit(self._ask, request, sampling)] = request
                 if not running:
                     break
+                try:
+                    finished = wait(running, return_when=FIRST_COMPLETED).done
+                except KeyboardInterrupt as stop:
+                    if failed:
+                        raise
+                    failed = stop
+                    self._stopping.set()
+                    logger.warning(f"Stopping: waiting for {len(running)} answers on their way; Ctrl-C leaves them.")
+                    continue
                 arrived = []
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    request = running.pop(future)
-                    if future.exception() is None:
-                        arrived.append((request, future.result()))
-                    else:
-                        failed = failed or future.exception()
+                for future in finished:
+                    request, error = running.pop(future), future.exception()
+                    if error is not None:
+                        failed = failed or error
+                        continue
+                    answer = future.result()
+                    (refused if answer.finish_reason == "refused" else arrived).append((request, answer))
+                answered = answered or bool(arrived)
+                if not answered and len(refused) >= REFUSED:
+                    failed = failed or GenerationError(self._refused_all(refused[0]))
+                elif answered or (asked_all and not running):
+                    for request, reply in refused:
+                        logger.warning(f"{request.key!r} is refused: {self._scrub(reply.text) or 'filtered'}")
+                        arrived.append((request, replace(reply, text="")))
+                    refused = []
                 if arrived:
-                    yield arrived  # those on their way when one failed are kept too
+                    yield arrived
         if failed is not None:
             raise failed
 
@@ -105,6 +140,9 @@ class OpenAIGenerator:
             try:
                 return self._ask_once(request, sampling)
             except self._openai.APIStatusError as error:
+                said = f"{error.message} {error.code or ''}"[:300]
+                if error.status_code in (400, 413, 422) and _OF_THE_TEXT.search(said):
+                    return Completion(said, "refused", 0, 0)
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     raise GenerationError(self._refused(request, error)) from None
                 trouble, pause = f"HTTP {error.status_code}", _retry_after(error.response.headers)
@@ -112,6 +150,8 @@ class OpenAIGenerator:
                 trouble, pause = f"{type(error).__name__} ({error.__cause__ or error})", None
             except (ValueError, TypeError, KeyError, AttributeError, IndexError, self._openai.APIError) as error:
                 trouble, pause = f"a reply that is none ({type(error).__name__}: {error})", None
+            if self._stopping.is_set():
+                break
             if attempt < self.tries:
                 self.sleep(max(pause or 0.0, min(60.0, 0.5 * 2 ** (attempt - 1))))
         raise GenerationError(
@@ -137,10 +177,14 @@ class OpenAIGenerator:
             reply = self.client.chat.completions.create(messages=list(request.prompt), **options)  # type: ignore
             text = reply.choices[0].message.content
         reason = reply.choices[0].finish_reason
+        if reason == "content_filter":
+            return Completion("", "refused", 0, 0)
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise ValueError(f"text {text!r:.60}, finish_reason {reason!r}")
         usage = reply.usage
         counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+        # Half a character, which JSON can hold, is no text that could be written to a file
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return Completion(text, reason, *counts)
 
     def _refused(self, request: Request, error: Any) -> str:
@@ -153,6 +197,13 @@ class OpenAIGenerator:
         return self._scrub(
             f"The server at {self.spec.base_url} refuses {request.key!r} for {self.spec.model!r}: HTTP "
             f"{error.status_code}, {str(error.message)[:300]}. {hint}"
+        )
+
+    def _refused_all(self, first: tuple[Request, Completion]) -> str:
+        request, reply = first
+        return self._scrub(
+            f"The server at {self.spec.base_url} refuses the text of all of the first {REFUSED} requests; of "
+            f"{request.key!r} it says: {reply.text or 'filtered'}. Check --max-new-tokens and the prompt."
         )
 
     def _scrub(self, text: str) -> str:

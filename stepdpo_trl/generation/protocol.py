@@ -39,7 +39,8 @@ class Completion:
         text (`str`):
             What follows the prompt.
         finish_reason (`str`):
-            `"stop"` where the model ended it, `"length"` where it was cut.
+            `"stop"` where the model ended it, `"length"` where it was cut, `"refused"` where a server does not take
+            the prompt for what it says or for its length, or filters the answer.
         prompt_tokens (`int`):
             Tokens of the prompt.
         tokens (`int`):

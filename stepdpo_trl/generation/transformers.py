@@ -87,7 +87,7 @@ class TransformersGenerator:
     @classmethod
     def load(cls, spec: ModelSpec) -> "TransformersGenerator":
         """Load the model, on a GPU if there is one."""
-        tokenizer = load_tokenizer(spec.model)
+        tokenizer = load_tokenizer(spec.tokenizer or spec.model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "float32" if spec.dtype == "auto" and device == "cpu" else spec.dtype
         try:

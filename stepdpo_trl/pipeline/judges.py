@@ -91,6 +91,20 @@ _BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}[\s.$*)]*$")
 UNDECIDED = ("the votes are even", "no reply could be read")
 
 
+def check_judge_prompt(template: str) -> None:
+    """
+    Check a template for the judge.
+
+    Raises:
+        RunError: If it cannot be filled, or leaves the problem or the steps out.
+    """
+    problem, step = "PROBLEM\u2063TEXT", "STEP\u2063TEXT"
+    text = render_template(template, problem=problem, answer="", solution="", steps=[step])
+    for what, name, probe in (("the problem", "problem", problem), ("the steps", "steps", step)):
+        if probe not in text:
+            raise RunError(f"The judge's template {template[:60]!r} leaves {what} out: use `{name}` in it.")
+
+
 def llm_judge(
     whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: str | None = None, retry: bool = True
 ) -> Judge:
@@ -122,9 +136,8 @@ def llm_judge(
     def judge(solution: Solution) -> Task[Verdict]:
         steps = split_steps(solution.text, solution.style).texts()
         problem = solution.problem
-        text = render_template(
-            template, problem=problem.problem, answer=problem.answer, solution=problem.solution, steps=steps
-        )
+        shown = {"answer": problem.answer, "solution": problem.solution} if gold else {"answer": "", "solution": ""}
+        text = render_template(template, problem=problem.problem, steps=steps, **shown)
         said: list[tuple[int, str]] = []
         asked = 0
         most = 2 * votes if retry else votes

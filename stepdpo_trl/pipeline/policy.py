@@ -123,6 +123,8 @@ class Policy:
 
     def _check(self, checks: Mapping[str, Check], key: str, completions: Mapping[str, Completion]) -> Check:
         check = checks[f"{self.whom}/{key}"]
+        if completions[key].finish_reason == "refused":
+            return Check(UNREADABLE, None, "refused by the server")
         if completions[key].finish_reason == "length" and "\\boxed" not in completions[key].text:
             return Check(UNREADABLE, check.answer, "cut at max_new_tokens")
         return check

@@ -20,6 +20,7 @@ from .human import Person
 from .judges import (
     Judge,
     arithmetic_judge,
+    check_judge_prompt,
     combine,
     human_judge,
     llm_judge,
@@ -84,6 +85,8 @@ class JudgeOptions:
         """
         if "llm" in names and self.model is None:
             raise RunError("Judge 'llm' needs a model: --judge-model NAME, and --judge-base-url URL for a server.")
+        if "llm" in names and self.prompt is not None:
+            check_judge_prompt(self.prompt)
         if "prm" in names and self.prm is None:
             raise RunError("Judge 'prm' needs a process reward model: --prm Qwen/Qwen2.5-Math-PRM-7B, or a folder.")
         if self.k < 1 or self.votes < 1:
@@ -130,6 +133,12 @@ def check_rectify(check: str | None, options: JudgeOptions, wanted: int, most: i
 def file_name(model: str, *more: object) -> str:
     """Name of a model in files: its last part, and what tells it from others that end so, with what else counts."""
     return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{digest(model, *more)[:6]}"
+
+
+def corrections_name(way: str, rectifier: ModelSpec | None) -> str:
+    """Name of corrections in files: by the judge, and by the model that writes them if that is another one."""
+    found_in = localizing.file_name(">".join("+".join(group) for group in parse_judges(way)))
+    return f"{found_in}.by-{file_name(rectifier.model)}" if rectifier else found_in
 
 
 @dataclass
