@@ -223,11 +223,12 @@ def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMix
     Returns:
         [`StepTokenizer`]: The tokenizer of rows.
     """
-    # A processor may have the chat template that its tokenizer lacks
     multimodal = isinstance(processing_class, ProcessorMixin)
+    tokenizer: Any = processing_class.tokenizer if multimodal else processing_class
+    # A processor may have the chat template that its tokenizer lacks
     chat_template: Any = processing_class.chat_template if multimodal else None
     return StepTokenizer(
-        tokenizer=getattr(processing_class, "tokenizer", processing_class),
+        tokenizer=tokenizer,
         chat_template=chat_template,
         multimodal=multimodal,
         max_length=args.max_length,
