@@ -1,10 +1,13 @@
 """Arguments of the command that shows pairs and solutions: inspect."""
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from .cli_options import add_command
 
 # Options of StepDPOConfig that decide how a row becomes tokens
 _TOKENS = ("prompt_suffix", "system_prompt", "prompt_template", "max_length")
@@ -19,19 +22,18 @@ def add_inspect_command(commands: Any) -> None:
             Where to.
     """
     what = "show a pair or a solution, and what its tokens are worth to policy and reference"
-    parser = commands.add_parser("inspect", help=what, description=f"{what.capitalize()}.", allow_abbrev=False)
-    parser.set_defaults(handler=_inspect)
+    parser = add_command(commands, "inspect", what, _inspect)
     parser.add_argument("source", metavar="FILE", help=".jsonl, .parquet, the folder of a run, or a data set's name")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--row", type=_row, action="append", metavar="N", help="which, from 0; may be repeated (the first)"
     )
     which.add_argument("--solution", metavar="KEY", help="of a run, by its key")
-    parser.add_argument("--split", default="train", help="of a data set that is no file (%(default)s)")
+    parser.add_argument("--split", default="train", help="of a data set that is no file")
     models = parser.add_argument_group("log-probabilities")
     models.add_argument("--model", metavar="POLICY", help="id or folder of a model, or folder of an adapter")
     models.add_argument("--reference", metavar="REF", help="likewise (the base model of an adapter, otherwise none)")
-    models.add_argument("--beta", type=float, default=0.1, help="factor of the implicit reward (%(default)s)")
+    models.add_argument("--beta", type=float, default=0.1, help="factor of the implicit reward")
     models.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "auto"), help="of the weights (float32)")
     tokens = parser.add_argument_group("tokens, as in StepDPOConfig")
     tokens.add_argument("--tokenizer", metavar="NAME", help="show tokens without a model (that of the model)")
@@ -41,7 +43,7 @@ def add_inspect_command(commands: Any) -> None:
     tokens.add_argument("--max-length", type=int, metavar="N", help="(1024)")
     output = parser.add_argument_group("output")
     output.add_argument("--html", type=Path, metavar="PAGE", help="write a page instead")
-    output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
+    output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     output.add_argument("--short", action="store_true", help="leave out the middle of long prefixes, and say so")
 
 
@@ -72,7 +74,10 @@ def _inspect(args: argparse.Namespace) -> None:
     from .inspection.terminal import Terminal, wants_color
 
     width = shutil.get_terminal_size().columns
-    print(Terminal(scoring, width, wants_color(args.color, sys.stdout), args.short).write(examples))
+    try:
+        print(Terminal(scoring, width, wants_color(args.color, sys.stdout), args.short).write(examples), flush=True)
+    except BrokenPipeError:  # the pager was closed; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check(args: argparse.Namespace) -> None:

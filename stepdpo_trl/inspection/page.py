@@ -29,7 +29,7 @@ h1,h2{line-height:1.2}h2{margin-top:3rem;border-top:1px solid var(--line);paddin
 h3{font-size:1rem;margin:1.3rem 0 .3rem}h3 small,.facts,.legend{font-weight:normal;color:var(--soft)}
 a{color:inherit}.scroll{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.2rem 1.2rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);
-font-variant-numeric:tabular-nums;white-space:nowrap}td.name,th.name{text-align:left}
+font-variant-numeric:tabular-nums;white-space:nowrap}td.name{text-align:left;white-space:normal}
 pre{font:14px/1.9 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
 background:var(--box);padding:.6rem .9rem;border-radius:6px;border-left:4px solid var(--line)}
 pre.context{color:var(--soft);line-height:1.5}.lead{color:var(--soft)}
@@ -77,6 +77,7 @@ def _legend(examples: Sequence[Example], scoring: Scoring, strongest: float) -> 
         low, high = (show_figure(bound, ratio_digits(strongest), sign=True) for bound in (-strongest, strongest))
         lines.append(f"log π<sub>ref</sub>: under the reference, {escape(scoring.reference)}.")
         lines.append(f"Ratio, log π - log π<sub>ref</sub>: {low}<span class=bar></span>{high}")
+    if examples[0].margin(scoring.beta) is not None:
         lines.append(f"Margin: {scoring.beta:g} x difference of the ratios, the implicit reward margin.")
     if any(part.tokens for example in examples for part in example.parts):
         marks = f"{SPACE} space, {NEWLINE} end of line, {TAB} tab, {PART_OF_CHARACTER} part of a character."
@@ -88,9 +89,10 @@ def _table(examples: Sequence[Example], scoring: Scoring) -> str:
     """Sums of each step, with links."""
     names = ["tokens"] if any(part.tokens for part in examples[0].parts) else []
     names += ["log π"] if scoring.policy is not None else []
-    names += ["log π<sub>ref</sub>", "ratio", "margin"] if scoring.reference is not None else []
+    names += ["log π<sub>ref</sub>", "ratio"] if scoring.reference is not None else []
+    names += ["margin"] if examples[0].margin(scoring.beta) is not None else []
     head = "".join(f"<th>{name}</th>" for name in names)
-    lines = [f"<tr><th class=name></th><th class=name></th>{head}</tr>"]
+    lines = [f"<tr><th></th><th></th>{head}</tr>"]
     for example in examples:
         for number, part in enumerate(example.parts):
             link = "" if number else f'<a href="#{_anchor(example)}">{escape(example.name)}</a>'
@@ -110,7 +112,7 @@ def _table(examples: Sequence[Example], scoring: Scoring) -> str:
 
 def _example(example: Example, strongest: float, short: bool) -> str:
     parts = [f'<section id="{_anchor(example)}"><h2>{escape(example.where)}</h2>']
-    facts = "<br>".join(f"{escape(name)}: {escape(value)}" for name, value in example.facts)
+    facts = "<br>".join(f"{escape(visible_text(f'{name}: {value}'))}" for name, value in example.facts)
     parts += [f"<p class=facts>{facts}</p>"] if facts else []
     for title, text in example.context:
         shown = escape(visible_text(shorten(text) if short else text))

@@ -25,7 +25,8 @@ Found = tuple[Solution, dict[str, Verdict], str]  # a solution, what judges say 
 
 def is_run(path: Path) -> bool:
     """Whether this is the folder of a run of the pipeline, or of its shards."""
-    return path.is_dir() and any(path.glob(name) for name in ("solutions.jsonl", "problems.jsonl", "shard-*-of-*"))
+    names = ("solutions.jsonl", "problems.jsonl", "shard-*-of-*")
+    return path.is_dir() and any(found for name in names for found in path.glob(name))
 
 
 def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]:
@@ -76,8 +77,7 @@ def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list
     if key is not None:
         keys = [solution.key for solution, _, _ in found]
         if key not in keys:
-            nearest = get_close_matches(key, keys, n=1, cutoff=0.0)[0]
-            raise RunError(f"{path} has {len(keys)} solutions, none with the key {key!r}. Nearest: {nearest!r}.")
+            raise RunError(f"{path} has {len(keys)} solutions, none with the key {key!r}. The first is {keys[0]!r}.")
         numbers = [keys.index(key)]
     located = (n for n, (_, verdicts, _) in enumerate(found) if any(v.step for v in verdicts.values()))
     numbers = _choose(len(found), numbers or [next(located, 0)], str(path), "solutions")
@@ -105,8 +105,8 @@ def _load(source: str, split: str) -> "Dataset":
         data = load_dataset(source)
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-        kind = "read" if is_file else "found, as a file, as the folder of a run or as a data set of the Hub"
-        raise ValueError(f"{source} cannot be {kind} ({reason}).") from error
+        kind = "read" if is_file else "found as a file, as the folder of a run or as a data set of the Hub"
+        raise ValueError(f"{source} cannot be {kind} ({reason}).{_nearest(path)}") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise ValueError(f"{source} has no split {split!r}, only {', '.join(data)}. Choose one with --split.")
@@ -119,11 +119,15 @@ def _check_file(path: Path) -> None:
     if path.suffix not in DATA_FILES:
         raise ValueError(f"{path} is not of a known kind: pairs are read from {', '.join(DATA_FILES)}.")
     if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, beside, n=1)
-        raise ValueError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
+        raise ValueError(f"There is no file {path}.{_nearest(path)}")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty: it has no rows to look at.")
+
+
+def _nearest(path: Path) -> str:
+    beside = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f" Did you mean {path.parent / near[0]}?" if near and not path.exists() else ""
 
 
 def _pair(row: dict[str, Any], name: str, where: str) -> Example:
@@ -175,6 +179,8 @@ def _conversation(text: str | Sequence[Mapping[str, Any]]) -> str:
 
 def _solutions(folder: Path) -> list[Found]:
     with RunDirectory(folder) as run:
+        if "collect" not in run.settings():
+            return []
         verdicts = {way: read_verdicts(run, way)[1] for way in run.logs("verdicts")}
         user = run.settings()["collect"]["prompt"]["user"]
         return [

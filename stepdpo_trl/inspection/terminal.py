@@ -75,17 +75,17 @@ class Terminal:
     def _example(self, example: Example, strongest: float) -> list[str]:
         lines = [self._paint(line, _BOLD) for line in wrap(example.where, self.width)]
         for name, value in example.facts:
-            lines += self._text(f"{name}: {value}")
+            lines += self._text(visible_text(f"{name}: {value}"))
         for title, text in example.context:
-            lines += ["", title, *self._text(visible_text(shorten(text) if self.short else text), _DIM)]
+            shown = visible_text(shorten(text) if self.short else text)
+            lines += ["", *wrap(title, self.width), *self._text(shown, _DIM)]
         for part in example.parts:
             lines += ["", *self._part(part, strongest)]
         margin = example.margin(self.scoring.beta)
         if margin is not None:
             chosen, rejected = (show_figure(part.ratio, 4, sign=True) for part in example.parts)
-            reward = f"{show_figure(self.scoring.beta, 4).rstrip('0')} x ({chosen} - {rejected})"
-            figure = show_figure(margin, 4, sign=True)
-            lines += ["", *wrap(f"implicit reward margin: {reward} = {figure}", self.width)]
+            reward = f"{self.scoring.beta:g} x ({chosen} - {rejected}) = {show_figure(margin, 4, sign=True)}"
+            lines += ["", *wrap(f"implicit reward margin: {reward}", self.width)]
         return lines
 
     def _part(self, part: Part, strongest: float) -> list[str]:
