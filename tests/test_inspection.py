@@ -397,14 +397,17 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW], ["--solution", "a"], "--solution is for the folder of a run"),
         ([STEP_ROW], ["--html", "nowhere/page.html"], "there is no folder nowhere"),
         ([STEP_ROW], ["--tokenizer", "./nowhere"], "The tokenizer of './nowhere' cannot be loaded"),
+        ([PLAIN_ROW], ["--tokenizer", "MODEL", "--max-length", "5"], "The prompt of row 0 of {} fills max_length=5"),
+        ([STEP_ROW], ["--tokenizer", "MODEL", "--max-length", "5"], "which leaves no room for a prefix"),
         ([{**STEP_ROW, "chosen": " "}], [], "`chosen` of row 0 of {} is empty"),
         ([{"prompt": "a", "initial_reason_step": "b", "chosen": "c", "rejected": "d"}], [], "looks like"),
         ([{"text": "a"}], [], "`chosen` of row 0 of {} is missing or empty. It has ['text']"),
         ([], [], "is empty"),
     ],
 )
-def test_errors_are_one_sentence(rows, argv, message, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_sentence(rows, argv, message, chat_model, tmp_path, capsys, monkeypatch):
     path = write_rows(tmp_path / "pairs.jsonl", *rows)
+    argv = [chat_model if word == "MODEL" else word for word in argv]
     status, _, err = inspect(capsys, monkeypatch, path, *argv)
     assert status == 2
     assert err.startswith("stepdpo inspect: error: ")

@@ -73,10 +73,10 @@ class RowEncoder:
         prepared = _Preparer(self.tokenizer)._prepare_dataset(
             Dataset.from_list([dict(example.row)]), self.processing_class, self.args, example.where
         )
-        if not len(prepared):
+        ids = prepared[0] if len(prepared) else None
+        room = None if most is None or ids is None else most - len(ids["prompt_ids"])
+        if ids is None or (room is not None and room <= 0):
             raise ValueError(f"The prompt of {example.where} fills max_length={most}: the trainer leaves the row out.")
-        ids = prepared[0]
-        room = None if most is None else most - len(ids["prompt_ids"])
         parts, facts = [], list(example.facts)
         for part in example.parts:
             step_ids = ids[f"{part.kind}_ids"]
