@@ -197,6 +197,9 @@ def test_the_wrong_step_counts_as_in_the_pair(run_folder, chat_model, tmp_path, 
     assert len(SUMS.findall(solution)) == 2
 
 
+WEAK = (Token(1, "a", -1.0, -1.04), Token(2, "b", -1.0, -1.06))
+
+
 def scored_pair(scale=1.0, chosen=" 7", where="row 0 of pairs.jsonl"):
     tokens = (Token(5, chosen, -1.0 * scale, -2.0 * scale), Token(6, "\n", -0.5, -0.5), Token(7, "日", -3.0, -2.75))
     parts = (Part(CHOSEN, "preferred step", chosen + "\n日", ends=True, tokens=tokens),)
@@ -246,6 +249,10 @@ def test_terminal_colours():
     assert "\x1b[2m↵\x1b[0m" in out  # not moved
     assert "\x1b[31;1mundesirable step, 1 tokens\x1b[0m" in out
     assert "\x1b[38;5;231;48;5;124m·8\x1b[0m" in out  # half of it
+    weak = replace(scored_pair(), parts=(Part(REJECTED, "step", "ab", tokens=WEAK), *scored_pair().parts))
+    out = Terminal(Scoring("policy", "ref"), 80, color=True).write([weak])
+    assert "\x1b[31ma\x1b[0m" in out  # 4 % of the strongest
+    assert "\x1b[38;5;231;48;5;65mb\x1b[0m" in out  # 6 %
 
 
 def test_lines_fit_the_terminal(chat_model, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """A pair or a solution in the terminal: figures stand below their tokens, colour repeats what they say."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _DIM, _BOLD, _GREEN, _RED = "2", "1", "32", "31"
 _INK = {CHOSEN: _GREEN, REJECTED: _RED, WRONG: _RED}
 # Backgrounds of the 256 colours with white on them, from greyish to bright: weak to strong on any terminal
 _RAISED, _LOWERED = ("65", "28", "34"), ("95", "124", "160")
+_LEAST = 0.05  # share of the strongest ratio from which there is a background
 _NAMES = ("log π", "ratio")
 _GUTTER = 8  # columns for these names
 
@@ -120,9 +122,9 @@ class Terminal:
 
     def _token(self, cell: _Cell, part: Part, strongest: float) -> str:
         ratio = cell.token.ratio or 0.0
-        level = round(abs(ratio) / strongest * len(_RAISED)) if strongest else 0
-        if level:
-            background = (_RAISED if ratio > 0 else _LOWERED)[level - 1]
+        share = abs(ratio) / strongest if strongest else 0.0
+        if share >= _LEAST:
+            background = (_RAISED if ratio > 0 else _LOWERED)[math.ceil(share * len(_RAISED)) - 1]
             return self._paint(cell.text, f"38;5;231;48;5;{background}")
         pieces = split_marks(cell.text)
         pieces[::2] = (self._paint(piece, _INK.get(part.kind, "")) for piece in pieces[::2])
