@@ -6,6 +6,7 @@ import sys
 from . import __version__
 from .cli_data import add_commands
 from .cli_eval import add_eval_command
+from .cli_inspect import add_inspect_command
 from .cli_loop import loop
 from .generation import GenerationError
 from .loop import LoopError
@@ -64,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_commands(commands)
     commands.add_parser("loop", help="make pairs and train on them, in turns", add_help=False)
     add_eval_command(commands)
+    add_inspect_command(commands)
     return parser
 
 

@@ -181,15 +181,7 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if not is_step_data(first_row):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-        # A processor may have the chat template that its tokenizer lacks
-        chat_template: Any = processing_class.chat_template if isinstance(processing_class, ProcessorMixin) else None
-        encode = StepTokenizer(
-            tokenizer=self._tokenizer,
-            chat_template=chat_template,
-            multimodal=isinstance(processing_class, ProcessorMixin),
-            max_length=args.max_length,
-            **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
-        )
+        encode = make_step_tokenizer(processing_class, args)
         if isinstance(dataset, IterableDataset):
             stream = _StreamEncoder(encode, where)
             dataset = dataset.map(stream).filter(stream.keeps).remove_columns("overlong")
@@ -216,6 +208,32 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
                 "`max_length`, or cut the prefixes with `overlong_prefix='truncate'`."
             )
         return dataset.remove_columns("overlong")
+
+
+def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig) -> StepTokenizer:
+    """
+    Make what turns rows of step data into tokens in training.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer or processor of the policy.
+        args ([`StepDPOConfig`] or [`~trl.DPOConfig`]):
+            The configuration.
+
+    Returns:
+        [`StepTokenizer`]: The tokenizer of rows.
+    """
+    multimodal = isinstance(processing_class, ProcessorMixin)
+    tokenizer: Any = processing_class.tokenizer if multimodal else processing_class
+    # A processor may have the chat template that its tokenizer lacks
+    chat_template: Any = processing_class.chat_template if multimodal else None
+    return StepTokenizer(
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        multimodal=multimodal,
+        max_length=args.max_length,
+        **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
+    )
 
 
 def _find_sdpo(callbacks: list[Any] | None) -> tuple[list[Any] | None, SDPOCallback | None]:

@@ -94,9 +94,51 @@ class StepTokenizer:
             ValueError: If the row is not a valid step pair, or does not fit and must.
         """
         pair = StepPreference.from_row(row, where)
-        messages, prefix = self._messages_and_prefix(pair, where)
+        steps = {"chosen": (pair.chosen, pair.chosen_ends_solution)}
+        steps["rejected"] = (pair.rejected, pair.rejected_ends_solution)
+        prefix_ids, step_ids, overlong = self.encode_steps(pair.prompt, pair.initial_reason_steps, steps, where, row)
+        if step_ids["chosen"] == step_ids["rejected"]:
+            raise ValueError(
+                f"`chosen` and `rejected` of {where} differ as text but have the same tokens, so there is nothing to "
+                "prefer. Remove the row."
+            )
+        return {
+            "prompt_ids": prefix_ids,
+            "chosen_ids": step_ids["chosen"],
+            "rejected_ids": step_ids["rejected"],
+            "overlong": overlong,
+        }
+
+    def encode_steps(
+        self,
+        prompt: str | list[dict[str, Any]],
+        prefix: str,
+        steps: Mapping[str, tuple[str, bool]],
+        where: str,
+        row: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], dict[str, list[int]], int]:
+        """
+        Tokenize a prefix and any number of steps that may follow it.
+
+        Args:
+            prompt (`str` or `list[dict]`), prefix (`str`):
+                The problem, and what the assistant has written so far.
+            steps (`Mapping[str, tuple[str, bool]]`):
+                Steps by name, each with whether the solution ends with it.
+            where (`str`):
+                What to call them in an error.
+            row (`Mapping[str, Any]`, *optional*):
+                Where `tools` and `chat_template_kwargs` are, if there are any.
+
+        Returns:
+            `list[int]`, `dict[str, list[int]]`, `int`: Tokens of the prefix, of each step, and `overlong` as above.
+
+        Raises:
+            ValueError: If they cannot be tokenized, or do not fit and must.
+        """
+        messages, prefix = self._messages_and_prefix(prompt, prefix, where)
         try:
-            template_kwargs = self._template_kwargs(row)
+            template_kwargs = self._template_kwargs(row or {})
             text = self._render(messages, template_kwargs) + prefix
         except Exception as error:  # whatever a template raises
             raise ValueError(f"The chat template cannot render {where}: {type(error).__name__}: {error}") from error
@@ -110,29 +152,18 @@ class StepTokenizer:
         prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
 
         step_ids = {}
-        for name, ends in (("chosen", pair.chosen_ends_solution), ("rejected", pair.rejected_ends_solution)):
-            step = getattr(pair, name)
+        for name, (step, ends) in steps.items():
             end_of_turn = self._end_of_turn(messages, template_kwargs, where) if ends else ""
             if not step.rstrip().endswith(end_of_turn):
                 step += end_of_turn
             step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
-        if step_ids["chosen"] == step_ids["rejected"]:
-            raise ValueError(
-                f"`chosen` and `rejected` of {where} differ as text but have the same tokens, so there is nothing to "
-                "prefer. Remove the row."
-            )
 
         overlong = self._overlong(prefix_ids, step_ids, where)
         if overlong and self.overlong_prefix == "truncate":
             first, kept = prefix_ids[0], prefix_ids[overlong:]
             # Many models depend on BOS
             prefix_ids = [first, *kept[1:]] if first == self.tokenizer.bos_token_id and len(kept) > 1 else kept
-        return {
-            "prompt_ids": prefix_ids,
-            "chosen_ids": step_ids["chosen"],
-            "rejected_ids": step_ids["rejected"],
-            "overlong": overlong,
-        }
+        return prefix_ids, step_ids, overlong
 
     def _template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
         tools = row.get("tools")
@@ -148,11 +179,12 @@ class StepTokenizer:
     def _plain_template(self) -> str:
         return resolve_text(self.prompt_template or "plain", PROMPT_TEMPLATES, "prompt_template")
 
-    def _messages_and_prefix(self, pair: StepPreference, where: str) -> tuple[list[dict[str, Any]], str]:
+    def _messages_and_prefix(
+        self, prompt: str | list[dict[str, Any]], prefix: str, where: str
+    ) -> tuple[list[dict[str, Any]], str]:
         """Messages up to the assistant's turn, and what the assistant has said in it."""
-        prefix = pair.initial_reason_steps
-        if isinstance(pair.prompt, str):
-            messages = [{"role": "user", "content": pair.prompt + self._suffix}]
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt + self._suffix}]
             if self.system_prompt is not None:
                 messages.insert(0, {"role": "system", "content": self.system_prompt})
             return messages, prefix
@@ -166,17 +198,17 @@ class StepTokenizer:
                 f"`prompt` of {where} is a list of messages, but the tokenizer has no chat template to render it. "
                 "Set `tokenizer.chat_template`, or give the prompt as a string."
             )
-        last = pair.prompt[-1]
+        last = prompt[-1]
         if last["role"] != "assistant":
-            return pair.prompt, prefix
+            return prompt, prefix
         extras = [name for name in ("tool_calls", "reasoning_content", "thinking") if last.get(name)]
-        if len(pair.prompt) == 1 or extras or not isinstance(last.get("content"), str):
+        if len(prompt) == 1 or extras or not isinstance(last.get("content"), str):
             raise ValueError(
                 f"The assistant's turn that ends `prompt` of {where} cannot be continued: it must follow another turn "
                 f"and have plain text as its content{f', not {extras}' if extras else ''}. Put the text into "
                 f"`{PREFIX_COLUMN}` and end the prompt with the user's turn."
             )
-        return pair.prompt[:-1], last["content"]
+        return prompt[:-1], last["content"]
 
     @property
     def _suffix(self) -> str:

@@ -8,6 +8,7 @@ import stepdpo_trl
 PACKAGE = Path(stepdpo_trl.__file__).parent
 DATA = ("pipeline", "evaluation", "generation", "steps", "answers", "answer_rules")
 DATA += ("cli_data", "cli_eval", "cli_options")
+BOTH = ("cli", "cli_loop", "cli_inspect", "inspection", "quickstart")  # run, show or bundle what either side makes
 
 
 def imported(file):
@@ -29,8 +30,10 @@ def test_arrows():
         if part in DATA:
             assert not [name for name in names if name.split(".")[0] == "trl"], file
             assert not [name for name in names if "trainer" in name or "tokenization" in name], file
-        elif part not in ("cli", "cli_loop", "quickstart"):
+        elif part not in BOTH:
             inner = [name.lstrip(".").split(".")[0] for name in names if name.startswith(".")]
             assert not set(inner) & set(DATA), file
+        if part not in ("cli_inspect", "inspection"):
+            assert not [name for name in names if name.startswith(".inspection")], file
         if part != "cli":
             assert not [name for name in names if name.startswith(".") and "cli" in name.split(".")], file

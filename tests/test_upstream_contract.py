@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def test_prepare_dataset_is_the_one_place_where_rows_become_tokens():
     assert parameters(DPOTrainer._prepare_dataset) == expected, "StepDPOTrainer._prepare_dataset must follow"
     assert SOURCE["__init__"].count("self._prepare_dataset(") == 3, "train, eval and dict of evals are prepared there"
     assert "self._prepare_dataset(" in SOURCE["evaluate"], "evaluate() no longer prepares new data"
+    used = set(re.findall(r"self\.(\w+)", SOURCE["_prepare_dataset"]))
+    assert used == {"_tokenizer"}, "inspection prepares rows with a tokenizer alone"
 
 
 @pytest.mark.parametrize("column", ["prompt_ids", "chosen_ids", "rejected_ids"])

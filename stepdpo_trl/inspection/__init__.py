@@ -1,0 +1,1 @@
+"""Looking at a pair or a solution: its steps, their tokens, and what each is worth to policy and reference."""

@@ -1,0 +1,153 @@
+"""The same as a page of HTML: one file that needs no network, for light and dark screens."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from .example import Example, Part, Scoring, Token, strongest_ratio
+from .text import (
+    NEWLINE,
+    PART_OF_CHARACTER,
+    SPACE,
+    TAB,
+    ratio_digits,
+    shorten,
+    show_figure,
+    split_marks,
+    visible_text,
+    visible_token,
+)
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c1c1c;--paper:#fff;--soft:#6a6a6a;--line:#dcdcdc;--box:#f6f6f6;
+--good:#11703a;--bad:#b3261e;--up:30 160 80;--down:225 60 50}
+@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--paper:#17181a;--soft:#9d9d9d;--line:#3a3c40;--box:#202225;
+--good:#62d08b;--bad:#ff8a80;--up:40 165 90;--down:220 65 60}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:var(--ink);
+background:var(--paper)}
+h1,h2{line-height:1.2}h2{margin-top:3rem;border-top:1px solid var(--line);padding-top:1.5rem}
+h3{font-size:1rem;margin:1.3rem 0 .3rem}h3 small,.facts,.legend{font-weight:normal;color:var(--soft)}
+a{color:inherit}.scroll{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.2rem 1.2rem .2rem 0;text-align:right;border-bottom:1px solid var(--line);
+font-variant-numeric:tabular-nums;white-space:nowrap}td.name{text-align:left;white-space:normal}
+pre{font:14px/1.9 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
+background:var(--box);padding:.6rem .9rem;border-radius:6px;border-left:4px solid var(--line)}
+pre.context{color:var(--soft);line-height:1.5}.lead{color:var(--soft)}
+pre.chosen{border-color:var(--good)}pre.rejected,pre.wrong{border-color:var(--bad)}
+h3.chosen,td.chosen,pre.chosen{color:var(--good)}
+h3.rejected,td.rejected,pre.rejected,h3.wrong,td.wrong,pre.wrong{color:var(--bad)}
+pre.tokens{color:var(--ink)}
+.t{border-radius:3px;padding:.12em 0;box-shadow:inset 0 0 0 1px var(--line)}.t i{font-style:normal;opacity:.45}
+.up{background:rgb(var(--up)/var(--a))}.down{background:rgb(var(--down)/var(--a))}
+.t:hover{outline:2px solid var(--ink)}
+.bar{display:inline-block;width:8rem;height:.8rem;border-radius:3px;margin:0 .5rem;vertical-align:-.05rem;
+background:linear-gradient(90deg,rgb(var(--down)/.7),transparent,rgb(var(--up)/.7))}
+"""
+_STRONGEST = 0.7  # opacity of the strongest colour, through which the text stays readable
+
+
+def write_page(examples: Sequence[Example], scoring: Scoring, short: bool = False) -> str:
+    """
+    Write the page.
+
+    Args:
+        examples (`Sequence[Example]`):
+            What to show.
+        scoring (`Scoring`):
+            What log-probabilities are of.
+        short (`bool`, *optional*, defaults to `False`):
+            Whether to leave out the middle of long texts before the steps.
+
+    Returns:
+        `str`: HTML.
+    """
+    strongest = strongest_ratio(examples)
+    what = "Pairs" if examples[0].is_pair else "Solutions"
+    body = [f"<h1>{what}</h1>", _legend(examples, scoring, strongest), _table(examples, scoring)]
+    whole = "".join([*body, *(_example(example, strongest, short) for example in examples)])
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{what}</title>'
+    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{whole}</body></html>\n"
+
+
+def _legend(examples: Sequence[Example], scoring: Scoring, strongest: float) -> str:
+    lines = []
+    if scoring.policy is not None:
+        lines.append(f"log π: log-probability under the policy, {escape(scoring.policy)}, in nats.")
+    if scoring.reference is not None:
+        low, high = (show_figure(bound, ratio_digits(strongest), sign=True) for bound in (-strongest, strongest))
+        lines.append(f"log π<sub>ref</sub>: under the reference, {escape(scoring.reference)}.")
+        lines.append(f"Ratio, log π - log π<sub>ref</sub>: {low}<span class=bar></span>{high}")
+    if examples[0].margin(scoring.beta) is not None:
+        lines.append(f"Margin: {scoring.beta:g} x difference of the ratios, the implicit reward margin.")
+    if any(part.tokens for example in examples for part in example.parts):
+        marks = f"{SPACE} space, {NEWLINE} end of line, {TAB} tab, {PART_OF_CHARACTER} part of a character."
+        lines.append(f"Each box is a token: point at it for its figures. {marks}")
+    return f"<p class=legend>{'<br>'.join(lines)}</p>" if lines else ""
+
+
+def _table(examples: Sequence[Example], scoring: Scoring) -> str:
+    """Sums of each step, with links."""
+    names = ["tokens"] if any(part.tokens for part in examples[0].parts) else []
+    names += ["log π"] if scoring.policy is not None else []
+    names += ["log π<sub>ref</sub>", "ratio"] if scoring.reference is not None else []
+    names += ["margin"] if examples[0].margin(scoring.beta) is not None else []
+    head = "".join(f"<th>{name}</th>" for name in names)
+    lines = [f"<tr><th></th><th></th>{head}</tr>"]
+    for example in examples:
+        for number, part in enumerate(example.parts):
+            link = "" if number else f'<a href="#{_anchor(example)}">{escape(example.name)}</a>'
+            margin = None if number else example.margin(scoring.beta)
+            figures = {
+                "tokens": str(len(part.tokens)),
+                "log π": show_figure(part.policy, 4),
+                "log π<sub>ref</sub>": show_figure(part.reference, 4),
+                "ratio": show_figure(part.ratio, 4, sign=True),
+                "margin": "" if margin is None else show_figure(margin, 4, sign=True),
+            }
+            cells = "".join(f"<td>{figures[name]}</td>" for name in names)
+            title = f"<td class='name {part.kind}'>{escape(part.title)}</td>"
+            lines.append(f"<tr><td class=name>{link}</td>{title}{cells}</tr>")
+    return f"<div class=scroll><table>{''.join(lines)}</table></div>"
+
+
+def _example(example: Example, strongest: float, short: bool) -> str:
+    parts = [f'<section id="{_anchor(example)}"><h2>{escape(example.where)}</h2>']
+    facts = "<br>".join(f"{escape(visible_text(f'{name}: {value}'))}" for name, value in example.facts)
+    parts += [f"<p class=facts>{facts}</p>"] if facts else []
+    for title, text in example.context:
+        shown = escape(visible_text(shorten(text) if short else text))
+        parts.append(f"<h3>{escape(title)}</h3><pre class=context>{shown}</pre>")
+    parts += [_part(part, strongest) for part in example.parts]
+    return f"{''.join(parts)}</section>"
+
+
+def _part(part: Part, strongest: float) -> str:
+    said = [f"{len(part.tokens)} tokens"] if part.tokens else []
+    said += [f"log π {show_figure(part.policy, 4)}"] if part.policy is not None else []
+    said += [f"ratio {show_figure(part.ratio, 4, sign=True)}"] if part.ratio is not None else []
+    said += ["ends the solution"] if part.ends else []
+    title = f"<h3 class={part.kind}>{escape(part.title)} <small>{', '.join(said)}</small></h3>"
+    lead = f"<span class=lead>{escape(visible_text(part.lead.strip(chr(10))))}</span> " if part.lead.strip() else ""
+    if not part.tokens:
+        return f"{title}<pre class={part.kind}>{lead}{escape(visible_text(part.text))}</pre>"
+    tokens = "<wbr>".join(_token(token, strongest) for token in part.tokens)
+    return f"{title}<pre class='tokens {part.kind}'>{lead}{tokens}</pre>"
+
+
+def _token(token: Token, strongest: float) -> str:
+    pieces = [escape(piece) for piece in split_marks(visible_token(token.text))]
+    pieces[1::2] = [f"<i>{piece}</i>" for piece in pieces[1::2]]
+    text = "".join(pieces).replace(NEWLINE, f"{NEWLINE}\n")
+    figures = [f"token {token.id}"]
+    figures += [f"log π {show_figure(token.policy, 4)}"] if token.policy is not None else []
+    style, kind = "", "t"
+    if token.ratio is not None:
+        figures += [f"log π_ref {show_figure(token.reference, 4)}", f"ratio {show_figure(token.ratio, 4, sign=True)}"]
+        opacity = _STRONGEST * abs(token.ratio) / strongest if strongest else 0.0
+        style = f" style='--a:{opacity:.2f}'"
+        kind = "t up" if token.ratio > 0 else "t down"
+    return f"<span class='{kind}'{style} title='{', '.join(figures)}'>{text}</span>"
+
+
+def _anchor(example: Example) -> str:
+    return re.sub(r"\W", "-", example.name)

@@ -1,0 +1,199 @@
+"""The tokens that the trainer makes of a row, and their log-probabilities in a plain forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoProcessor, PreTrainedTokenizerBase
+from trl.trainer.utils import create_model_from_path
+
+from ..schema import is_step_data
+from ..step_dpo_config import StepDPOConfig
+from ..step_dpo_trainer import StepDPOTrainer, make_step_tokenizer
+from .example import Example, Part, Token
+
+_BROKEN = "\ufffd"  # what tokenizers write for bytes that are not yet a character
+
+
+class RowEncoder:
+    """
+    Tokenizes as the trainer does.
+
+    Args:
+        processing_class (`Any`):
+            Tokenizer or processor of the policy.
+        args ([`StepDPOConfig`]):
+            The configuration of the training.
+    """
+
+    def __init__(self, processing_class: Any, args: StepDPOConfig) -> None:
+        self.processing_class, self.args = processing_class, args
+        self.tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+        self.encode_steps = make_step_tokenizer(processing_class, args)
+
+    def __call__(self, example: Example) -> Example:
+        """
+        Add tokens, and the context as the model reads it.
+
+        Raises:
+            ValueError: If the row cannot be tokenized, or the trainer leaves it out.
+        """
+        if not example.is_pair:
+            parts, cut = self._solution(example)
+        elif is_step_data(example.row):
+            ids = self.encode_steps(example.row, example.where)
+            parts = [self._tokens(part, ids["prompt_ids"], ids[f"{part.kind}_ids"]) for part in example.parts]
+            cut = ids["overlong"]
+        else:
+            return self._plain(example)
+        facts = example.facts
+        if cut:
+            note = f"{cut} tokens from the left of the prefix, as in training (max_length={self.args.max_length})"
+            facts = (*facts, ("left out", note))
+        return self._with_context(replace(example, parts=tuple(parts), facts=facts))
+
+    def _solution(self, example: Example) -> tuple[list[Part], int]:
+        """Each step as it would be in a pair: behind its prefix, no token shared with it."""
+        parts, most = [], 0
+        for part, prefix in zip(example.parts, example.row["prefixes"], strict=True):
+            where = f"{part.title} of {example.where}"
+            prefix_ids, ids, cut = self.encode_steps.encode_steps(
+                example.row["prompt"], prefix, {part.kind: (part.text, part.ends)}, where
+            )
+            parts.append(self._tokens(part, prefix_ids, ids[part.kind]))
+            most = max(most, cut)
+        return parts, most
+
+    def _plain(self, example: Example) -> Example:
+        """An ordinary preference pair is DPOTrainer's, which cuts its end."""
+        most: Any = self.args.max_length
+        prepared = _Preparer(self.tokenizer)._prepare_dataset(
+            Dataset.from_list([dict(example.row)]), self.processing_class, self.args, example.where
+        )
+        ids = prepared[0] if len(prepared) else None
+        room = None if most is None or ids is None else most - len(ids["prompt_ids"])
+        if ids is None or (room is not None and room <= 0):
+            raise ValueError(f"The prompt of {example.where} fills max_length={most}: the trainer leaves the row out.")
+        parts, facts = [], list(example.facts)
+        for part in example.parts:
+            step_ids = ids[f"{part.kind}_ids"]
+            parts.append(self._tokens(part, ids["prompt_ids"], step_ids[:room]))
+            if room is not None and len(step_ids) > room:
+                note = f"{len(step_ids) - room} tokens from the end of the {part.title}, as in training"
+                facts.append(("left out", f"{note} (max_length={most})"))
+        return self._with_context(replace(example, parts=tuple(parts), facts=tuple(facts)))
+
+    def _tokens(self, part: Part, prefix_ids: list[int], ids: list[int]) -> Part:
+        texts = self._texts(prefix_ids, ids)
+        tokens = tuple(Token(token, text) for token, text in zip(ids, texts, strict=True))
+        return replace(part, prefix_ids=prefix_ids, tokens=tokens)
+
+    def _texts(self, prefix_ids: list[int], ids: list[int]) -> list[str]:
+        """What each token adds to the text; some tokenizers drop the space that begins a text."""
+        before = prefix_ids[-1:]
+        texts, whole = [], self._decode(before)
+        for end in range(1, len(ids) + 1):
+            longer = self._decode(before + ids[:end])
+            if longer.endswith(_BROKEN) and end < len(ids):
+                texts.append("")
+            else:
+                texts.append(longer[len(whole) :])
+                whole = longer
+        return texts
+
+    def _with_context(self, example: Example) -> Example:
+        ids = example.parts[0].prefix_ids
+        title = f"prefix as the model reads it, {len(ids)} tokens"
+        return replace(example, context=((title, self._decode(ids)),))
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+class _Preparer(StepDPOTrainer):
+    """What the trainer makes of rows, without a model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+
+def load_processing_class(name: str) -> Any:
+    """
+    Load the tokenizer or processor that the trainer would take; that of the base model where an adapter has none.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    base = adapter_base(name)
+    if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
+        name = base
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model where `name` is the folder of an adapter."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def score(examples: Sequence[Example], model: str, role: str, dtype: str = "float32") -> list[Example]:
+    """
+    Add log-probabilities of all tokens under a model, which is in memory meanwhile.
+
+    Args:
+        examples (`Sequence[Example]`):
+            Examples with tokens.
+        model (`str`):
+            Id or folder of a model, or folder of an adapter.
+        role (`str`):
+            `"policy"` or `"reference"`.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Data type of the weights.
+
+    Returns:
+        `list[Example]`: The examples with log-probabilities.
+
+    Raises:
+        ValueError: If the model cannot be loaded.
+    """
+    causal = _load_model(model, dtype)
+    return [
+        replace(example, parts=tuple(_score_part(part, causal, role, example.where) for part in example.parts))
+        for example in examples
+    ]
+
+
+def _load_model(name: str, dtype: str) -> Any:
+    base = adapter_base(name)
+    try:
+        model: Any = create_model_from_path(base or name, dtype=dtype)
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an adapter of other shapes
+        raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
+    return model.eval()
+
+
+@torch.no_grad()
+def _score_part(part: Part, model: Any, role: str, where: str) -> Part:
+    step = [token.id for token in part.tokens]
+    if not part.prefix_ids:
+        raise ValueError(f"No token stands before the {part.title} of {where}, so its first one has no probability.")
+    ids = torch.tensor([part.prefix_ids + step], device=model.device)
+    # (tokens, vocab): the token at position t is predicted at t - 1
+    logits = model(input_ids=ids).logits[0, len(part.prefix_ids) - 1 : -1].float()
+    logps = logits.log_softmax(-1).gather(-1, ids[0, len(part.prefix_ids) :, None])[:, 0].tolist()
+    scored = (replace(token, **{role: logp}) for token, logp in zip(part.tokens, logps, strict=True))
+    return replace(part, tokens=tuple(scored))
