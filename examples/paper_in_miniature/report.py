@@ -77,20 +77,9 @@ def comparison(log: Log, arms: Sequence[str], against: str) -> str:
         tables = {how: solved(results, how) for how in HOW}
         row = [arm, *(percent(tables[how]) for how in HOW)]
         row += ["" if arm == against else percent(tables[how] - base[how], signed=True) for how in HOW]
-        row.append(
-            f"{np.mean([result['sampled']['no answer'] / len(tables['sampled'][0]) for result in results]):.1%}"
-        )
-        rows.append(row + (["", ""] if arm == "before" else settings_of(log, arm, results)))
-    head = [
-        "",
-        "greedy, %",
-        "sampled, %",
-        f"minus {against}, greedy",
-        "sampled",
-        "no final answer",
-        "settings",
-        "pairs",
-    ]
+        unanswered = np.mean([result["sampled"]["no answer"] for result in results]) / len(tables["sampled"][0])
+        rows.append([*row, f"{unanswered:.1%}", "" if arm == "before" else settings_of(log, arm)])
+    head = ["", "greedy, %", "sampled, %", f"minus {against}, greedy", "sampled", "no final answer", "settings"]
     return markdown(head, rows)
 
 

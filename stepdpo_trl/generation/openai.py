@@ -114,7 +114,7 @@ class OpenAIGenerator:
                     self._stopping.set()
                     logger.warning(f"Stopping: waiting for {len(running)} answers on their way; Ctrl-C leaves them.")
                     continue
-                arrived = []
+                arrived: list[tuple[Request, Completion]] = []
                 for future in finished:
                     request, error = running.pop(future), future.exception()
                     if error is not None:
