@@ -75,9 +75,10 @@ def test_the_lowest_of_the_best_settings_is_taken(tmp_path):
     from report import best_settings
 
     log = Log(tmp_path / "runs.jsonl")
-    for rate, beta, solved in ((6e-5, 0.1, 9), (3e-5, 0.4, 9), (3e-5, 0.1, 5), (1e-4, 0.1, 8)):
-        result = {"greedy": {"solved": [1] * solved + [0] * (10 - solved)}}
-        log.append(f"tune/Step-DPO/{rate:g}/{beta:g}/100", {"result": result})
+    for rate, beta, *counts in ((6e-5, 0.1, 8, 9), (3e-5, 0.4, 9, 8), (3e-5, 0.1, 5, 5), (1e-4, 0.1, 10, 6)):
+        for seed, solved in zip((100, 101), counts, strict=True):
+            result = {"greedy": {"solved": [1] * solved + [0] * (10 - solved)}}
+            log.append(f"tune/Step-DPO/{rate:g}/{beta:g}/{seed}", {"result": result})
     assert best_settings(log, "Step-DPO") == best_settings(log, "Step-DPO, rollout") == (3e-5, 0.4)
 
 

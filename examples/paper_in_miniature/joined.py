@@ -72,7 +72,14 @@ def loop_run(out: str, kind: str, seed: int, settings: tuple[float, float], scal
         tokenizer().save_pretrained(folder / MODEL)
 
     folder = Path(out) / "loop" / f"{kind.replace(' ', '-')}-{seed}"
-    run_loop(folder, str(MODEL_PATH), scale.stages, make_pairs, train, {"kind": kind, "seed": seed})
+    run_loop(
+        folder,
+        str(MODEL_PATH),
+        scale.stages,
+        make_pairs,
+        train,
+        {"kind": kind, "seed": seed, "settings": list(settings)},
+    )
     for number in range(1, scale.stages + 1):
         found.append(dict(measure(load(folder / f"stage-{number}" / MODEL), scale.test, False, (0.0,))))
     return found

@@ -24,21 +24,22 @@ def best_settings(log: Log, arm: str) -> tuple[float, float]:
 
 
 def trials(log: Log, arm: str) -> list[tuple[tuple[float, float], float]]:
-    """Settings of an arm in ascending order, with the share of validation problems solved."""
-    found = []
+    """Settings of an arm in ascending order, with the share of validation problems solved, mean of the seeds."""
+    found: dict[tuple[float, float], list[float]] = {}
     for key in log:
         kind, *names = key.split("/")
         if kind == "tune" and names[0] == arm:
-            rate, beta = map(float, names[1:3])
-            found.append(((rate, beta), float(np.mean(log[key]["result"]["greedy"]["solved"]))))
-    return sorted(found)
+            solved = log[key]["result"]["greedy"]["solved"]
+            found.setdefault((float(names[1]), float(names[2])), []).append(float(np.mean(solved)))
+    return sorted((settings, float(np.mean(shares))) for settings, shares in found.items())
 
 
 def results_of(log: Log, arm: str) -> list[dict[str, Any]]:
-    """What each seed of an arm gave."""
+    """What each seed of an arm gave, with the settings chosen for it."""
     if arm == "before":
         return [log["test/before"]["result"]]
-    return [log[key]["result"] for key in sorted(log) if key.startswith(f"test/{arm}/")]
+    rate, beta = best_settings(log, arm)
+    return [log[key]["result"] for key in sorted(log) if key.startswith(f"test/{arm}/{rate:g}/{beta:g}/")]
 
 
 def solved(results: Iterable[dict[str, Any]], how: str) -> np.ndarray:

@@ -84,7 +84,7 @@ class Scale:
 
 
 QUICK = Scale(100, 8, 2, 4, 4, 20, 10, 1, (3e-5,), (0.4,), (2e-4,), 2, 4)
-TUNING = 100  # the seed of trials
+TUNING = (100, 101)  # the seeds of trials: one may be lucky at a learning rate that is too high for others
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,9 +100,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Scale) -> Any:
-    """Train one arm and measure it, on validation problems with the seed of trials, on test problems otherwise."""
+    """Train one arm and measure it, on validation problems with a seed of trials, on test problems otherwise."""
     rows = read_rows(Path(folder) / f"{ARMS[arm].source}.jsonl")
-    held_out, tuning = rows[-scale.held_out :], seed == TUNING
+    held_out, tuning = rows[-scale.held_out :], seed in TUNING
     rows = random.Random(seed).sample(rows[: -scale.held_out], scale.pairs)
     follow = held_out if arm in ("DPO", "Step-DPO") and not tuning else []
     model, log = train(ARMS[arm], rows, follow, scale.updates, scale.batch, rate, beta, seed)
@@ -156,7 +156,7 @@ def main() -> None:
         folder = collect(runs, out, scale, args.processes)
 
         def job(arm: str, rate: float, beta: float, seed: int) -> Any:
-            name = "tune" if seed == TUNING else "test"
+            name = "tune" if seed in TUNING else "test"
             return f"{name}/{arm}/{rate:g}/{beta:g}/{seed}", trial, (folder, arm, rate, beta, seed, scale)
 
         def grid(arm: str) -> list[tuple[float, float]]:
@@ -165,7 +165,7 @@ def main() -> None:
             return [(rate, beta) for rate in scale.rates for beta in scale.betas]
 
         tuned = [arm for arm in ARMS if not ARMS[arm].tuned_as]
-        runs.do("Tuning", (job(arm, *settings, TUNING) for arm in tuned for settings in grid(arm)))
+        runs.do("Tuning", (job(arm, *one, seed) for arm in tuned for one in grid(arm) for seed in TUNING))
         best = {arm: best_settings(log, arm) for arm in ARMS}
         runs.do("Before", iter([("test/before", before, (scale,))]))
         runs.do("Training", (job(arm, *best[arm], seed) for seed in range(scale.seeds) for arm in ARMS))
