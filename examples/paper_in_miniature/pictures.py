@@ -36,7 +36,8 @@ def methods(log: Log) -> Any:
         axis.barh(place, mean, color=color, height=0.62, xerr=half, error_kw={"ecolor": "#222", "capsize": 3})
         axis.text(mean + half + 0.8, place, f"{mean:.1f}", va="center", color=color, fontweight="bold")
     axis.set_yticks(range(len(arms)), reversed(arms))
-    axis.set_xlim(0, 105)
+    axis.set_xlim(0, 109)
+    axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel("test problems solved, greedy, % (five seeds, 95 % intervals)")
     return figure
 
@@ -83,6 +84,7 @@ def stages(log: Log) -> Any:
         second = np.array([run[len(run) // 2 :] for run in runs])
         left.plot(range(1, second.shape[1] + 1), second.mean(0), color=color, label=name)
     left.axhline(np.log(2), color="#222", linewidth=0.8, linestyle=":")
+    left.text(8, np.log(2) + 0.03, "ln 2", ha="right")
     left.set_title("loss in stage 2", loc="left")
     left.set_xlabel("updates")
     left.legend(frameon=False)
