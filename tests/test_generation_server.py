@@ -183,6 +183,16 @@ def test_a_server_that_hangs(server):
     assert "APITimeoutError" in error
 
 
+def test_ctrl_c_in_a_pause_sends_nothing_more(server):
+    server.script = ["500"]
+    generator = OpenAIGenerator(
+        ModelSpec("m", "openai", server.url, str(MODEL_PATH)), sleep=lambda pause: generator._stopping.set()
+    )
+    with pytest.raises(GenerationError, match="HTTP 500"):
+        list(generator.generate([Request("0", "text", 0)], Sampling(), ()))
+    assert len(server.bodies) == 1
+
+
 def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.script = ["401"]

@@ -21,7 +21,9 @@ ITEMS = [
             "2*3 + 4*5 = 26",
             "4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)",
             r"Costs $5 and $7, so $\frac{12}{2} < 7$ each",
-            r"\[\rule{9999em}{9999em}\]",
+            r"\[\rule{9999em}{9999em}\] is no \(x\), \(a { \rule{9999em}{9999em} \(b } c\)",
+            r"$a\) ![x](http://127.0.0.1:9/b.png) \(b$",
+            r"\[\begin{matrix}" + 500 * r"1\\" + r"\end{matrix}\]",
         ),
     ),
     ToLabel("b", "Is 1 < 2 & 3 > 2?", "yes", "", ("<script>document.title = 'broken'</script> **no**", "so no", "no")),
@@ -73,11 +75,17 @@ def test_nothing_to_do_needs_no_page(tmp_path):
     [
         ("$x$ and $y + 1$", ["x", "y + 1"]),
         ("$5 and $7", []),
+        ("$5, and $x$.", ["x"]),
+        ("$x +\ny$, $5\n\nor 7$", ["x + y"]),  # over the end of a line, not of a paragraph
+        (r"$\$5 + \$7$ and $50%$ and $1\%$", [r"\$5 + \$7", r"50\%", r"1\%"]),
         ("$$x$$ or \\[y\\] or \\(z\\)", ["x", "y", "z"]),
         (r"$\frac{1}{2}$.", [r"\frac{1}{2}"]),
         (r"\$3 and $4", []),
         (r"$\def\m{em}\rule{9\m}{9\m}$", []),
         ("$1\\kern 9999 em 2$", []),
+        (r"$\hspace{9999.em}$ $\hspace{9\@firstoftwo{em}{}}$", []),
+        (r"$\href{http://x}{y}$ $\url{x}$ $\includegraphics{x}$ $\htmlClass{x}{y}$", []),
+        (r"$a { b$ $a\) b$ \[a \( b \) c\]", []),
         (r"$\defect$", [r"\defect"]),
     ],
 )
@@ -107,6 +115,8 @@ def test_in_the_browser(browser, tmp_path):
     served = threading.Thread(target=label, args=(ITEMS, Log(path), port, False), daemon=True)
     served.start()
     page = browser.new_page(viewport={"width": 1280, "height": 800})
+    fetched = []
+    page.on("request", lambda request: fetched.append(request.url) if ".png" in request.url else None)
     for _ in range(100):
         try:
             page.goto(f"http://127.0.0.1:{port}")
@@ -121,10 +131,15 @@ def test_in_the_browser(browser, tmp_path):
     wait_for("2*3 + 4*5 = 26")  # not emphasis
     wait_for("4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)")  # nor a picture that is fetched
     wait_for("Costs $5 and $7, so")  # money
-    wait_for(r"\[\rule{9999em}{9999em}\]")  # would cover the page
-    assert page.locator(".katex").count() == 2  # the problem's formula, and the one between dollars
+    wait_for(r"\[\rule{9999em}{9999em}\] is no")  # would cover the page
+    wait_for(r"$a\) ![x](http://127.0.0.1:9/b.png) \(b$")
+    # The problem's formula, the one between dollars, x, and the tall one, which leaves room for others
+    page.locator(".katex").nth(3).wait_for()
+    assert page.locator(".katex").count() == 4
     assert page.locator(".katex-error").count() == 0
-    page.screenshot(path=tmp_path / "page.png")
+    assert page.evaluate("document.documentElement.scrollHeight") < 2500
+    assert not fetched
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
     page.click("#step-1")
     wait_for("1 of 3 done")
     assert read(path) == {"a": {"step": 1}}  # saved at once

@@ -317,6 +317,17 @@ def test_nothing_wrong(tmp_path, checker, caplog):
         session.localize(tmp_path, "arithmetic", JudgeOptions())
 
 
+def test_refused_and_cut_solutions_are_counted_as_such(tmp_path, checker):
+    ends = {"p0": "refused", "p1": "length", "p2": "stop"}
+    student = Student()
+    student.answer = lambda request: Completion("It is 5, as", ends[request.key.partition("/")[0]], 1, 1)
+    session = Session({MODEL: student}, checker)
+    counts = session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    assert counts == {"unreadable": 6}
+    expected = {"refused by the server": 2, "cut at max_new_tokens": 2, "no final answer": 2}
+    assert summarize([tmp_path]).unreadable == expected
+
+
 def test_nothing_readable(tmp_path, checker, caplog):
     session = Session({MODEL: Student(unreadable=1.0)}, checker)
     counts = session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)

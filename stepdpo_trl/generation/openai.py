@@ -150,10 +150,10 @@ class OpenAIGenerator:
                 trouble, pause = f"{type(error).__name__} ({error.__cause__ or error})", None
             except (ValueError, TypeError, KeyError, AttributeError, IndexError, self._openai.APIError) as error:
                 trouble, pause = f"a reply that is none ({type(error).__name__}: {error})", None
-            if self._stopping.is_set():
-                break
-            if attempt < self.tries:
+            if attempt < self.tries and not self._stopping.is_set():
                 self.sleep(max(pause or 0.0, min(60.0, 0.5 * 2 ** (attempt - 1))))
+            if self._stopping.is_set():  # also if Ctrl-C came in the pause
+                break
         raise GenerationError(
             self._scrub(
                 f"The server at {self.spec.base_url} did not answer {request.key!r} in {self.tries} tries; the last "

@@ -110,6 +110,7 @@ _STYLE = """
 .gradio-container {max-width: 60rem !important; width: 100%; margin: auto}
 .step {align-items: center; border-top: 1px solid var(--border-color-primary); padding: .2rem 0}
 .step button {min-width: 3.2rem; max-width: 3.2rem}
+.shown {max-height: 40rem; overflow: auto; contain: paint}
 footer {display: none !important}
 """
 _LATEX = [{"left": r"\[", "right": r"\]", "display": True}, {"left": r"\(", "right": r"\)", "display": False}]
@@ -165,6 +166,9 @@ def label(items: Sequence[ToLabel], answers: Answers, port: int | None = None, o
 
 
 def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
+    def written(markdown: str) -> None:
+        gradio.Markdown(markdown, latex_delimiters=_LATEX, elem_classes="shown")
+
     with gradio.Blocks(title="First wrong step", analytics_enabled=False) as page:
         turn = gradio.State(0)
 
@@ -176,10 +180,9 @@ def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
                 gradio.Markdown("# All done\nThis page can be closed.")
                 done.set()
                 return
-            gradio.Markdown(f"### Problem\n{_text(item.problem)}", latex_delimiters=_LATEX)
+            written(f"### Problem\n{_text(item.problem)}")
             with gradio.Accordion("Gold answer and solution", open=True):
-                gold = f"**{_text(item.answer)}**\n\n{_text(item.solution)}"
-                gradio.Markdown(gold, latex_delimiters=_LATEX)
+                written(f"**{_text(item.answer)}**\n\n{_text(item.solution)}")
 
             def button(text: str, name: str, act: Any, **style: Any) -> None:
                 # The number of turns says that there is something new to show
@@ -191,7 +194,7 @@ def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
             for step, text in enumerate(item.steps, start=1):
                 with gradio.Row(elem_classes="step"):
                     button(str(step), f"step-{step}", picks({"step": step}), variant="primary", scale=0, min_width=52)
-                    gradio.Markdown(_text(text), latex_delimiters=_LATEX)
+                    written(_text(text))
             with gradio.Row():
                 button("No step is wrong (n)", "none", picks({"step": None, "no_error": True}))
                 button("Skip (s)", "skip", picks({"step": None, "skipped": True}))
@@ -200,15 +203,19 @@ def _page(gradio: Any, labelling: Labelling, done: threading.Event) -> Any:
     return page
 
 
-# A single dollar opens a formula where no space follows it, and closes it where none is before and no digit behind it:
-# "$5 and $7" is money
+# A single dollar opens a formula where no space follows it, and closes it where none is before and no digit behind it
+# (Pandoc's tex_math_dollars): "$5 and $7" is money
 _FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$\w])\$(?=[^\s$])([^$\n]*?(?<![\s\\]))\$(?![\d$])", re.S
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
+    r"|(?<![\\$\w])\$(?![\s$])((?:\\.|(?!\n\s*\n)[^$\\])+?)(?<!\s)\$(?![\d$])",
+    re.S,
 )
-# What has a size, such as \rule{999em}{999em}, may cover the page; what defines a macro may hide that
+# What has a size, such as \rule{999em}{999em}, may cover the page; a macro may hide that. Links and pictures are none,
+# as KaTeX is not told to trust. A delimiter inside would end the formula, and what follows would be obeyed
 _NOT_SET = re.compile(
-    r"\\(?:rule|[gex]?def|let|futurelet|(?:re)?newcommand|providecommand)(?![a-z])"
-    r"|\d\s*(?:em|ex|mu|pt|pc|px|mm|cm|in|bp|dd|cc|nd|nc|sp)(?![a-z])"
+    r"\\(?:rule|includegraphics|href|url|html[A-Z]\w*|[gex]?def|let|futurelet|(?:re)?newcommand|providecommand|tmspace)"
+    r"(?![A-Za-z])|\\[A-Za-z]*@|\\[\[\])]"
+    r"|\d\.?\s*(?:em|ex|mu|pt|pc|px|mm|cm|in|bp|dd|cc|nd|nc|sp)(?![a-z])"
 )
 
 
@@ -218,17 +225,25 @@ def _text(text: str) -> str:
     for match in _FORMULA.finditer(text):
         display, formula = bool(match[1] or match[2]), next(group for group in match.groups() if group is not None)
         shown.append(_escape(text[end : match.start()]))
-        shown.append(_escape(match[0]) if _NOT_SET.search(formula) else _formula(formula, display))
+        shown.append(_formula(formula, display) if _can_be_set(formula) else _escape(match[0]))
         end = match.end()
     shown.append(_escape(text[end:]))
     return re.sub(r"\n[ \t]*", "  \n", "".join(shown))
 
 
+def _can_be_set(formula: str) -> bool:
+    braces = re.sub(r"\\.", "", formula, flags=re.S)  # one that is open would swallow what follows the formula
+    return not _NOT_SET.search(formula) and braces.count("{") == braces.count("}")
+
+
 def _escape(text: str) -> str:
-    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)
+    text = re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)
+    # KaTeX looks for \( and \[ in what is on the page; it does not look across elements
+    return text.replace("&#92;", "&#92;<wbr>")
 
 
 def _formula(formula: str, display: bool) -> str:
+    formula = re.sub(r"\\.|%", lambda match: r"\%" if match[0] == "%" else match[0], formula, flags=re.S)  # no comment
     formula = formula.replace("<", r"\lt ").replace(">", r"\gt ").replace("\n", " ")
     return rf"\[{formula}\]" if display else rf"\({formula}\)"
 

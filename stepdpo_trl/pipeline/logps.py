@@ -1,5 +1,6 @@
 """Log-probabilities of the two steps of a pair under a model."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,14 +34,22 @@ def add_logps(rows: list[dict[str, Any]], model: str, batch_size: int = 8) -> No
     for row in rows:
         prefix = ids(render(tokenizer, [{"role": "user", "content": row["prompt"]}], row["initial_reason_steps"]))
         jobs += [(row, name, prefix, ids(row[name])) for name in ("chosen", "rejected")]
+    cuts = "logits_to_keep" in inspect.signature(causal.forward).parameters  # as nearly all models can
     jobs.sort(key=lambda job: len(job[2]) + len(job[3]))
     for start in tqdm(range(0, len(jobs), batch_size), "log-probabilities", unit=" batches"):
         part = jobs[start : start + batch_size]
         width = max(len(prefix) + len(step) for _, _, prefix, step in part)
         tokens = [prefix + step + [generator.pad] * (width - len(prefix) - len(step)) for _, _, prefix, step in part]
         mask = [[1] * (len(p) + len(s)) + [0] * (width - len(p) - len(s)) for _, _, p, s in part]
+        # Logits are needed where a token of a step comes next, and of one row at a time in float32: those of all
+        # positions would take gigabytes with a large vocabulary
+        places = sorted({place for _, _, p, s in part for place in range(len(p) - 1, len(p) + len(s) - 1)})
+        places = places if cuts else list(range(width))
+        options = {"logits_to_keep": torch.tensor(places, device=causal.device)} if cuts else {}
         input_ids = torch.tensor(tokens, device=causal.device)
-        logits = causal(input_ids=input_ids, attention_mask=torch.tensor(mask, device=causal.device)).logits
-        logps = logits[:, :-1].float().log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-        for (row, name, prefix, step), scores in zip(part, logps, strict=True):
-            row[f"{name}_logps"] = scores[len(prefix) - 1 : len(prefix) + len(step) - 1].sum().item()
+        attention_mask = torch.tensor(mask, device=causal.device)
+        logits = causal(input_ids=input_ids, attention_mask=attention_mask, **options).logits
+        for (row, name, prefix, step), of_row in zip(part, logits, strict=True):
+            first = places.index(len(prefix) - 1)
+            logps = of_row[first : first + len(step)].float().log_softmax(-1)
+            row[f"{name}_logps"] = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()

@@ -123,8 +123,12 @@ class Policy:
 
     def _check(self, checks: Mapping[str, Check], key: str, completions: Mapping[str, Completion]) -> Check:
         check = checks[f"{self.whom}/{key}"]
-        if completions[key].finish_reason == "refused":
-            return Check(UNREADABLE, None, "refused by the server")
-        if completions[key].finish_reason == "length" and "\\boxed" not in completions[key].text:
-            return Check(UNREADABLE, check.answer, "cut at max_new_tokens")
-        return check
+        reason = why_no_answer(completions[key].finish_reason, completions[key].text)
+        return check if reason is None else Check(UNREADABLE, None, reason)
+
+
+def why_no_answer(finish_reason: str, text: str) -> str | None:
+    """Why a solution has no final answer, whatever could be read in its text, if there is a reason."""
+    if finish_reason == "refused":
+        return "refused by the server"
+    return "cut at max_new_tokens" if finish_reason == "length" and "\\boxed" not in text else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import GenerationError
+from .run_directory import RunError
 
 Work = Callable[[Any, Path, tuple[int, int]], Any]
 
@@ -28,6 +29,7 @@ def run_on_ray(
 
     Raises:
         GenerationError: If Ray is missing.
+        RunError: If a folder could not be worked on, with what was said there; the others are worked on to their ends.
     """
     try:
         import ray
@@ -40,13 +42,20 @@ def run_on_ray(
     def shard(row: dict[str, Any]) -> dict[str, Any]:
         from .session import Session
 
-        with Session() as session:
-            counts = work(session, Path(row["folder"]), (int(row["index"]), int(row["count"])))
-        return {"folder": row["folder"], "counts": dict(counts)}
+        try:
+            with Session() as session:
+                counts = work(session, Path(row["folder"]), (int(row["index"]), int(row["count"])))
+        except (RunError, GenerationError, ValueError, OSError) as error:  # Ray would bury it under its own frames
+            return {"folder": row["folder"], "counts": {}, "error": str(error)}
+        return {"folder": row["folder"], "counts": dict(counts), "error": ""}
 
     rows = [{"folder": str(folder.absolute()), "index": index, "count": count} for folder, (index, count) in folders]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     done = data.map(shard, num_gpus=num_gpus or None).take_all()
     for row in done:
-        print(f"{row['folder']}: {', '.join(f'{count} {what}' for what, count in row['counts'].items())}")
+        if not row["error"]:
+            print(f"{row['folder']}: {', '.join(f'{count} {what}' for what, count in row['counts'].items())}")
+    errors = list(dict.fromkeys(row["error"] for row in done if row["error"]))  # often the same for all
+    if errors:
+        raise RunError("\n".join(errors))
     return done

@@ -8,6 +8,7 @@ from typing import Any
 
 from .collect import read_problems_of, read_solutions
 from .localize import agreement
+from .policy import why_no_answer
 from .run_directory import RunDirectory
 
 
@@ -71,8 +72,8 @@ def _add(summary: Summary, run: RunDirectory) -> None:
         if solution.outcome == "right":
             solved.add(solution.problem.id)
         if solution.outcome == "unreadable":
-            reason = checks.get(solution.key, {}).get("reason")
-            summary.unreadable[reason or "cut at max_new_tokens"] += 1
+            reason = why_no_answer(solution.finish_reason, solution.text)
+            summary.unreadable[reason or checks.get(solution.key, {}).get("reason", "not recorded")] += 1
     summary.unsolved += len(tried - solved)
     for way, log in run.logs("verdicts").items():
         counts = summary.verdicts.setdefault(way, Counter())
