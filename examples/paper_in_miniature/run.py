@@ -83,7 +83,7 @@ class Scale:
         return self.epochs * self.pairs // self.batch
 
 
-QUICK = Scale(100, 8, 2, 4, 4, 20, 10, 1, (3e-5,), (0.4,), (2e-4,), 2, 4)
+QUICK = Scale(130, 12, 1, 2, 4, 20, 10, 1, (3e-5,), (0.4,), (2e-4,), 2, 4)
 TUNING = (100, 101)  # the seeds of trials: one may be lucky at a learning rate that is too high for others
 
 
