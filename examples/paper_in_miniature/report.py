@@ -153,6 +153,22 @@ def tuning(log: Log) -> str:
     return markdown(["", "greedy accuracy on validation problems, %"], rows)
 
 
+def used(log: Log) -> dict[str, Any]:
+    """The runs behind the tables. Problems solved are a text with a 1 for each, in their order."""
+    tests = {arm: results_of(log, arm) for arm in ("before", *ARMS)}
+    others = {key: log[key]["result"] for key in log if key.split("/")[0] in ("facts", "tune", "loop")}
+    return compact({"test": tests, **others})
+
+
+def compact(value: Any) -> Any:
+    """With lists of 0 and 1 as texts, and five digits of each figure."""
+    if isinstance(value, dict):
+        return {name: compact(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return "".join(map(str, value)) if set(map(str, value)) <= {"0", "1"} else list(map(compact, value))
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def write_report(log: Log, out: Path) -> str:
     """Write tables and pictures, and return the tables."""
     from pictures import draw
@@ -168,7 +184,7 @@ def write_report(log: Log, out: Path) -> str:
     }
     text = "\n".join(f"## {title}\n\n{table}\n" for title, table in parts.items())
     (out / "tables.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps({key: log[key]["result"] for key in log if key != "scale"}))
+    (out / "results.json").write_text(json.dumps(used(log)))
     draw(log, out)
     minutes = log["minutes"]["result"]
     return f"{text}\n{minutes:.0f} minutes. Tables, pictures and every run are in {str(out)!r}."
