@@ -97,9 +97,7 @@ def check_plain_columns(columns: Iterable[str], where: str) -> None:
     Raises:
         ValueError: If a column looks like a misspelt `initial_reason_steps`: the prefix would be left out unnoticed.
     """
-    columns = list(columns)
-    # "prefix" is what the paper's scripts write
-    for nearest in get_close_matches(PREFIX_COLUMN, columns, n=1, cutoff=0.85) or set(columns) & {"prefix"}:
+    for nearest in get_close_matches(PREFIX_COLUMN, columns, n=1, cutoff=0.85):
         raise ValueError(
             f"Column `{nearest}` of {where} looks like `{PREFIX_COLUMN}`, which is missing. Rename it to train on "
             "steps, or remove it to train on ordinary preference pairs."

@@ -55,6 +55,8 @@ class Scale:
             Problems.
         seeds (`int`):
             Runs of each method.
+        trial_seeds (`tuple`):
+            Seeds of trials. One may be lucky at a learning rate that is too high for others.
         rates, betas (`tuple`):
             Settings that are tried for each method.
         sft_rates (`tuple`):
@@ -71,6 +73,7 @@ class Scale:
     test: int = 500
     validation: int = 250
     seeds: int = 5
+    trial_seeds: tuple[int, ...] = (100, 101)
     rates: tuple[float, ...] = (3e-5, 6e-5, 1.2e-4, 2.4e-4, 4.8e-4)
     betas: tuple[float, ...] = (0.1, 0.4)
     sft_rates: tuple[float, ...] = (3e-5, 6e-5, 1.2e-4, 1.7e-4, 2.4e-4, 3.4e-4, 4.8e-4, 6.8e-4, 9.6e-4, 2e-3)
@@ -83,8 +86,7 @@ class Scale:
         return self.epochs * self.pairs // self.batch
 
 
-QUICK = Scale(70, 6, 1, 1, 2, 12, 6, 1, (3e-5,), (0.4,), (2e-4,), 2, 2)
-TUNING = (100, 101)  # the seeds of trials: one may be lucky at a learning rate that is too high for others
+QUICK = Scale(70, 6, 1, 1, 2, 12, 6, 1, (100,), (3e-5,), (0.4,), (2e-4,), 1, 2)
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,7 +104,7 @@ def parse_args() -> argparse.Namespace:
 def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Scale) -> Any:
     """Train one arm and measure it, on validation problems with a seed of trials, on test problems otherwise."""
     rows = read_rows(Path(folder) / f"{ARMS[arm].source}.jsonl")
-    held_out, tuning = rows[-scale.held_out :], seed in TUNING
+    held_out, tuning = rows[-scale.held_out :], seed in scale.trial_seeds
     rows = random.Random(seed).sample(rows[: -scale.held_out], scale.pairs)
     follow = held_out if arm in ("DPO", "Step-DPO") and not tuning else []
     model, log = train(ARMS[arm], rows, follow, scale.updates, scale.batch, rate, beta, seed)
@@ -156,7 +158,7 @@ def main() -> None:
         folder = collect(runs, out, scale, args.processes)
 
         def job(arm: str, rate: float, beta: float, seed: int) -> Any:
-            name = "tune" if seed in TUNING else "test"
+            name = "tune" if seed in scale.trial_seeds else "test"
             return f"{name}/{arm}/{rate:g}/{beta:g}/{seed}", trial, (folder, arm, rate, beta, seed, scale)
 
         def grid(arm: str) -> list[tuple[float, float]]:
@@ -165,7 +167,7 @@ def main() -> None:
             return [(rate, beta) for rate in scale.rates for beta in scale.betas]
 
         tuned = [arm for arm in ARMS if not ARMS[arm].tuned_as]
-        runs.do("Tuning", (job(arm, *one, seed) for arm in tuned for one in grid(arm) for seed in TUNING))
+        runs.do("Tuning", (job(arm, *one, seed) for arm in tuned for one in grid(arm) for seed in scale.trial_seeds))
         best = {arm: best_settings(log, arm) for arm in ARMS}
         runs.do("Before", iter([("test/before", before, (scale,))]))
         runs.do("Training", (job(arm, *best[arm], seed) for seed in range(scale.seeds) for arm in ARMS))
