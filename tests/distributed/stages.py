@@ -5,22 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.distributed.train import describe, leave, prepare_cpu
+from tests.distributed.train import describe, finish, leave, prepare_cpu
 from tests.sdpo import check_rows, record_rows, staged_run, two_stages
 from tests.test_reference import measure_swap
 from tests.training import logged
-
-
-def finish(trainer) -> None:
-    """Make room for the next trainer in this process."""
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()
 
 
 def check_purity(model, folder, backend) -> None:

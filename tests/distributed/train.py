@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor, Shard
@@ -19,11 +20,11 @@ from tests.tiny import step_rows
 from tests.training import logged, make_trainer
 
 
-def prepare_cpu(mode: str) -> dict[str, object]:
+def prepare_cpu(backend: str) -> dict[str, object]:
     """Stock accelerate and DeepSpeed expect GPUs; returns the training arguments that make them run without."""
-    if mode == "ddp":
+    if backend == "ddp":
         return {"use_cpu": True}
-    if mode.startswith("zero"):
+    if backend.startswith("zero"):
         import deepspeed
 
         # Compiles for a minute, and gains nothing here
@@ -37,7 +38,7 @@ def prepare_cpu(mode: str) -> dict[str, object]:
 
 
 def is_sharded(trainer) -> bool:
-    """Whether each process holds a part of what the mode says it shards."""
+    """Whether each process holds a part of what the back end says it shards."""
     wrapped = trainer.model_wrapped
     if trainer.is_deepspeed_enabled and wrapped.zero_optimization_stage() == 2:
         owned = sum(group.numel() for group in wrapped.optimizer.single_partition_of_fp32_groups)
@@ -47,13 +48,13 @@ def is_sharded(trainer) -> bool:
     return all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in wrapped.parameters())
 
 
-def describe(trainer, mode: str) -> dict[str, object]:
+def describe(trainer, backend: str) -> dict[str, object]:
     """What ran, which the tests compare with what should have."""
     return {
         "distributed_type": trainer.accelerator.distributed_type.value,
         "processes": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "sharded": mode != "ddp" and is_sharded(trainer),
+        "sharded": backend != "ddp" and is_sharded(trainer),
     }
 
 
@@ -70,6 +71,13 @@ def record_packs(trainer) -> list[tuple[int, int]]:
     return seen
 
 
+def finish(trainer) -> None:
+    """Make room for the next trainer in this process."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()
+
+
 def leave() -> NoReturn:
     """End all processes together, without the interpreter's teardown, in which Gloo's threads may abort."""
     if torch.distributed.is_initialized():
@@ -80,36 +88,39 @@ def leave() -> NoReturn:
 
 
 def main() -> None:
-    """Train, save, report."""
+    """Run each mode: train, save, report."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["ddp", "zero2", "zero3", "fsdp2"])
+    parser.add_argument("backend", choices=["ddp", "zero2", "zero3", "fsdp2"])
     parser.add_argument("model")
     parser.add_argument("output_dir")
-    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("modes", nargs="+", choices=["full", "lora"])
     args = parser.parse_args()
-    trainer = make_trainer(
-        args.model,
-        args.output_dir,
-        step_rows(12),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if args.lora else None,
-        per_device_train_batch_size=2,
-        shared_prefix="on",
-        max_length=165,
-        max_tokens_per_forward=170,
-        gradient_checkpointing=args.lora and args.mode != "zero3",  # where it is reentrant, which parts exclude
-        **prepare_cpu(args.mode),
-    )
-    packs = record_packs(trainer)
-    trainer.train()
-    trainer.save_model()
-    report = {
-        **describe(trainer, args.mode),
-        "loss": logged(trainer, "loss"),
-        "margins": logged(trainer, "rewards/margins"),
-        "packs": gather_object([packs]),
-    }
-    if trainer.is_world_process_zero():
-        (Path(args.output_dir) / "report.json").write_text(json.dumps(report))
+    for mode in args.modes:
+        lora, folder = mode == "lora", Path(args.output_dir) / mode
+        trainer = make_trainer(
+            args.model,
+            folder,
+            step_rows(12),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
+            per_device_train_batch_size=2,
+            shared_prefix="on",
+            max_length=165,
+            max_tokens_per_forward=170,
+            gradient_checkpointing=lora and args.backend != "zero3",  # where it is reentrant, which parts exclude
+            **prepare_cpu(args.backend),
+        )
+        packs = record_packs(trainer)
+        trainer.train()
+        trainer.save_model()
+        report = {
+            **describe(trainer, args.backend),
+            "loss": logged(trainer, "loss"),
+            "margins": logged(trainer, "rewards/margins"),
+            "packs": gather_object([packs]),
+        }
+        if trainer.is_world_process_zero():
+            (folder / "report.json").write_text(json.dumps(report))
+        finish(trainer)
     leave()
 
 
