@@ -8,6 +8,7 @@ from .cli_data import add_commands
 from .cli_eval import add_eval_command
 from .cli_inspect import add_inspect_command
 from .cli_loop import loop
+from .cli_options import parse
 from .generation import GenerationError
 from .loop import LoopError
 from .pipeline.run_directory import RunError
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         train(arguments[1:])
         return 0
     looped = arguments[:1] == ["loop"]
-    args = argparse.Namespace(command="loop") if looped else make_parser().parse_args(arguments)
+    args = argparse.Namespace(command="loop") if looped else parse(make_parser(), arguments)
     try:
         loop(arguments[1:]) if looped else args.handler(args)
     except (RunError, GenerationError, LoopError, ValueError, OSError) as error:

@@ -119,7 +119,7 @@ def _rectify_options(parser: argparse.ArgumentParser) -> None:
         metavar="JUDGES",
         help="who looks at the preferred step too: arithmetic, llm, prm, none",
     )
-    model_options(parser, "rectifier-", "another model that writes the preferred steps", given=False)
+    model_options(parser, "rectifier-", "another model that writes the preferred steps", flag="--rectifier")
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +217,7 @@ def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable
 
     way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
     check = None if args.check == "none" else args.check
-    rectifier = model_spec(args, "rectifier_")
+    rectifier = model_spec(args, "rectifier_", "--rectifier")
     check_rectify(check, options, wanted, most)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
@@ -278,7 +278,7 @@ def _data(args: argparse.Namespace) -> None:
         print(f"Shard done. With all shards in {args.out}: stepdpo build {args.out} --to {args.to}")
         return
     args.run = args.out
-    args.corrections = args.corrections or corrections_name(args.judge, model_spec(args, "rectifier_"))
+    args.corrections = args.corrections or corrections_name(args.judge, model_spec(args, "rectifier_", "--rectifier"))
     _build(args)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .cli_options import parse
 from .loop import MODEL, PAIRS, RUN, TRAINING, LoopError, run_loop
 
 # What each stage sets by itself
@@ -105,7 +106,7 @@ def _check_data(argv: list[str]) -> None:
         raise LoopError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
     parser = argparse.ArgumentParser(prog="stepdpo loop", allow_abbrev=False)
     add_commands(parser.add_subparsers())
-    parser.parse_args(["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
+    parse(parser, ["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
 
 
 def _check_training(argv: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,20 @@ def add_command(commands: Any, name: str, what: str, handler: Handler) -> argpar
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.set_defaults(handler=handler)
+    parser.set_defaults(handler=handler, parser=parser)
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments of commands added by [`add_command`]. For an unknown option the error names the nearest."""
+    args, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.partition("=")[0]
+        if not name.startswith("-"):
+            args.parser.error(f"{word!r} belongs to no option")
+        nearest = get_close_matches(name, args.parser._option_string_actions, n=1, cutoff=0.0)[0]
+        args.parser.error(f"{name} is not a known argument. Did you mean {nearest}?")
+    return args
 
 
 def model_options(

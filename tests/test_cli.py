@@ -41,6 +41,26 @@ def test_no_or_unknown_command(capsys, argv, message):
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("inspect", "pairs.jsonl", "--rwo", "1"),
+            "inspect: error: --rwo is not a known argument. Did you mean --row?",
+        ),
+        (
+            ("rectify", "run", "--rectifer=M"),
+            "rectify: error: --rectifer is not a known argument. Did you mean --rectifier?",
+        ),
+        (("report", "run", "another"), "'another' belongs to no option"),
+    ],
+)
+def test_unknown_options(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
 FILE_KINDS = [("parquet", "parquet"), ("json", "jsonl")]
 CPU = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", "--bf16", "false"]
 

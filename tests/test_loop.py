@@ -85,7 +85,7 @@ def test_more_stages_later_and_other_settings_never(tmp_path):
         ([], ["--output_dir=x"], "--output_dir cannot be given"),
         ([], ["--prompt_suffix", "step-dpo", *CPU], "word for word"),
         ([], ["--learning_rat", "1", *CPU], "Did you mean --learning_rate?"),
-        (["--sampels", "3"], [], "unrecognized arguments: --sampels 3"),
+        (["--sampels", "3"], [], "--sampels is not a known argument. Did you mean --samples?"),
         (["--stages", "0"], [], "at least 1"),
     ],
 )

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from stepdpo_trl import cli
+from stepdpo_trl.cli_loop import make_parser as loop_parser
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
-from stepdpo_trl.train import parse_arguments
+from stepdpo_trl.train import launcher_options, make_parser, parse_arguments
 
 from .test_evaluation_harness import stand_in_harness
 
@@ -105,6 +106,23 @@ def test_commands_of_the_recipes(monkeypatch):
             continue
         parser = cli.make_parser()
         parser.parse_args(words[1:])
+
+
+@pytest.mark.parametrize("file", [README, RECIPES], ids=["README", "recipes"])
+def test_options_in_the_text_exist(file):
+    """Those of the commands, of training and of what launches it; blocks of shell are tested by running them."""
+    commands_of_cli = cli.make_parser()._subparsers._group_actions[0].choices.values()
+    known = {name for command in commands_of_cli for name in command._option_string_actions}
+    known |= {
+        *make_parser()._option_string_actions,
+        *loop_parser()._option_string_actions,
+        *launcher_options(),
+        "--config",
+    }
+    text = re.sub(r"^ *```.*?^ *```", "", file.read_text(), flags=re.S | re.M)
+    named = {name for code in re.findall(r"`([^`]+)`", text) for name in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
+    assert len(named) > 3
+    assert named - known == set()
 
 
 def test_python_of_the_readme_is_valid():
