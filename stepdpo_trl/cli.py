@@ -10,7 +10,6 @@ from .cli_inspect import add_inspect_command
 from .cli_loop import loop
 from .cli_options import parse
 from .generation import GenerationError
-from .loop import LoopError
 from .pipeline.run_directory import RunError
 
 
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     args = argparse.Namespace(command="loop") if looped else parse(make_parser(), arguments)
     try:
         loop(arguments[1:]) if looped else args.handler(args)
-    except (RunError, GenerationError, LoopError, ValueError, OSError) as error:
+    except (RunError, GenerationError, ValueError, OSError) as error:
         return _error(args.command, error)
     except KeyboardInterrupt:
         print(f"\nstepdpo {args.command}: stopped. The same command goes on from here.", file=sys.stderr)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
-from .loop import MODEL, PAIRS, RUN, TRAINING, LoopError, run_loop
+from .loop import MODEL, PAIRS, RUN, TRAINING, run_loop
+from .pipeline.run_directory import RunError
 
 # What each stage sets by itself
 _OF_DATA = ("--out", "--to", "--shard", "--model", "--seed")
@@ -44,26 +45,26 @@ def loop(argv: list[str]) -> None:
             The command line behind `stepdpo loop`.
 
     Raises:
-        LoopError: If something cannot be used, or a part fails.
+        RunError: If something cannot be used, or a part fails.
     """
     parser = make_parser()
     place = argv.index("--") if "--" in argv else len(argv)
     args, data = parser.parse_known_args(argv[:place])
     training = argv[place + 1 :]
     if args.stages < 1:
-        raise LoopError(f"--stages {args.stages} must be at least 1.")
+        raise RunError(f"--stages {args.stages} must be at least 1.")
     _check_data(data)
     _check_training(training)
 
     def make_pairs(number: int, model: str, folder: Path) -> None:
         where = ["--out", str(folder / RUN), "--to", str(folder / PAIRS)]
         own = ["--model", model, "--seed", str(args.seed + number - 1)]
-        _run(number, ["data", *own, *where, *data])
+        _run(number, model, ["data", *own, *where, *data])
 
     def train(number: int, model: str, folder: Path) -> None:
         output_dir = folder / TRAINING
         own = ["--model_name_or_path", model, "--dataset_name", str(folder / PAIRS), "--output_dir", str(output_dir)]
-        _run(number, ["train", *own, *_resume(output_dir), *training])
+        _run(number, model, ["train", *own, *_resume(output_dir), *training])
         if (output_dir / "adapter_config.json").is_file():
             merge_adapter(output_dir, folder / MODEL)
         else:
@@ -103,7 +104,7 @@ def _check_data(argv: list[str]) -> None:
 
     given = [name for name in _OF_DATA if any(word.partition("=")[0] == name for word in argv)]
     if given:
-        raise LoopError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
+        raise RunError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
     parser = argparse.ArgumentParser(prog="stepdpo loop", allow_abbrev=False)
     add_commands(parser.add_subparsers())
     parse(parser, ["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
@@ -115,7 +116,7 @@ def _check_training(argv: list[str]) -> None:
 
     given = [name for name in _OF_TRAINING if any(word.partition("=")[0] == f"--{name}" for word in argv)]
     if given:
-        raise LoopError(f"{', '.join(f'--{name}' for name in given)} cannot be given: each stage has its own.")
+        raise RunError(f"{', '.join(f'--{name}' for name in given)} cannot be given: each stage has its own.")
     own = ["--model_name_or_path", "M", "--dataset_name", "pairs", "--output_dir", TRAINING]
     (_, config, _, _, sdpo), _, _ = parse_arguments(
         [*split_joined(argv), *own], prog="stepdpo loop ... --", launcher=True
@@ -124,7 +125,7 @@ def _check_training(argv: list[str]) -> None:
     asked |= {"prompt_template": config.prompt_template, "sdpo": sdpo.sdpo}
     asked = {name: value for name, value in asked.items() if value}
     if asked:
-        raise LoopError(
+        raise RunError(
             f"{', '.join(f'{name}={value!r}' for name, value in asked.items())} does not go with the loop: its pairs "
             "hold what the model was asked, word for word (--prompt), and its stages are its own. Leave it out."
         )
@@ -140,11 +141,12 @@ def _resume(output_dir: Path) -> list[str]:
         return []
 
 
-def _run(number: int, argv: list[str]) -> None:
+def _run(number: int, model: str, argv: list[str]) -> None:
     print(f"\nStage {number}: stepdpo {shlex.join(argv)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli", *argv])
     if done.returncode:
-        raise LoopError(
-            f"stage {number}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. When that is "
-            "mended, the same command goes on from here."
+        raise RunError(
+            f"stage {number}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. Where that can be "
+            "mended, the same command goes on from here. With other options, begin a loop in another folder from the "
+            f"last model: --model {model}"
         )

@@ -7,23 +7,19 @@ Stage t asks M_{t-1} for pairs (its mistakes, in its words) and trains M_{t-1} o
     stage-1/pairs.jsonl     its pairs
     stage-1/training/ ...   checkpoints
     stage-1/model/ ...      the model after the stage
-    loop.json               what was asked for
+    settings.jsonl          what was asked for
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from .pipeline.run_directory import RunDirectory
 
 PAIRS, RUN, TRAINING, MODEL = "pairs.jsonl", "run", "training", "model"  # in the folder of a stage
 
 # What a stage does. Each takes number of the stage, model of the stage before, and folder of the stage.
 Work = Callable[[int, str, Path], None]
-
-
-class LoopError(Exception):
-    """A loop that cannot go on; says why and what to do."""
 
 
 def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, settings: Mapping[str, Any]) -> None:
@@ -45,34 +41,15 @@ def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, 
             What the result depends on besides the model. More stages may be asked for later.
 
     Raises:
-        LoopError: If the folder holds another loop.
+        RunError: If the folder holds another loop, or another process works on it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out / "loop.json", {"model": model, **settings})
-    for number in range(1, stages + 1):
-        folder = out / f"stage-{number}"
-        if not (folder / MODEL).exists():
-            folder.mkdir(exist_ok=True)
-            if not (folder / PAIRS).exists():
-                make_pairs(number, model, folder)
-            train(number, model, folder)
-        model = str(folder / MODEL)
-
-
-def _keep_settings(file: Path, settings: dict[str, Any]) -> None:
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        different = [
-            f"{name}: {before.get(name)!r} then, {settings.get(name)!r} now"
-            for name in sorted(before.keys() | settings.keys())
-            if before.get(name) != settings.get(name)
-        ]
-        if different:
-            raise LoopError(
-                f"{file.parent} holds a loop with other settings ({'; '.join(different)}). Give those of then, or "
-                "another --out."
-            )
-        return
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    os.replace(unfinished, file)
+    with RunDirectory(out, create=True) as run:
+        run.keep_settings("loop", {"model": model, **settings})
+        for number in range(1, stages + 1):
+            folder = out / f"stage-{number}"
+            if not (folder / MODEL).exists():
+                folder.mkdir(exist_ok=True)
+                if not (folder / PAIRS).exists():
+                    make_pairs(number, model, folder)
+                train(number, model, folder)
+            model = str(folder / MODEL)

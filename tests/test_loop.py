@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl.cli import main
 from stepdpo_trl.cli_loop import _resume, merge_adapter
-from stepdpo_trl.loop import MODEL, PAIRS, LoopError, run_loop
+from stepdpo_trl.loop import MODEL, PAIRS, run_loop
+from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 
 CPU = ("--use_cpu", "true", "--bf16", "false")
@@ -73,8 +74,30 @@ def test_more_stages_later_and_other_settings_never(tmp_path):
     work = Work()
     work.run(tmp_path, stages=3, seed=0)
     assert work.asked == expected(tmp_path)[4:]
-    with pytest.raises(LoopError, match="seed: 0 then, 1 now"):
+    with pytest.raises(RunError, match=r"was begun with seed=0 \(now 1\)"):
         Work().run(tmp_path, stages=3, seed=1)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with RunDirectory(tmp_path), pytest.raises(RunError, match="Another process"):
+        Work().run(tmp_path)
+
+
+def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
+    argv = [
+        "loop",
+        "--model",
+        str(MODEL_PATH),
+        "--out",
+        str(tmp_path / "out"),
+        "--problems",
+        str(tmp_path / "none.jsonl"),
+    ]
+    assert main([*argv, "--", *CPU]) == 2
+    said = capfd.readouterr().err
+    assert "There is no file" in said
+    assert "stage 1: `stepdpo data` ended with status 2" in said
+    assert f"--model {MODEL_PATH}" in said
 
 
 @pytest.mark.parametrize(
