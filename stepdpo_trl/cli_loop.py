@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
+from .fingerprint import fingerprint
 from .loop import MODEL, PAIRS, RUN, TRAINING, run_loop
 from .pipeline.run_directory import RunError
 
@@ -26,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         "-- [option of `stepdpo train` ...]",
         description="Alternate between making pairs and training on them: each stage's pairs are sampled anew from "
         "the model that the last stage made, which is the reference too. Give the same command again after an "
-        "interruption.",
+        "interruption. Options other than --model and --seed may change for what has not begun.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="the model to begin with: id or folder")
@@ -59,18 +60,18 @@ def loop(argv: list[str]) -> None:
     def make_pairs(number: int, model: str, folder: Path) -> None:
         where = ["--out", str(folder / RUN), "--to", str(folder / PAIRS)]
         own = ["--model", model, "--seed", str(args.seed + number - 1)]
-        _run(number, model, ["data", *own, *where, *data])
+        _run(folder, ["data", *own, *where, *data])
 
     def train(number: int, model: str, folder: Path) -> None:
         output_dir = folder / TRAINING
         own = ["--model_name_or_path", model, "--dataset_name", str(folder / PAIRS), "--output_dir", str(output_dir)]
-        _run(number, model, ["train", *own, *_resume(output_dir), *training])
+        _run(folder, ["train", *own, *_resume(output_dir), *training])
         if (output_dir / "adapter_config.json").is_file():
             merge_adapter(output_dir, folder / MODEL)
         else:
             os.replace(output_dir, folder / MODEL)
 
-    settings = {"data": data, "training": training, "seed": args.seed}
+    settings = {"model": args.model, "weights": fingerprint([args.model]), "seed": args.seed}
     run_loop(args.out, args.model, args.stages, make_pairs, train, settings)
     print(f"{args.stages} stages done. The model is in {args.out / f'stage-{args.stages}' / MODEL}.")
 
@@ -107,7 +108,12 @@ def _check_data(argv: list[str]) -> None:
         raise RunError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
     parser = argparse.ArgumentParser(prog="stepdpo loop", allow_abbrev=False)
     add_commands(parser.add_subparsers())
-    parse(parser, ["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
+    args = parse(parser, ["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
+    if args.base_url or args.backend == "openai":
+        raise RunError(
+            "--base-url does not go with the loop: a server would go on answering with the model that it has loaded. "
+            "Leave it out; the loop loads the model of each stage by itself (--backend transformers or vllm)."
+        )
 
 
 def _check_training(argv: list[str]) -> None:
@@ -141,12 +147,12 @@ def _resume(output_dir: Path) -> list[str]:
         return []
 
 
-def _run(number: int, model: str, argv: list[str]) -> None:
-    print(f"\nStage {number}: stepdpo {shlex.join(argv)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli", *argv])
+def _run(folder: Path, argv: list[str]) -> None:
+    print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
+    # The lock of the loop's folder goes along
+    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli", *argv], close_fds=False)
     if done.returncode:
         raise RunError(
-            f"stage {number}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. Where that can be "
-            "mended, the same command goes on from here. With other options, begin a loop in another folder from the "
-            f"last model: --model {model}"
+            f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. Where that can be "
+            f"mended, the same command goes on from here. To begin the stage anew with other options, remove {folder}."
         )

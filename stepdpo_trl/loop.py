@@ -38,18 +38,18 @@ def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, 
         train (`Work`):
             Trains on it, and leaves the model in `model/`, once it is whole.
         settings (`Mapping`):
-            What the result depends on besides the model. More stages may be asked for later.
+            What holds for all stages. More stages may be asked for later.
 
     Raises:
         RunError: If the folder holds another loop, or another process works on it.
     """
-    with RunDirectory(out, create=True) as run:
-        run.keep_settings("loop", {"model": model, **settings})
+    with RunDirectory(out, create=True, inherited=True) as run:
         for number in range(1, stages + 1):
             folder = out / f"stage-{number}"
+            folder.mkdir(exist_ok=True)
+            if not (folder / PAIRS).exists() and not (folder / MODEL).exists():
+                make_pairs(number, model, folder)
+            run.keep_settings("loop", settings)  # nothing rests on them before there are pairs
             if not (folder / MODEL).exists():
-                folder.mkdir(exist_ok=True)
-                if not (folder / PAIRS).exists():
-                    make_pairs(number, model, folder)
                 train(number, model, folder)
             model = str(folder / MODEL)

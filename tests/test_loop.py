@@ -1,8 +1,10 @@
 """Stages whose pairs come from the model of the last one: order, interruptions, the whole way on the small model."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -78,9 +80,43 @@ def test_more_stages_later_and_other_settings_never(tmp_path):
         Work().run(tmp_path, stages=3, seed=1)
 
 
+def test_nothing_is_settled_before_there_are_pairs(tmp_path):
+    """A wrong first command can be mended."""
+    with pytest.raises(StoppedError):
+        Work(stop_at=0).run(tmp_path, seed=0)
+    work = Work()
+    work.run(tmp_path, seed=1)
+    assert work.asked == expected(tmp_path)
+
+
 def test_one_process_at_a_time(tmp_path):
     with RunDirectory(tmp_path), pytest.raises(RunError, match="Another process"):
         Work().run(tmp_path)
+
+
+def test_what_a_killed_loop_started_is_waited_for(tmp_path):
+    """An orphan may still train in the folder."""
+    started = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], close_fds=False)"
+    script = (
+        "import sys; from pathlib import Path; from stepdpo_trl.loop import run_loop\n"
+        f"def work(*args):\n    print('at work', flush=True); {started}\n"
+        "run_loop(Path(sys.argv[1]), 'M0', 1, work, work, {})"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "at work\n"
+        time.sleep(1)  # for the orphan to be there
+        process.kill()
+        process.wait()
+        with pytest.raises(RunError, match=f"process {process.pid}, or what it started, on"):
+            Work().run(tmp_path)
+        process.stdin.close()  # which ends the orphan
+        for _ in range(100):
+            with contextlib.suppress(RunError):
+                Work().run(tmp_path)
+                break
+            time.sleep(0.1)
+    assert (tmp_path / "stage-3" / "model").exists()
 
 
 def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
@@ -96,8 +132,8 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
     assert main([*argv, "--", *CPU]) == 2
     said = capfd.readouterr().err
     assert "There is no file" in said
-    assert "stage 1: `stepdpo data` ended with status 2" in said
-    assert f"--model {MODEL_PATH}" in said
+    assert "stage-1: `stepdpo data` ended with status 2" in said
+    assert f"remove {tmp_path / 'out' / 'stage-1'}" in said
 
 
 @pytest.mark.parametrize(
@@ -110,6 +146,7 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
         ([], ["--learning_rat", "1", *CPU], "Did you mean --learning_rate?"),
         (["--sampels", "3"], [], "--sampels is not a known argument. Did you mean --samples?"),
         (["--stages", "0"], [], "at least 1"),
+        (["--base-url", "http://localhost:1/v1"], [], "would go on answering with the model that it has loaded"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_done(data, training, message, tmp_path, capsys):

@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..fingerprint import fingerprint
 from ..generation import ModelSpec, Sampling
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
@@ -23,8 +23,6 @@ from .majority import Answers, vote
 from .results import compare, measure
 
 logger = logging.getLogger(__name__)
-
-CHUNK, CHUNKS = 2**16, 64  # bytes of a file of weights that are looked at
 
 
 def evaluate(
@@ -153,21 +151,7 @@ def _names(models: Sequence[ModelSpec]) -> list[str]:
 def identity(spec: ModelSpec) -> dict[str, Any]:
     """What answers depend on. A server may move."""
     named = {name: getattr(spec, name) for name in ("model", "adapter", "backend", "tokenizer", "dtype")}
-    return {**named, "weights": _fingerprint(spec)}
-
-
-def _fingerprint(spec: ModelSpec) -> str | None:
-    """A short name for weights in folders: one that was trained on since is another model."""
-    folders = [Path(place) for place in (spec.model, spec.adapter) if place and Path(place).is_dir()]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    seen = sha256()
-    for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as content:
-            for start in range(0, size, max(CHUNK, size // CHUNKS)):  # all of it would take as long as loading it
-                content.seek(start)
-                seen.update(content.read(CHUNK))
-    return seen.hexdigest()[:16] if files else None
+    return {**named, "weights": fingerprint([spec.model, spec.adapter, spec.tokenizer])}
 
 
 def _answer(

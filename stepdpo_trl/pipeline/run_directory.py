@@ -105,6 +105,13 @@ def _append(path: Path, content: bytes) -> None:
             raise
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"The folder {folder} cannot be made ({error.strerror}). Name another.") from error
+
+
 class RunDirectory:
     """
     The folder of a run, for one process at a time.
@@ -114,15 +121,18 @@ class RunDirectory:
             The folder.
         create (`bool`, *optional*, defaults to `False`):
             Whether to make it where it is missing.
+        inherited (`bool`, *optional*, defaults to `False`):
+            Whether processes that this one starts with `close_fds=False` are in the folder as well: if this one is
+            killed, the next waits for them.
 
     Raises:
         RunError: If it is missing, or another process works on it.
     """
 
-    def __init__(self, path: str | Path, create: bool = False) -> None:
+    def __init__(self, path: str | Path, create: bool = False, inherited: bool = False) -> None:
         self.path = Path(path)
         if create:
-            self.path.mkdir(parents=True, exist_ok=True)
+            _make(self.path)
         if not self.path.is_dir():
             raise RunError(f"{self.path} is not the folder of a run. Begin one: stepdpo collect --out {self.path} ...")
         self._lock = (self.path / "lock").open("a+")
@@ -136,8 +146,9 @@ class RunDirectory:
                 f"Another process ({owner}) works on {self.path}. Wait for it or stop it; for a second run beside it, "
                 "give another folder."
             ) from error
+        os.set_inheritable(self._lock.fileno(), inherited)
         self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._lock.write(f"process {os.getpid()}{', or what it started,' * inherited} on {os.uname().nodename}")
         self._lock.flush()
 
     def __enter__(self) -> "RunDirectory":
