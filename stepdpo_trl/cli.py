@@ -51,7 +51,7 @@ def train(argv: list[str]) -> None:
     launch_command(launch)
 
 
-def _error(command: str, error: Exception) -> int:
+def _error(command: str, error: Exception | str) -> int:
     print(f"stepdpo {command}: error: {error}", file=sys.stderr)
     return 2
 
@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     args = argparse.Namespace(command="loop") if looped else parse(make_parser(), arguments)
     try:
         loop(arguments[1:]) if looped else args.handler(args)
-    except (RunError, GenerationError, ValueError, OSError) as error:
+    except OSError as error:
+        named = error.filename and error.strerror
+        return _error(args.command, f"{error.filename}: {error.strerror}." if named else error)
+    except (RunError, GenerationError, ValueError) as error:
         return _error(args.command, error)
     except KeyboardInterrupt:
         print(f"\nstepdpo {args.command}: stopped. The same command goes on from here.", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Arguments of the command that measures accuracy: eval."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from .cli_options import add_command, model_options, model_spec, positive, text_
 from .evaluation.harness import HARNESS
 from .evaluation.problems import PROBLEM_SETS, load_problems
 from .generation import ModelSpec, Sampling
+from .model_folders import adapter_base
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.run_directory import RunError
 from .prompts import STEP_PROMPTS
@@ -15,6 +17,7 @@ from .prompts import STEP_PROMPTS
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}
 DEFAULTS |= {"max_new_tokens": 1024, "seed": 0}
+PROMPTS = {"arithmetic": "plain"}  # of known problems whose model was trained on another
 
 
 def add_eval_command(commands: Any) -> None:
@@ -49,12 +52,18 @@ def _adapter(group: Any, prefix: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    model, other = model_spec(args), model_spec(args, "against_", "--against")
+    model, other = (_on_base(spec) for spec in (model_spec(args), model_spec(args, "against_", "--against")))
     assert model is not None
     if args.tasks:
         _eval_tasks(args, model, other)
     else:
         _eval_problems(args, [model, other] if other else [model])
+
+
+def _on_base(spec: ModelSpec | None) -> ModelSpec | None:
+    """An adapter that is named as a model, on its base model."""
+    base = adapter_base(spec.model) if spec and not spec.adapter and not spec.base_url else None
+    return replace(spec, model=base, adapter=spec.model) if spec and base else spec
 
 
 def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
@@ -72,7 +81,10 @@ def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | N
 
 
 def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
-    options = {**DEFAULTS, **{name: value for name, value in vars(args).items() if value is not None}}
+    options = {**DEFAULTS, "prompt": PROMPTS.get(args.problems, DEFAULTS["prompt"])}
+    options |= {name: value for name, value in vars(args).items() if value is not None}
+    if args.top_p is not None and not options["temperature"]:
+        raise RunError(f"--top-p {args.top_p} has no effect at temperature 0. Leave it out, or give a --temperature.")
     sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
     prompt = resolve_step_prompt(text_of(options["prompt"]), args.opening)
     from .evaluation.evaluate import check_options, evaluate

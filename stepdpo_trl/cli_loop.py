@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
-from .fingerprint import fingerprint
 from .loop import MODEL, PAIRS, RUN, TRAINING, run_loop
+from .model_folders import adapter_base, fingerprint
 from .pipeline.run_directory import RunError
 
 # What each stage sets by itself
@@ -86,13 +86,13 @@ def merge_adapter(adapter: Path, to: Path) -> None:
         to (`Path`):
             Where the model goes. Appears when all of it is written.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     unfinished = to.with_name(to.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     # AutoPeftModelForCausalLM would cut the embeddings to the size of the tokenizer
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base: Any = adapter_base(str(adapter))
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(unfinished)

@@ -10,6 +10,8 @@ from typing import Any
 from .generation import BACKENDS, ModelSpec
 from .pipeline.run_directory import RunError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 Handler = Callable[[argparse.Namespace], None]
 
 
@@ -71,7 +73,7 @@ def model_options(
     group.add_argument(f"--{prefix}base-url", metavar="URL", help="OpenAI-compatible server: http://localhost:8000/v1")
     group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template (the model's)")
     group.add_argument(f"--{prefix}batch-size", type=positive, help="sequences, or requests to a server, at once (32)")
-    group.add_argument(f"--{prefix}dtype", help="data type of the weights (auto)")
+    group.add_argument(f"--{prefix}dtype", choices=DTYPES, help="data type of the weights (auto)")
     group.add_argument(f"--{prefix}api-key-variable", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
     return group
 
@@ -84,9 +86,21 @@ def positive(text: str) -> int:
 
 
 def text_of(name_or_file: str) -> str:
-    """A name, or what stands in a file."""
+    """
+    A name, or what stands in a file.
+
+    Raises:
+        RunError: If there is no such file, or it holds no text.
+    """
     path = Path(name_or_file)
-    return path.read_text(encoding="utf-8") if path.suffix and path.is_file() else name_or_file
+    if not path.suffix or "{{" in name_or_file:
+        return name_or_file
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}). Name a file with a template.") from error
 
 
 def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:

@@ -111,7 +111,8 @@ def test_models_share_seeds_and_nothing_else(tmp_path, checker):
     results = run(tmp_path, checker, *students)
     assert students[0].asked == students[1].asked
     assert len(students[0].asked) == 120
-    assert results["difference"]["interval"] == (0.0, 0.0)
+    assert results["difference"]["interval"] is None  # resamples of nothing but zeros tell nothing
+    assert "+0.0 percentage points (no interval" in table(results)
     assert results["difference"]["mcnemar"]["p"] == 1.0
 
 
@@ -122,8 +123,9 @@ def test_other_settings_are_refused(tmp_path, checker):
         with pytest.raises(RunError, match="another folder"):
             run(tmp_path, checker, Student(), **other)
     problems = draw_records(40)
-    with pytest.raises(RunError, match="is another one than when"):
-        run(tmp_path, checker, Student(), problems=[Problem("p0", "What is 1 + 1?", "2"), *problems[1:]])
+    for first in (Problem("p0", "What is 1 + 1?", "2"), Problem("other", "What is 1 + 1?", "2")):
+        with pytest.raises(RunError, match=r"'count': 40, 'digest': .* \(now .*'count': 40, 'digest': "):
+            run(tmp_path, checker, Student(), problems=[first, *problems[1:]])
     assert contents(tmp_path) == before
     Session({ONE: Student()}, checker).collect(
         tmp_path / "run", problems, "drawn", ONE, STEP_PROMPTS["plain"], SAMPLING, 1
@@ -220,6 +222,10 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
     assert first != second
     assert results["difference"]["accuracy"] == pytest.approx((first - second) / 24)
     assert f"{names[0]} less {names[1]}" in capsys.readouterr().out
+    # Named as a model it is put on its base model
+    given = ("--model", tmp_path / "adapter", "--problems", tmp_path / "problems.jsonl", "--out", tmp_path / "same")
+    assert stepdpo("eval", *given, *COMMAND[3:]) == 0
+    assert [row["models"][names[1]]["samples"][0]["text"] for row in read(tmp_path / "same")[0]] == texts[1]
     # Trained on since, it is another adapter
     adapted.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight.data.zero_()
     adapted.save_pretrained(tmp_path / "adapter")
@@ -267,9 +273,17 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         ((*ASKED, "--against", "./x/../m"), "is the model itself"),
         ((*ASKED, "--against-backend", "vllm"), "not its name: --against."),
         ((*ASKED, "--samples", 4), "at temperature 0"),
-        ((*ASKED, "--temperature", -1), "must not be negative"),
+        ((*ASKED, "--temperature", -1), "must be finite and not negative"),
         ((*ASKED, "--prompt", "plan"), "Did you mean 'plain'?"),
         ((*ASKED, "--prompt", "t.jinja"), "does not contain the problem"),
+        ((*ASKED, "--prompt", "u.jinja"), "u.jinja cannot be read (No such file"),
+        ((*ASKED, "--top-p", 0.5), "--top-p 0.5 has no effect at temperature 0"),
+        ((*ASKED, "--against", "m", "--adapter", "a", "--against-adapter", "./a"), "is the model itself"),
+        (
+            ("eval", "--model", MODEL_PATH, "--out", "p.jsonl", *ASKED[5:]),
+            "The folder p.jsonl cannot be made (File ex",
+        ),
+        ((*EVAL, "--problems", "f.parquet"), "f.parquet is not a Parquet file that can be read"),
         ((*ASKED, "--adapter", "a", "--backend", "vllm"), "does not load the adapter"),
         (ASKED, "'./m' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
@@ -288,6 +302,7 @@ def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkey
     (tmp_path / "b.jsonl").write_text('{"problem": "What is 1 + 1?"}')
     (tmp_path / "g.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "\\\\frac{2"}')
     (tmp_path / "t.jinja").write_text("Solve this.")
+    (tmp_path / "f.parquet").write_text("none")
     assert stepdpo(*arguments) == 2
     assert message in capsys.readouterr().err
 

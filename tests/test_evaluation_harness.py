@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 import types
 
@@ -61,6 +62,15 @@ def stand_in_harness(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     return stand_in_harness(monkeypatch)
+
+
+def test_a_model_without_chat_and_another_tokenizer(tmp_path, calls):
+    shutil.copytree(MODEL_PATH, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    command = ("eval", "--tasks", "gsm8k", "gsm8k", "--model", tmp_path / "base", "--tokenizer", tmp_path / "base")
+    assert stepdpo(*command, "--out", tmp_path / "out") == 0
+    (call,) = calls
+    assert call["model_args"]["tokenizer"] == str(tmp_path / "base")
 
 
 def test_h4_is_handed_over(tmp_path, calls, capsys):

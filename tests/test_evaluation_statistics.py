@@ -63,6 +63,7 @@ def test_bootstrap():
     error = np.std(differences) / len(differences) ** 0.5
     assert (low, high) == pytest.approx((0.09 - 1.96 * error, 0.09 + 1.96 * error), abs=0.002)
     assert bootstrap(differences) == (low, high) != bootstrap(differences, seed=1)
+    assert bootstrap([0.5] * 9) is None
     # Resampled one problem at a time
     rng = np.random.default_rng(0)
     shares = [0.25, -0.5, 0.75, 0.0, 1.0, 0.25]

@@ -160,3 +160,11 @@ def test_bad_descriptions(spec, message):
 def test_bad_sampling(values):
     with pytest.raises(ValueError, match="must"):
         Sampling(*values)
+
+
+def test_answers_beyond_the_context_are_warned_of_once(quickstart, caplog):
+    generator = TransformersGenerator(*quickstart)
+    prompt = generator.render("What is 2 + 3?", "")
+    for _ in range(2):
+        list(generator.generate([Request("a", prompt, 0)], Sampling(0.0, 1.0, 600), {"a"}))
+    assert caplog.text.count("max_new_tokens=600 go beyond the 512 positions of the model") == 1

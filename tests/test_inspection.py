@@ -400,6 +400,10 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW] * 3, ["--row", "3"], "--row 3: {} has 3 rows, from 0 to 2."),
         ([STEP_ROW], ["--reference", "m"], "--reference needs --model"),
         ([STEP_ROW], ["--dtype", "auto"], "--dtype needs --model"),
+        ([STEP_ROW], ["--beta", "0.2"], "--beta needs --model"),
+        ([STEP_ROW], ["--model", "m", "--beta", "nan"], "--beta nan must be a number above 0"),
+        ([STEP_ROW], ["--split", "test"], "has no splits"),
+        ([STEP_ROW], ["--html", "."], "--html . is a folder"),
         ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix decides on tokens"),
         ([STEP_ROW], ["--solution", "a"], "--solution is for the folder of a run"),
         ([STEP_ROW], ["--html", "nowhere/page.html"], "there is no folder nowhere"),
@@ -424,7 +428,11 @@ def test_errors_are_one_sentence(rows, argv, message, chat_model, tmp_path, caps
 def test_missing_files_splits_and_solutions(run_folder, tmp_path, capsys, monkeypatch):
     write_rows(tmp_path / "pairs.jsonl", STEP_ROW)
     (tmp_path / "bad.jsonl").write_text('{"prompt": ')
+    (tmp_path / "eval").mkdir()
+    for name in ("settings.jsonl", "results.json"):
+        (tmp_path / "eval" / name).write_text('{"key": "eval"}\n')
     cases = [
+        (tmp_path / "eval", [], "is the folder of an evaluation; its solutions stand in"),
         (tmp_path / "pair.jsonl", [], f"There is no file {tmp_path}/pair.jsonl. Did you mean {tmp_path}/pairs.jsonl?"),
         (tmp_path / "bad.jsonl", [], "cannot be read"),
         (run_folder, ["--row", "2"], f"--row 2: {run_folder} has 2 solutions, from 0 to 1."),

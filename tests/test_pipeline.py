@@ -268,6 +268,8 @@ def test_selection():
         ('{"problem": " ", "answer": "2"}', "`problem` is empty"),
         ('{"id": 1, "problem": "a", "answer": "2"}\n{"id": 1, "problem": "b", "answer": "2"}', "the id '1' again"),
         ('{"problem": "a", "answer": "2"}\n{"problem": "a", "answer": "2"}', "the text of row 1 again"),
+        ('{"problem": 5, "answer": "2"}', r"`problem` is no text \(5\)"),
+        ('{"problem": "a\\ud800", "answer": "2"}', "row 1: is no text that can be written"),
         ('{"problem": "a", ', "Line 1 of .* is not JSON"),
         ("[1]", "is not an object"),
         ("", "has no problems"),
@@ -282,8 +284,12 @@ def test_problems_that_cannot_be_used(tmp_path, content, message):
 
 def test_problems_as_published(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
-    path.write_text(json.dumps({"question": "How many?", "answer": "Add.\u2028Then 1+1 = <<1+1=2>>2\n#### 2"}))
+    path.write_text(
+        "\ufeff"
+        + json.dumps({"id": None, "question": "How many?", "answer": "Add.\u2028Then 1+1 = <<1+1=2>>2\n#### 2"})
+    )
     (problem,) = read_problems(path)
+    assert problem.id != "None"
     assert (problem.problem, problem.answer, problem.solution) == (
         "How many?",
         "2",

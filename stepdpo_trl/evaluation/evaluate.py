@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..fingerprint import fingerprint
 from ..generation import ModelSpec, Sampling
+from ..model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
-from ..pipeline.records import Problem
+from ..pipeline.records import Problem, digest
 from ..pipeline.run_directory import RunDirectory, RunError
 from ..pipeline.session import Session, file_name
 from ..pipeline.stage import Stage
@@ -73,7 +73,7 @@ def evaluate(
 
             check_model(model)
     settings = {
-        "problems": {"name": name, "count": len(problems)},
+        "problems": {"name": name, "count": len(problems), "digest": digest(*problems)},
         "models": [identity(model) for model in models],
         "prompt": asdict(prompt),
         "sampling": asdict(sampling),
@@ -107,7 +107,10 @@ def check_options(models: Sequence[ModelSpec], sampling: Sampling, samples: int)
     Raises:
         RunError: If not.
     """
-    places = [{**identity(model), "model": Path(model.model).resolve()} for model in models]
+    places = [
+        {**identity(model), **{name: Path(getattr(model, name) or "").resolve() for name in ("model", "adapter")}}
+        for model in models
+    ]
     if len(models) == 2 and places[0] == places[1]:
         raise RunError(
             f"--against {models[1].model!r} is the model itself: there is nothing to compare. Name another model or "

@@ -74,8 +74,8 @@ def evaluate_tasks(
     from ..generation.chat import check_model
     from .evaluate import begin, identity, write_text
 
-    check_model(model)
-    tasks = [task for name in names for task in HARNESS[name]]
+    check_model(model, template=False)  # tasks are texts to be continued, also by models without chat
+    tasks = [task for name in dict.fromkeys(names) for task in HARNESS[name]]
     settings = {"tasks": [asdict(task) for task in tasks], "model": identity(model), "limit": limit}
     with begin(path, settings) as run:
         done = run.log("tasks")
@@ -121,6 +121,7 @@ def handed_over(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
         arguments = {"model": model.model, **server, "tokenizer": model.tokenizer or model.model}
         return {"model": "local-completions", "model_args": arguments, "batch_size": 1}
     arguments = {"pretrained": model.model, "dtype": model.dtype}
+    arguments |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
     if model.backend == "vllm":
         return {"model": "vllm", "model_args": arguments, "batch_size": batch_size or "auto"}
     from torch.cuda import is_available

@@ -107,11 +107,14 @@ def table(results: dict[str, Any]) -> str:
 def _difference(results: dict[str, Any]) -> list[str]:
     first, second = (each["model"] for each in results["results"])
     difference, test = results["difference"], results["difference"]["mcnemar"]
-    low, high = difference["interval"]
-    points = show(100 * difference["accuracy"], (100 * low, 100 * high), "+.1f")
+    interval, accuracy = difference["interval"], 100 * difference["accuracy"]
+    bootstrapped = f"{accuracy:+.1f} percentage points (no interval: it is the same on every problem)"
+    if interval:
+        low, high = interval
+        bootstrapped = f"{show(accuracy, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
     solved = "solved by majority" if results["samples"] > 1 else "solved"
     return [
-        f"{first} less {second}: {points} percentage points (paired bootstrap)",
+        f"{first} less {second}: {bootstrapped}",
         f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first alone {test['only_first']}, by the second "
         f"alone {test['only_second']}, by both {test['both']}, by neither {test['neither']}",
     ]

@@ -73,7 +73,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval | None:
     """
     The 95 % percentile interval of the mean of paired differences, by resampling problems.
 
@@ -86,12 +86,15 @@ def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESA
             Resamples.
 
     Returns:
-        `tuple[float, float]`: The interval.
+        `tuple[float, float]`: The interval, or `None` where all differences are equal: resamples are then, too, and
+        say nothing of other problems.
     """
     import numpy as np
 
     # Drawing problems with replacement is drawing how often each different value comes up
     values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
+    if len(values) == 1:
+        return None
     drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=resamples)
     low, high = np.quantile(drawn @ values / len(differences), (0.025, 0.975))
     return float(low), float(high)

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from .protocol import GenerationError, ModelSpec
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, template: bool = True, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
-    Load a tokenizer that has a chat template.
+    Load a tokenizer, by default one that has a chat template.
 
     Raises:
         GenerationError: If it cannot be loaded, or has none.
@@ -19,7 +19,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise GenerationError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
-    if not tokenizer.chat_template:
+    if template and not tokenizer.chat_template:
         raise GenerationError(
             f"The tokenizer of {name!r} has no chat template, so it is not known how a question is put to the model. "
             "Take a model that was trained on conversations, or set `tokenizer.chat_template` and save it beside the "
@@ -28,18 +28,20 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_model(spec: ModelSpec) -> None:
+def check_model(spec: ModelSpec, template: bool = True) -> None:
     """
     Find out, without loading the weights, whether a model is there.
 
     Args:
         spec (`ModelSpec`):
             The model. Of one behind a server, its tokenizer is looked at.
+        template (`bool`, *optional*, defaults to `True`):
+            Whether it needs a chat template.
 
     Raises:
         GenerationError: If something is missing.
     """
-    load_tokenizer(spec.tokenizer or spec.model)
+    load_tokenizer(spec.tokenizer or spec.model, template)
     what = f"model {spec.model!r}"
     try:
         if spec.backend != "openai":

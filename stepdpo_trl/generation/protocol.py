@@ -76,7 +76,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature={self.temperature}` must not be negative. 0 is greedy, 0.8 the paper's.")
+            raise ValueError(
+                f"`temperature={self.temperature}` must be finite and not negative. 0 is greedy, 0.8 the paper's."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p={self.top_p}` must be above 0 and at most 1.")
         if self.max_new_tokens < 1:

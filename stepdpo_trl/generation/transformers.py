@@ -82,6 +82,7 @@ class TransformersGenerator:
         if not self.ends:
             raise GenerationError("Neither model nor tokenizer has an EOS token: no answer would end. Set one.")
         self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._warned = False
         model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     @classmethod
@@ -107,6 +108,7 @@ class TransformersGenerator:
     ) -> Iterator[list[tuple[Request, Completion]]]:
         """Answer in batches; one that lacks any answer is run whole. See [`~stepdpo_trl.generation.Generator`]."""
         ids = {request.key: self._encode(request) for request in requests}
+        self._warn_of_long_answers(max(map(len, ids.values()), default=0), sampling)
         # Like lengths side by side: less padding
         ordered = sorted(requests, key=lambda request: (len(ids[request.key]), request.key))
         for start in range(0, len(ordered), self.batch_size):
@@ -116,6 +118,15 @@ class TransformersGenerator:
             answers = self._run([ids[request.key] for request in batch], [request.seed for request in batch], sampling)
             pairs = zip(batch, answers, strict=True)
             yield [(request, answer) for request, answer in pairs if request.key not in done]
+
+    def _warn_of_long_answers(self, prompt: int, sampling: Sampling) -> None:
+        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if places and prompt + sampling.max_new_tokens > places and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Prompts of up to {prompt} tokens and max_new_tokens={sampling.max_new_tokens} go beyond the "
+                f"{places} positions of the model: what it writes there is nonsense. Lower max_new_tokens."
+            )
 
     def _encode(self, request: Request) -> list[int]:
         prompt = request.prompt if isinstance(request.prompt, str) else render(self.tokenizer, request.prompt)

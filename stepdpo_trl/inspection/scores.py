@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
+from ..model_folders import adapter_base
 from ..schema import is_step_data
 from ..step_dpo_config import StepDPOConfig
 from ..step_dpo_trainer import StepDPOTrainer, make_step_tokenizer
@@ -135,15 +136,6 @@ def load_processing_class(name: str) -> Any:
         return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
-
-
-def adapter_base(name: str) -> str | None:
-    """The base model where `name` is the folder of an adapter."""
-    if not (Path(name) / "adapter_config.json").is_file():
-        return None
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def score(examples: Sequence[Example], model: str, role: str, dtype: str = "float32") -> list[Example]:

@@ -25,8 +25,7 @@ Found = tuple[Solution, dict[str, Verdict], str]  # a solution, what judges say 
 
 def is_run(path: Path) -> bool:
     """Whether this is the folder of a run of the pipeline, or of its shards."""
-    names = ("solutions.jsonl", "problems.jsonl", "shard-*-of-*")
-    return path.is_dir() and any(found for name in names for found in path.glob(name))
+    return path.is_dir() and any(found for name in ("settings.jsonl", "shard-*-of-*") for found in path.glob(name))
 
 
 def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]:
@@ -73,6 +72,11 @@ def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list
     """
     found = [item for folder in run_directories(path) for item in _solutions(folder)]
     if not found:
+        if (path / "results.json").exists():
+            raise RunError(
+                f"{path} is the folder of an evaluation; its solutions stand in {path / 'records.jsonl'}. Here are "
+                "shown runs of `stepdpo collect`, and pairs."
+            )
         raise RunError(f"{path} holds no solutions yet. Run `stepdpo collect` first.")
     if key is not None:
         keys = [solution.key for solution, _, _ in found]

@@ -139,7 +139,11 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
         if isinstance(problem, str):
             wrong.append(f"row {number}: {problem}")
         elif problem.id in problems:
-            same = f"the text of row {texts[problem.id]} again" if "id" not in row else f"the id {problem.id!r} again"
+            same = (
+                f"the text of row {texts[problem.id]} again"
+                if row.get("id") is None
+                else f"the id {problem.id!r} again"
+            )
             wrong.append(f"row {number}: {same}")
         else:
             problems[problem.id] = problem
@@ -179,10 +183,13 @@ def _read_rows(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
         from datasets import Dataset
 
-        return list(Dataset.from_parquet(str(path)))
+        try:
+            return list(Dataset.from_parquet(str(path)))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is not a Parquet file that can be read ({error}).") from error
     rows = []
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RunError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
     for number, line in enumerate(content.split("\n"), start=1):
@@ -207,7 +214,7 @@ def _problem(row: Any) -> Problem | str:
         return f"has no `problem` (nor `question`), only {sorted(row)}"
     text, answer, solution = row[column], row.get("answer"), row.get("solution") or ""
     if not isinstance(text, str) or not text.strip():
-        return f"`{column}` is empty"
+        return f"`{column}` is {'no text' if text and not isinstance(text, str) else 'empty'} ({text!r:.40})"
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
@@ -217,7 +224,12 @@ def _problem(row: Any) -> Problem | str:
         solution = solution or reasoning.strip()
     if not answer.strip():
         return f"has nothing behind `####` ({text[:40]!r})"
-    return Problem(str(row.get("id", digest(text))), text.strip(), answer.strip(), solution)
+    try:
+        name = digest(text) if row.get("id") is None else str(row["id"])
+        f"{name}{text}{answer}{solution}".encode()
+    except UnicodeEncodeError as error:
+        return f"is no text that can be written ({error.reason}: {error.object[error.start]!r})"
+    return Problem(name, text.strip(), answer.strip(), solution)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A short name for what is in folders of models. Standard library only."""
+"""What is in folders of models."""
 
 from collections.abc import Iterable
 from hashlib import sha256
@@ -30,3 +30,13 @@ def fingerprint(places: Iterable[str | None]) -> str | None:
                 content.seek(start)
                 seen.update(content.read(CHUNK))
     return seen.hexdigest()[:16] if files else None
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model where `name` is the folder of an adapter."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    base: str | None = PeftConfig.from_pretrained(name).base_model_name_or_path
+    return base

@@ -1,0 +1,32 @@
+"""One name for the same files, another for others."""
+
+import pytest
+
+from stepdpo_trl.model_folders import CHUNK, adapter_base, fingerprint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(CHUNK * 300))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "README.md").write_text("a model")
+    return tmp_path
+
+
+def test_what_changes_answers_changes_the_name(folder):
+    names = [fingerprint([str(folder), None])]
+    (folder / "README.md").write_text("the same model")
+    assert fingerprint([str(folder)]) == names[0]
+    (folder / "chat_template.jinja").write_text("{{ message  }}")
+    names.append(fingerprint([str(folder)]))
+    (folder / "model.safetensors").write_bytes(b"1" * CHUNK * 300)
+    names.append(fingerprint([str(folder)]))
+    (folder / "chat_template.jinja").rename(folder / "chat.jinja")
+    names.append(fingerprint([str(folder)]))
+    assert len(set(names)) == 4
+
+
+def test_ids_have_none(folder):
+    assert fingerprint(["Qwen/Qwen2-7B", None]) is None
+    assert adapter_base("Qwen/Qwen2-7B") is None
+    assert adapter_base(str(folder)) is None
