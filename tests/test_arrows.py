@@ -8,7 +8,7 @@ import stepdpo_trl
 PACKAGE = Path(stepdpo_trl.__file__).parent
 DATA = ("pipeline", "evaluation", "generation", "steps", "answers", "answer_rules")
 DATA += ("cli_data", "cli_eval", "cli_options")
-BOTH = ("cli", "cli_loop", "cli_inspect", "inspection", "quickstart")  # run, show or bundle what either side makes
+BOTH = ("cli", "cli_loop", "loop", "cli_inspect", "inspection", "quickstart")  # run, show or bundle both sides
 
 
 def imported(file):

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stepdpo_trl import train
 from stepdpo_trl.cli import main
 from stepdpo_trl.cli_loop import _resume, merge_adapter
 from stepdpo_trl.loop import MODEL, PAIRS, run_loop
@@ -184,19 +185,26 @@ def test_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_stages_with_adapters(tmp_path):
+def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
+    """The parts in this process, which need not import everything anew; test_cli launches a training."""
+
+    def run(command, **options):
+        what, *argv = command[3:]
+        done = main([what, *argv]) if what == "data" else train.main(argv)
+        return subprocess.CompletedProcess(command, done or 0)
+
+    monkeypatch.setattr("stepdpo_trl.cli_loop.subprocess.run", run)
     with (tmp_path / "problems.jsonl").open("w") as file:
         for problem in make_problems(24, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
     out = tmp_path / "loop"
-    command = [sys.executable, "-m", "stepdpo_trl.cli", "loop", "--model", str(MODEL_PATH), "--out", str(out)]
+    command = ["loop", "--model", str(MODEL_PATH), "--out", str(out)]
     command += ["--stages", "2", "--problems", str(tmp_path / "problems.jsonl"), "--judge", "arithmetic"]
     command += ["--prompt", "plain", "--temperature", "1", "--top-p", "1", "--max-new-tokens", "160"]
     command += ["--", "--use_peft", "--lora_r", "4", "--learning_rate", "1e-3", "--max_steps", "2", *CPU]
-    command += ["--gradient_checkpointing", "false", "--report_to", "none", "--num_processes", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "2 stages done" in done.stdout
+    command += ["--gradient_checkpointing", "false", "--report_to", "none"]
+    assert main(command) == 0
+    assert "2 stages done" in capfd.readouterr().out
     first = (out / "stage-1" / "pairs.jsonl").read_text()
     assert first != (out / "stage-2" / "pairs.jsonl").read_text()
     settings = json.loads((out / "stage-2" / "run" / "settings.jsonl").read_text().split("\n")[0])

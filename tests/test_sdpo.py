@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 
 import pytest
 import torch
@@ -307,6 +308,8 @@ def test_evaluation_follows_the_reference(chat_model, tmp_path):
         assert logged(staged, "eval_rewards/margins") == pytest.approx([0], abs=1e-5)
         staged.train()
         histories.append(logged(staged, "eval_rewards/margins"))
+        for worker in multiprocessing.active_children():  # torch waits for each of them for five seconds
+            worker.terminate()
     assert histories[0] == pytest.approx(histories[1], abs=1e-4)
     # At the first update of each stage the learning rate is 0
     updates = histories[1][-12:]

@@ -23,7 +23,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 4}
 def test_killed_runs_end_as_unbroken_ones(chat_model, tmp_path):
     """SIGKILL before, in and after the swap, in checkpoints, and at random times."""
     script = Path(__file__).parent / "kill_and_resume.py"
-    command = [sys.executable, str(script), chat_model, str(tmp_path), "full", "scores", "lora", "--random", "2"]
+    command = [sys.executable, str(script), chat_model, str(tmp_path), "full", "scores", "lora", "--random", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
