@@ -11,6 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.judges import Judge
@@ -20,9 +22,7 @@ from stepdpo_trl.pipeline.run_directory import RunDirectory
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.pipeline.stage import Stage
 from stepdpo_trl.pipeline.tasks import RecordedChecks, RecordedModel, Task, run_tasks
-from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
-from stepdpo_trl.steps import split_steps
 
 K, FLAT = 8, 20
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .data.schema import StepPreference
     from .gamma import measure_gamma
-    from .schema import StepPreference
     from .sdpo_callback import SDPOCallback
     from .stages import split_stages
     from .step_dpo_config import StepDPOConfig
@@ -27,7 +27,7 @@ _MODULES = {
     "SDPOCallback": "sdpo_callback",
     "StepDPOConfig": "step_dpo_config",
     "StepDPOTrainer": "step_dpo_trainer",
-    "StepPreference": "schema",
+    "StepPreference": "data.schema",
     "measure_gamma": "gamma",
     "split_stages": "stages",
 }

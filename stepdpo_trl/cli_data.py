@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import add_command, model_changes, model_options, model_spec, positive, text_of
+from .data.prompts import STEP_PROMPTS
 from .generation import Sampling
 from .pipeline.judges import JUDGES, parse_judges
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.records import read_problems, read_texts
 from .pipeline.run_directory import RunError
-from .prompts import STEP_PROMPTS
 
 
 def add_commands(commands: Any) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import add_command, model_options, model_spec, positive, text_of
+from .data.prompts import STEP_PROMPTS
 from .evaluation.harness import HARNESS
 from .evaluation.problems import PROBLEM_SETS, load_problems
 from .generation import ModelSpec, Sampling
 from .model_folders import adapter_base
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.run_directory import RunError
-from .prompts import STEP_PROMPTS
 
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import prepare_multimodal_messages
 
-from .prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
-from .schema import PREFIX_COLUMN, StepPreference
+from .data.prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
+from .data.schema import PREFIX_COLUMN, StepPreference
 
 OVERLONG_PREFIX_CHOICES = ("truncate", "drop", "error")
 
@@ -38,10 +38,10 @@ class StepTokenizer:
         system_prompt (`str`, *optional*):
             System message put before string prompts.
         prompt_suffix (`str`, *optional*):
-            Text put behind string prompts, or the name of one in [`~stepdpo_trl.prompts.PROMPT_SUFFIXES`].
+            Text put behind string prompts, or the name of one in [`~stepdpo_trl.data.prompts.PROMPT_SUFFIXES`].
         prompt_template (`str`, *optional*):
             Layout of string prompts in place of a chat template, with `{prompt}` in it and `{system_prompt}` where
-            there is one, or the name of one in [`~stepdpo_trl.prompts.PROMPT_TEMPLATES`]. Defaults to the chat
+            there is one, or the name of one in [`~stepdpo_trl.data.prompts.PROMPT_TEMPLATES`]. Defaults to the chat
             template, to `"plain"` where there is none.
         max_length (`int`, *optional*):
             Most tokens that prefix and step may have together. `None` for no limit.

@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from stepdpo_trl.answers import check_answer
+from stepdpo_trl.data.answers import check_answer
+from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.session import Session
-from stepdpo_trl.prompts import STEP_PROMPTS
 
 from .simulated import Student, draw_records
 

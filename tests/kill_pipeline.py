@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
-from stepdpo_trl.prompts import STEP_PROMPTS
 
 from .simulated import Student, draw_records
 

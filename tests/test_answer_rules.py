@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdpo_trl.answer_rules import agrees, final_answer, is_text, normalize, split_unit, text_key
+from stepdpo_trl.data.answer_rules import agrees, final_answer, is_text, normalize, split_unit, text_key
 
 HERE = Path(__file__).parent
 ROWS = [json.loads(line) for line in (HERE / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -226,9 +226,7 @@ def test_hanging_answers_are_measured_and_reach_the_comparison():
 
 
 def test_standard_library_only():
-    code = (
-        "import sys, stepdpo_trl.answer_rules; print(*({'torch', 'trl', 'sympy', 'math_verify'} & set(sys.modules)))"
-    )
+    code = "import sys, stepdpo_trl.data.answer_rules; print(*({'torch', 'trl', 'sympy', 'math_verify'} & set(sys.modules)))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
     )

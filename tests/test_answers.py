@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdpo_trl.answers import AnswerChecker, Check, check_answer, check_golds
+from stepdpo_trl.data.answers import AnswerChecker, Check, check_answer, check_golds
 
 HERE = Path(__file__).parent
 PAIRS = [json.loads(line) for line in (HERE / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
+from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.pipeline.arithmetic import evaluate, false_equations
-from stepdpo_trl.steps import split_steps
 
 FALSE = [
     "5 + 3 = 9",

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl.cli import main
+from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.evaluation.problems import load_problems
 from stepdpo_trl.evaluation.results import table
@@ -21,7 +22,6 @@ from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.pipeline.session import Session
-from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import MODEL_PATH, generate_solutions, make_problems, measure_accuracy
 
 from .simulated import Student, draw_records

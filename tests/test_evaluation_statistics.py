@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepdpo_trl.answers import AnswerChecker, Check
+from stepdpo_trl.data.answers import AnswerChecker, Check
 from stepdpo_trl.evaluation.majority import Vote, vote
 from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar, wilson
 from stepdpo_trl.pipeline.policy import Continuation

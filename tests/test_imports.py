@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.pipeline.imports import (
     FORMATS,
     LocalizationCase,
@@ -15,7 +16,6 @@ from stepdpo_trl.pipeline.imports import (
     read_prm800k,
     read_processbench,
 )
-from stepdpo_trl.schema import StepPreference
 
 
 # The rows of PRM800K follow the annotated row in the README of github.com/openai/prm800k. That ratings may be null, a

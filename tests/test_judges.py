@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForTokenClassification, Qwen2Model
 
-from stepdpo_trl.answers import Check
+from stepdpo_trl.data.answers import Check
+from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import Completion
 from stepdpo_trl.pipeline.judges import (
     arithmetic_judge,
@@ -23,7 +24,6 @@ from stepdpo_trl.pipeline.prm import ProcessRewardModel
 from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
 from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.pipeline.tasks import run_tasks
-from stepdpo_trl.prompts import STEP_PROMPTS
 
 from .tiny import CHATML, byte_level_tokenizer
 

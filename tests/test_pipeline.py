@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from stepdpo_trl.cli import main
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
 from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
@@ -14,10 +16,8 @@ from stepdpo_trl.pipeline.records import read_problems
 from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session, corrections_name
 from stepdpo_trl.pipeline.summary import summarize
-from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import Problem as Sum
 from stepdpo_trl.quickstart import first_lost_step
-from stepdpo_trl.schema import StepPreference
 
 from .simulated import Student, draw_records
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from stepdpo_trl.schema import StepPreference, check_columns, check_plain_columns
+from stepdpo_trl.data.schema import StepPreference, check_columns, check_plain_columns
 
 ROW = {
     "dataset": "x",
@@ -69,8 +69,6 @@ def test_misspelt_prefix_column(column):
 
 
 def test_data_format_needs_the_standard_library_only():
-    code = (
-        "import sys, stepdpo_trl.schema, stepdpo_trl.prompts; print({'torch', 'trl', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys, stepdpo_trl.data.schema, stepdpo_trl.data.prompts; print({'torch', 'trl', 'transformers'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"

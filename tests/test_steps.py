@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdpo_trl.steps import STYLES, split_steps
+from stepdpo_trl.data.steps import STYLES, split_steps
 
 OPENING = "Let's think step by step."
 

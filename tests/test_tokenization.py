@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stepdpo_trl.prompts import PROMPT_SUFFIXES
+from stepdpo_trl.data.prompts import PROMPT_SUFFIXES
 from stepdpo_trl.tokenization import StepTokenizer
 
 from .tiny import CHATML, TOKENIZERS, byte_level_tokenizer, character_tokenizer, sentencepiece_tokenizer

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import Completion, ModelSpec, Request, Sampling
 from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import wrong_solutions
@@ -16,10 +18,8 @@ from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.pipeline.stage import Stage
 from stepdpo_trl.pipeline.tasks import Task
-from stepdpo_trl.prompts import STEP_PROMPTS
 from stepdpo_trl.quickstart import MODEL_PATH, first_lost_step, make_problems
 from stepdpo_trl.quickstart import Problem as Sum
-from stepdpo_trl.steps import split_steps
 
 OPERATIONS = (2, 6)  # of a problem. Longer ones the small model gets wrong for want of training, too
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=256)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..data.prompts import StepPrompt
 from ..generation import ModelSpec, Sampling
 from ..model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
@@ -18,7 +19,6 @@ from ..pipeline.run_directory import RunDirectory, RunError
 from ..pipeline.session import Session, file_name
 from ..pipeline.stage import Stage
 from ..pipeline.tasks import RecordedChecks, RecordedModel, Task
-from ..prompts import StepPrompt
 from .majority import Answers, vote
 from .results import compare, measure
 

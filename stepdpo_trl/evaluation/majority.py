@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
-from ..answer_rules import normalize
-from ..answers import Check
+from ..data.answer_rules import normalize
+from ..data.answers import Check
 from ..pipeline.policy import Continuation
 from ..pipeline.records import RIGHT, UNREADABLE, digest
 from ..pipeline.tasks import Ask, CheckRequest, Task

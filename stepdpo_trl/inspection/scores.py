@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
+from ..data.schema import is_step_data
 from ..model_folders import adapter_base
-from ..schema import is_step_data
 from ..step_dpo_config import StepDPOConfig
 from ..step_dpo_trainer import StepDPOTrainer, make_step_tokenizer
 from .example import Example, Part, Token

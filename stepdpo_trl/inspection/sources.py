@@ -6,14 +6,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
+from ..data.steps import split_steps
 from ..pipeline.build import run_directories
 from ..pipeline.collect import read_solutions
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
 from ..pipeline.run_directory import RunDirectory, RunError
-from ..schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
-from ..steps import split_steps
 from ..train import DATA_FILES
 from .example import CHOSEN, REJECTED, STEP, WRONG, Example, Part
 

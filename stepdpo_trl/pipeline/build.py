@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..prompts import StepPrompt
-from ..schema import StepPreference
-from ..steps import split_steps
+from ..data.prompts import StepPrompt
+from ..data.schema import StepPreference
+from ..data.steps import split_steps
 from .collect import read_problems_of, read_solutions
 from .policy import render_template
 from .records import Problem, read_texts

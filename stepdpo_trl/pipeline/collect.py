@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..steps import split_steps
+from ..data.steps import split_steps
 from .policy import Policy
 from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution, write_problem
 from .run_directory import Log, RunDirectory, RunError

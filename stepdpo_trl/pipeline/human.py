@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..steps import split_steps
+from ..data.steps import split_steps
 from .judges import HumanRequest
 from .run_directory import Log, RunError
 

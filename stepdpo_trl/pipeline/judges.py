@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from ..data.prompts import JUDGE_PROMPTS
+from ..data.steps import Steps, split_steps
 from ..generation import Completion, Request
-from ..prompts import JUDGE_PROMPTS
-from ..steps import Steps, split_steps
 from .arithmetic import false_equations
 from .policy import Policy, render_template
 from .records import RIGHT, Solution, Verdict, digest
@@ -124,7 +124,7 @@ def llm_judge(
         gold (`bool`, *optional*, defaults to `True`):
             Whether the judge sees answer and solution of the data set.
         prompt (`str`, *optional*):
-            Jinja template, defaults to [`~stepdpo_trl.prompts.JUDGE_PROMPTS`].
+            Jinja template, defaults to [`~stepdpo_trl.data.prompts.JUDGE_PROMPTS`].
         retry (`bool`, *optional*, defaults to `True`):
             Whether to ask again where a reply cannot be read. A greedy judge would say the same.
 

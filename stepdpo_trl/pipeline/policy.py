@@ -7,9 +7,9 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..answers import Check
+from ..data.answers import Check
+from ..data.prompts import STEP_PROMPTS, StepPrompt, resolve_text
 from ..generation import Completion, Request
-from ..prompts import STEP_PROMPTS, StepPrompt, resolve_text
 from .records import UNREADABLE, Problem, digest
 from .run_directory import RunError
 from .tasks import Ask, CheckRequest, Task, seed_of
@@ -38,7 +38,7 @@ def resolve_step_prompt(user: str, opening: str | None = None) -> StepPrompt:
 
     Args:
         user (`str`):
-            Name in [`~stepdpo_trl.prompts.STEP_PROMPTS`], or a Jinja template.
+            Name in [`~stepdpo_trl.data.prompts.STEP_PROMPTS`], or a Jinja template.
         opening (`str`, *optional*):
             How the answer begins, defaults to that of the named prompt, and to nothing for a template.
 

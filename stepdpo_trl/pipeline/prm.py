@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedTokenizerBase
 
+from ..data.prompts import PROMPT_SUFFIXES
 from ..generation import GenerationError
-from ..prompts import PROMPT_SUFFIXES
 from .judges import PRMRequest
 from .run_directory import Log
 

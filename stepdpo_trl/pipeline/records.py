@@ -55,7 +55,7 @@ class Solution:
         answer (`str`, *optional*):
             The final answer.
         style (`str`, *optional*):
-            How its steps are told apart, defaults to what [`~stepdpo_trl.steps.split_steps`] finds.
+            How its steps are told apart, defaults to what [`~stepdpo_trl.data.steps.split_steps`] finds.
     """
 
     key: str

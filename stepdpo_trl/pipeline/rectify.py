@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..steps import split_steps
+from ..data.steps import split_steps
 from .collect import wrong_solutions
 from .judges import Judge, undecided
 from .localize import read_verdicts

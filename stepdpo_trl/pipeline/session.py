@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..answers import AnswerChecker, check_golds
+from ..data.answers import AnswerChecker, check_golds
+from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, make_generator
-from ..prompts import StepPrompt
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from ..answers import AnswerChecker, Check
+from ..data.answers import AnswerChecker, Check
 from ..generation import Completion, Generator, Request, Sampling
 from .run_directory import Log
 
