@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .prefix_sharing import longest_first
 from .reference import AdapterReference, ModelReference, ScoredReference
+from .shared_prefix.mixin import longest_first
 from .stage_files import read_scores, scores_file, write_scores
 from .stages import Stage, digest, row_digests
 

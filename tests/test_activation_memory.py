@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from stepdpo_trl import activation_memory
-from stepdpo_trl.activation_memory import activation_bytes, most_tokens
+from stepdpo_trl.shared_prefix.memory import activation_bytes, most_tokens
 
 from .architectures import tiny_decoder
 from .tiny import plain_rows, step_rows

@@ -16,9 +16,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 
 from stepdpo_trl import prefix_attention
-from stepdpo_trl.prefix_forward import share_prefixes
-from stepdpo_trl.prefix_support import CHECKED_MODEL_TYPES
-from stepdpo_trl.prefix_tree import build_tree
+from stepdpo_trl.shared_prefix.forward import share_prefixes
+from stepdpo_trl.shared_prefix.support import CHECKED_MODEL_TYPES
+from stepdpo_trl.shared_prefix.tree import build_tree
 
 from .architectures import SHARED, VOCABULARY, tiny_decoder
 

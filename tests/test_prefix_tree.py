@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepdpo_trl.prefix_tree import build_tree
+from stepdpo_trl.shared_prefix.tree import build_tree
 
 ROWS = [[5, 6, 7, 1, 2], [5, 6, 7, 3, 3, 4], [9, 9, 1], [9, 8]]
 LABELLED = [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 1], [0, 1]]

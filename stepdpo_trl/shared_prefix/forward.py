@@ -1,5 +1,5 @@
 """
-A decoder's forward over a [`~stepdpo_trl.prefix_tree.PrefixTree`]: each shared token is computed once.
+A decoder's forward over a [`~stepdpo_trl.shared_prefix.tree.PrefixTree`]: each shared token is computed once.
 
 Two places know of the tree. The backbone's forward runs its packs instead of the padded rows, and hands out the hidden
 states that predict the labelled tokens, as if those were the rows. The attention function, which transformers looks up
@@ -18,8 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .prefix_attention import PrefixAttention
-from .prefix_tree import Pack, PrefixTree
+from .attention import PrefixAttention
+from .tree import Pack, PrefixTree
 
 _OF_ROWS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 

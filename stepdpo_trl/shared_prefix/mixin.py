@@ -3,7 +3,7 @@ Training with shared prefixes: the part of [`StepDPOTrainer`] between a batch an
 
 `DPOTrainer` computes its loss from rows of labels and what the model says of them. The rows that it is given here are
 the labelled tokens alone, and with them goes the tree of the batch for the model (see
-[`~stepdpo_trl.prefix_forward`]). Losses, references and metrics are `DPOTrainer`'s.
+[`~stepdpo_trl.shared_prefix.forward`]). Losses, references and metrics are `DPOTrainer`'s.
 """
 
 import logging
@@ -17,10 +17,10 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from .activation_memory import CheckpointingAdvice
-from .prefix_forward import share_prefixes
-from .prefix_support import decoder, why_not_shared
-from .prefix_tree import PrefixTree, build_tree
+from .forward import share_prefixes
+from .memory import CheckpointingAdvice
+from .support import decoder, why_not_shared
+from .tree import PrefixTree, build_tree
 
 if TYPE_CHECKING:
     from trl import DPOTrainer

@@ -1,5 +1,5 @@
 """
-Attention over a [`~stepdpo_trl.prefix_tree.Pack`]: a chain's queries see the keys of its row, up to their own place.
+Attention over a [`~stepdpo_trl.shared_prefix.tree.Pack`]: a chain's queries see the keys of its row, up to their own place.
 
 Three ways, all exact: FlashAttention where the model uses it, PyTorch's variable-length kernel on CUDA otherwise, and
 where neither can (CPU, float32, soft-capping), the model's own attention function for one chain after the other.
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .prefix_tree import Pack, build_tree
+from .tree import Pack, build_tree
 
 logger = logging.getLogger(__name__)
 
 
 class PrefixAttention:
     """
-    An attention function of transformers that also takes a [`~stepdpo_trl.prefix_tree.Pack`].
+    An attention function of transformers that also takes a [`~stepdpo_trl.shared_prefix.tree.Pack`].
 
     Args:
         name (`str`): Its name, `"sdpa"`, `"eager"`, `"flash_attention_2"` ...
