@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .data.schema import StepPreference
     from .gamma import measure_gamma
-    from .sdpo_callback import SDPOCallback
-    from .stages import split_stages
+    from .sdpo.callback import SDPOCallback
+    from .sdpo.stages import split_stages
     from .step_dpo_config import StepDPOConfig
     from .step_dpo_trainer import StepDPOTrainer
 
@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "SDPOCallback": "sdpo_callback",
+    "SDPOCallback": "sdpo.callback",
     "StepDPOConfig": "step_dpo_config",
     "StepDPOTrainer": "step_dpo_trainer",
     "StepPreference": "data.schema",
     "measure_gamma": "gamma",
-    "split_stages": "stages",
+    "split_stages": "sdpo.stages",
 }
 
 

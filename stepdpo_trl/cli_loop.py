@@ -139,7 +139,7 @@ def _check_training(argv: list[str]) -> None:
 
 def _resume(output_dir: Path) -> list[str]:
     """Where training goes on after an interruption."""
-    from .stage_files import find_checkpoint
+    from .sdpo.files import find_checkpoint
 
     try:
         return ["--resume_from_checkpoint", str(find_checkpoint(output_dir, True)[0])]

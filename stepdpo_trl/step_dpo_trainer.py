@@ -24,10 +24,10 @@ from trl.trainer.utils import get_config_model_id
 from . import __version__
 from .data.schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
 from .prompt_sampler import PromptGroupSampler
-from .sdpo_callback import SDPOCallback
+from .sdpo.callback import SDPOCallback
+from .sdpo.stages import STAGE_COLUMN, join_stages
+from .sdpo.training import StagedTraining
 from .shared_prefix.mixin import PrefixSharing
-from .staged_training import StagedTraining
-from .stages import STAGE_COLUMN, join_stages
 from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
 

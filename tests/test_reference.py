@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepdpo_trl.reference import copy_weights
-from stepdpo_trl.staged_training import clear_optimizer_state
+from stepdpo_trl.sdpo.reference import copy_weights
+from stepdpo_trl.sdpo.training import clear_optimizer_state
 
 from .sdpo import staged_run
 

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl import SDPOCallback, StepDPOTrainer, measure_gamma, split_stages
-from stepdpo_trl.stages import find_stages, join_stages
+from stepdpo_trl.sdpo.stages import find_stages, join_stages
 
 from .sdpo import OPTIONS, staged_run, two_stages
 from .test_sdpo import gamma

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate.logging import get_logger
 
-from .stage_files import read_scores, scores_file
+from .files import read_scores, scores_file
 
 if TYPE_CHECKING:
-    from .staged_training import StagedTraining
+    from .training import StagedTraining
 
 logger = get_logger(__name__)
 

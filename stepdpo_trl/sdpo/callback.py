@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .checks import check_arguments
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .sdpo_checks import check_arguments
-from .sdpo_report import check_plotting, write_report
-from .stage_scoring import without_scores
-from .staged_training import StagedTraining
+from .report import check_plotting, write_report
+from .scoring import without_scores
 from .stages import STAGE_OPTIONS, Stage, check_fractions, find_stages
+from .training import StagedTraining
 
 if TYPE_CHECKING:
     from trl import DPOTrainer

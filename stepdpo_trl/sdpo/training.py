@@ -17,15 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 
-from .sdpo_checks import compares_references
-from .stage_files import (
+from .checks import compares_references
+from .files import (
     check_record,
     find_checkpoint,
     is_whole,
     seal,
     stage_folder,
 )
-from .stage_scoring import StageScoring
+from .scoring import StageScoring
 from .stages import Stage
 
 logger = get_logger(__name__)

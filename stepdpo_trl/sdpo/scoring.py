@@ -11,15 +11,15 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..shared_prefix.mixin import longest_first
+from .files import read_scores, scores_file, write_scores
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .shared_prefix.mixin import longest_first
-from .stage_files import read_scores, scores_file, write_scores
 from .stages import Stage, digest, row_digests
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-    from .sdpo_callback import SDPOCallback
+    from .callback import SDPOCallback
 else:
     DPOTrainer = object  # a mixin, put before whichever trainer it serves
 
