@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .data.schema import StepPreference
-    from .gamma import measure_gamma
     from .sdpo.callback import SDPOCallback
     from .sdpo.stages import split_stages
-    from .step_dpo_config import StepDPOConfig
-    from .step_dpo_trainer import StepDPOTrainer
+    from .step_dpo.config import StepDPOConfig
+    from .step_dpo.gamma import measure_gamma
+    from .step_dpo.trainer import StepDPOTrainer
 
 __all__ = [
     "SDPOCallback",
@@ -25,10 +25,10 @@ __all__ = [
 
 _MODULES = {
     "SDPOCallback": "sdpo.callback",
-    "StepDPOConfig": "step_dpo_config",
-    "StepDPOTrainer": "step_dpo_trainer",
+    "StepDPOConfig": "step_dpo.config",
+    "StepDPOTrainer": "step_dpo.trainer",
     "StepPreference": "data.schema",
-    "measure_gamma": "gamma",
+    "measure_gamma": "step_dpo.gamma",
     "split_stages": "sdpo.stages",
 }
 

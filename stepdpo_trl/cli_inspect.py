@@ -110,7 +110,7 @@ def _score(args: argparse.Namespace, examples: list[Any]) -> tuple[list[Any], An
     from .inspection.example import Scoring
     from .inspection.scores import RowEncoder, load_processing_class, score
     from .model_folders import adapter_base
-    from .step_dpo_config import StepDPOConfig
+    from .step_dpo.config import StepDPOConfig
 
     disable_progress_bar()  # of rows, one at a time
     given = {name: getattr(args, name) for name in _TOKENS if getattr(args, name) is not None}

@@ -24,7 +24,7 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from .sdpo_arguments import SDPOArguments
-    from .step_dpo_config import StepDPOConfig
+    from .step_dpo.config import StepDPOConfig
 
     options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig, SDPOArguments)
     return TrlParser(
@@ -188,7 +188,7 @@ def main(
     import torch
     from trl import get_peft_config, get_quantization_config
 
-    from .step_dpo_trainer import StepDPOTrainer
+    from .step_dpo.trainer import StepDPOTrainer
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

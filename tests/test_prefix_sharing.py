@@ -13,9 +13,9 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
-from stepdpo_trl.prompt_sampler import PromptGroupSampler
 from stepdpo_trl.shared_prefix.mixin import check_parts, longest_first
 from stepdpo_trl.shared_prefix.support import why_not_shared
+from stepdpo_trl.step_dpo.sampler import PromptGroupSampler
 
 from .architectures import tiny_decoder
 from .test_prefix_tree import trie_size

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stepdpo_trl.data.prompts import PROMPT_SUFFIXES
-from stepdpo_trl.tokenization import StepTokenizer
+from stepdpo_trl.step_dpo.tokenization import StepTokenizer
 
 from .tiny import CHATML, TOKENIZERS, byte_level_tokenizer, character_tokenizer, sentencepiece_tokenizer
 

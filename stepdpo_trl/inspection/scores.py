@@ -12,8 +12,8 @@ from trl.trainer.utils import create_model_from_path
 
 from ..data.schema import is_step_data
 from ..model_folders import adapter_base
-from ..step_dpo_config import StepDPOConfig
-from ..step_dpo_trainer import StepDPOTrainer, make_step_tokenizer
+from ..step_dpo.config import StepDPOConfig
+from ..step_dpo.trainer import StepDPOTrainer, make_step_tokenizer
 from .example import Example, Part, Token
 
 _BROKEN = "\ufffd"  # what tokenizers write for bytes that are not yet a character

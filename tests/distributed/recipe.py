@@ -57,7 +57,7 @@ def main() -> None:
     for name, value in prepare_cpu(mode).items():
         arguments += [f"--{name}", str(value)]
     # Where the training script will look for it
-    sys.modules["stepdpo_trl.step_dpo_trainer"].StepDPOTrainer = ReportingTrainer
+    sys.modules["stepdpo_trl.step_dpo.trainer"].StepDPOTrainer = ReportingTrainer
     sys.argv = [recipe, *arguments]
     runpy.run_path(recipe, run_name="__main__")
     leave()

@@ -21,14 +21,14 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__
-from .data.schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
-from .prompt_sampler import PromptGroupSampler
-from .sdpo.callback import SDPOCallback
-from .sdpo.stages import STAGE_COLUMN, join_stages
-from .sdpo.training import StagedTraining
-from .shared_prefix.mixin import PrefixSharing
-from .step_dpo_config import STEP_OPTIONS, StepDPOConfig
+from .. import __version__
+from ..data.schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
+from ..sdpo.callback import SDPOCallback
+from ..sdpo.stages import STAGE_COLUMN, join_stages
+from ..sdpo.training import StagedTraining
+from ..shared_prefix.mixin import PrefixSharing
+from .config import STEP_OPTIONS, StepDPOConfig
+from .sampler import PromptGroupSampler
 from .tokenization import StepTokenizer
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from .step_dpo_trainer import StepDPOTrainer
+from .trainer import StepDPOTrainer
 
 
 def measure_gamma(

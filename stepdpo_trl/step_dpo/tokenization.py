@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import prepare_multimodal_messages
 
-from .data.prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
-from .data.schema import PREFIX_COLUMN, StepPreference
+from ..data.prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
+from ..data.schema import PREFIX_COLUMN, StepPreference
 
 OVERLONG_PREFIX_CHOICES = ("truncate", "drop", "error")
 
