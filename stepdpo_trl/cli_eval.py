@@ -10,7 +10,7 @@ from .data.prompts import STEP_PROMPTS
 from .evaluation.harness import HARNESS
 from .evaluation.problems import PROBLEM_SETS, load_problems
 from .generation import ModelSpec, Sampling
-from .model_folders import adapter_base
+from .generation.model_folders import adapter_base
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.run_directory import RunError
 

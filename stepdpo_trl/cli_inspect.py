@@ -107,9 +107,9 @@ def _check(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace, examples: list[Any]) -> tuple[list[Any], Any]:
     from datasets.utils.logging import disable_progress_bar
 
+    from .generation.model_folders import adapter_base
     from .inspection.example import Scoring
     from .inspection.scores import RowEncoder, load_processing_class, score
-    from .model_folders import adapter_base
     from .step_dpo.config import StepDPOConfig
 
     disable_progress_bar()  # of rows, one at a time

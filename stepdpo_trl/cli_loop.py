@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import parse
+from .generation.model_folders import adapter_base, fingerprint
 from .loop import MODEL, PAIRS, RUN, TRAINING, run_loop
-from .model_folders import adapter_base, fingerprint
 from .pipeline.run_directory import RunError
 
 # What each stage sets by itself

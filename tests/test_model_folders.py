@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdpo_trl.model_folders import CHUNK, adapter_base, fingerprint
+from stepdpo_trl.generation.model_folders import CHUNK, adapter_base, fingerprint
 
 
 @pytest.fixture

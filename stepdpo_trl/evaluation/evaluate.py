@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.prompts import StepPrompt
 from ..generation import ModelSpec, Sampling
-from ..model_folders import fingerprint
+from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, digest

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from ..data.schema import is_step_data
-from ..model_folders import adapter_base
+from ..generation.model_folders import adapter_base
 from ..step_dpo.config import StepDPOConfig
 from ..step_dpo.trainer import StepDPOTrainer, make_step_tokenizer
 from .example import Example, Part, Token
