@@ -18,11 +18,11 @@ from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.judges import Judge
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.records import RIGHT, Problem, Solution, Verdict
-from stepdpo_trl.pipeline.run_directory import RunDirectory
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
-from stepdpo_trl.pipeline.stage import Stage
-from stepdpo_trl.pipeline.tasks import RecordedChecks, RecordedModel, Task, run_tasks
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+from stepdpo_trl.runs.run_directory import RunDirectory
+from stepdpo_trl.runs.stage import Stage
+from stepdpo_trl.runs.tasks import RecordedChecks, RecordedModel, Task, run_tasks
 
 K, FLAT = 8, 20
 

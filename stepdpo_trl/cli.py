@@ -10,7 +10,7 @@ from .cli_inspect import add_inspect_command
 from .cli_loop import loop
 from .cli_options import parse
 from .generation import GenerationError
-from .pipeline.run_directory import RunError
+from .runs.run_directory import RunError
 
 
 def train(argv: list[str]) -> None:

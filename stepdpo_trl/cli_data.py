@@ -14,7 +14,7 @@ from .generation import Sampling
 from .pipeline.judges import JUDGES, parse_judges
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.records import read_problems, read_texts
-from .pipeline.run_directory import RunError
+from .runs.run_directory import RunError
 
 
 def add_commands(commands: Any) -> None:

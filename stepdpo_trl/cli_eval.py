@@ -12,7 +12,7 @@ from .evaluation.problems import PROBLEM_SETS, load_problems
 from .generation import ModelSpec, Sampling
 from .generation.model_folders import adapter_base
 from .pipeline.policy import resolve_step_prompt
-from .pipeline.run_directory import RunError
+from .runs.run_directory import RunError
 
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}

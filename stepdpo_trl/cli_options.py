@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .generation import BACKENDS, ModelSpec
-from .pipeline.run_directory import RunError
+from .runs.run_directory import RunError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -20,9 +20,9 @@ from stepdpo_trl.evaluation.results import table
 from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.records import Problem
-from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, generate_solutions, make_problems, measure_accuracy
+from stepdpo_trl.runs.run_directory import RunError
 
 from .simulated import Student, draw_records
 

@@ -12,8 +12,8 @@ import torch
 from stepdpo_trl.cli import main
 from stepdpo_trl.evaluation import harness
 from stepdpo_trl.generation import ModelSpec
-from stepdpo_trl.pipeline.run_directory import RunError
 from stepdpo_trl.quickstart import MODEL_PATH
+from stepdpo_trl.runs.run_directory import RunError
 
 
 def stepdpo(*arguments):

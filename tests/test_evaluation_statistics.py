@@ -7,7 +7,7 @@ from stepdpo_trl.data.answers import AnswerChecker, Check
 from stepdpo_trl.evaluation.majority import Vote, vote
 from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar, wilson
 from stepdpo_trl.pipeline.policy import Continuation
-from stepdpo_trl.pipeline.tasks import run_tasks
+from stepdpo_trl.runs.tasks import run_tasks
 
 
 @pytest.fixture(scope="module")

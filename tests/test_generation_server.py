@@ -206,8 +206,8 @@ def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
 
 
 def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
-    from stepdpo_trl.pipeline.run_directory import RunDirectory
-    from stepdpo_trl.pipeline.tasks import RecordedModel
+    from stepdpo_trl.runs.run_directory import RunDirectory
+    from stepdpo_trl.runs.tasks import RecordedModel
 
     monkeypatch.setenv("OTHER_KEY", KEY)
     spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_variable="OTHER_KEY")

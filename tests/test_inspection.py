@@ -21,7 +21,7 @@ from stepdpo_trl.inspection.sources import read_pairs, read_run
 from stepdpo_trl.inspection.terminal import Terminal, wants_color
 from stepdpo_trl.inspection.text import columns, shorten, visible_text, visible_token, wrap
 from stepdpo_trl.pipeline.build import make_pairs
-from stepdpo_trl.pipeline.run_directory import RunDirectory
+from stepdpo_trl.runs.run_directory import RunDirectory
 
 from .reference_dpo import step_log_prob
 from .tiny import CHATML, TOKENIZERS, byte_level_tokenizer, plain_rows, save_tiny_model, step_rows

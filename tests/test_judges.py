@@ -22,8 +22,8 @@ from stepdpo_trl.pipeline.judges import (
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.prm import ProcessRewardModel
 from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
-from stepdpo_trl.pipeline.run_directory import RunError
-from stepdpo_trl.pipeline.tasks import run_tasks
+from stepdpo_trl.runs.run_directory import RunError
+from stepdpo_trl.runs.tasks import run_tasks
 
 from .tiny import CHATML, byte_level_tokenizer
 

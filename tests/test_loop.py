@@ -16,8 +16,8 @@ from stepdpo_trl import train
 from stepdpo_trl.cli import main
 from stepdpo_trl.cli_loop import _resume, merge_adapter
 from stepdpo_trl.loop import MODEL, PAIRS, run_loop
-from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
 CPU = ("--use_cpu", "true", "--bf16", "false")
 

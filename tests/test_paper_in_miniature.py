@@ -11,8 +11,8 @@ import pytest
 
 from stepdpo_trl.data.answers import check_answer
 from stepdpo_trl.data.steps import split_steps
-from stepdpo_trl.pipeline.run_directory import Log
 from stepdpo_trl.quickstart import PAIRS_PATH, make_problems, write_solution
+from stepdpo_trl.runs.run_directory import Log
 
 FOLDER = Path(__file__).parents[1] / "examples" / "paper_in_miniature"
 ENDS = {"chosen_ends_solution": False, "rejected_ends_solution": False}

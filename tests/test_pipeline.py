@@ -13,11 +13,11 @@ from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
 from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
 from stepdpo_trl.pipeline.localize import agreement, read_verdicts
 from stepdpo_trl.pipeline.records import read_problems
-from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session, corrections_name
 from stepdpo_trl.pipeline.summary import summarize
 from stepdpo_trl.quickstart import Problem as Sum
 from stepdpo_trl.quickstart import first_lost_step
+from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
 from .simulated import Student, draw_records
 

@@ -12,8 +12,8 @@ from stepdpo_trl import StepDPOConfig, StepDPOTrainer
 from stepdpo_trl.cli import main
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import read_verdicts
-from stepdpo_trl.pipeline.run_directory import RunDirectory
 from stepdpo_trl.quickstart import MODEL_PATH, Problem, first_lost_step, make_problems
+from stepdpo_trl.runs.run_directory import RunDirectory
 
 
 def stepdpo(*arguments):

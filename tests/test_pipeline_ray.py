@@ -11,9 +11,9 @@ from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories
 from stepdpo_trl.pipeline.ray import run_on_ray
-from stepdpo_trl.pipeline.run_directory import Log, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+from stepdpo_trl.runs.run_directory import Log, RunError
 
 from .simulated import Student, draw_records
 

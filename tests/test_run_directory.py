@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stepdpo_trl.pipeline.run_directory import Log, RunDirectory, RunError
+from stepdpo_trl.runs.run_directory import Log, RunDirectory, RunError
 
 
 def test_records_come_back(tmp_path):
@@ -53,7 +53,7 @@ def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.jsonl"
     code = f"""
 import resource, signal
-from stepdpo_trl.pipeline.run_directory import Log, RunError
+from stepdpo_trl.runs.run_directory import Log, RunError
 log = Log(__import__("pathlib").Path({str(path)!r}))
 log.append("x", {{"text": "a" * 100}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -70,7 +70,7 @@ except RunError as error:
 
 def test_two_processes(tmp_path):
     with RunDirectory(tmp_path):
-        code = f"from stepdpo_trl.pipeline.run_directory import RunDirectory; RunDirectory({str(tmp_path)!r})"
+        code = f"from stepdpo_trl.runs.run_directory import RunDirectory; RunDirectory({str(tmp_path)!r})"
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
         assert f"Another process (process {os.getpid()} on " in output
     with RunDirectory(tmp_path):

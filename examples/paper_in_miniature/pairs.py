@@ -14,12 +14,12 @@ from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import localize, read_verdicts
 from stepdpo_trl.pipeline.records import Problem, Solution, Verdict, digest
-from stepdpo_trl.pipeline.run_directory import RunDirectory, RunError
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
-from stepdpo_trl.pipeline.stage import Stage
-from stepdpo_trl.pipeline.tasks import Task
 from stepdpo_trl.quickstart import MODEL_PATH, first_lost_step, make_problems
 from stepdpo_trl.quickstart import Problem as Sum
+from stepdpo_trl.runs.run_directory import RunDirectory, RunError
+from stepdpo_trl.runs.stage import Stage
+from stepdpo_trl.runs.tasks import Task
 
 OPERATIONS = (2, 6)  # of a problem. Longer ones the small model gets wrong for want of training, too
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=256)

@@ -15,10 +15,10 @@ from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, digest
-from ..pipeline.run_directory import RunDirectory, RunError
 from ..pipeline.session import Session, file_name
-from ..pipeline.stage import Stage
-from ..pipeline.tasks import RecordedChecks, RecordedModel, Task
+from ..runs.run_directory import RunDirectory, RunError
+from ..runs.stage import Stage
+from ..runs.tasks import RecordedChecks, RecordedModel, Task
 from .majority import Answers, vote
 from .results import compare, measure
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..generation import ModelSpec
-from ..pipeline.run_directory import RunError
+from ..runs.run_directory import RunError
 
 
 @dataclass(frozen=True)

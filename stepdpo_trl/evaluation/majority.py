@@ -11,7 +11,7 @@ from ..data.answer_rules import normalize
 from ..data.answers import Check
 from ..pipeline.policy import Continuation
 from ..pipeline.records import RIGHT, UNREADABLE, digest
-from ..pipeline.tasks import Ask, CheckRequest, Task
+from ..runs.tasks import Ask, CheckRequest, Task
 
 Key = Fraction | str  # plain numbers are compared as such, and need no checker
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.records import Problem, digest, problems_of, read_problems
-from ..pipeline.run_directory import RunError
 from ..quickstart.arithmetic import make_problems, write_solution
+from ..runs.run_directory import RunError
 
 ARITHMETIC = 1000  # problems, as in the quickstart
 

@@ -13,7 +13,7 @@ from ..pipeline.collect import read_solutions
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
-from ..pipeline.run_directory import RunDirectory, RunError
+from ..runs.run_directory import RunDirectory, RunError
 from ..train import DATA_FILES
 from .example import CHOSEN, REJECTED, STEP, WRONG, Example, Part
 

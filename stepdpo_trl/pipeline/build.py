@@ -10,11 +10,11 @@ from typing import Any
 from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
 from ..data.steps import split_steps
+from ..runs.run_directory import RunDirectory, RunError
 from .collect import read_problems_of, read_solutions
 from .policy import render_template
 from .records import Problem, read_texts
 from .rectify import normalize_step
-from .run_directory import RunDirectory, RunError
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".parquet")

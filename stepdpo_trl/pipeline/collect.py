@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..data.steps import split_steps
+from ..runs.run_directory import Log, RunDirectory, RunError
+from ..runs.stage import Stage
+from ..runs.tasks import Task
 from .policy import Policy
 from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution, write_problem
-from .run_directory import Log, RunDirectory, RunError
-from .stage import Stage
-from .tasks import Task
 
 logger = logging.getLogger(__name__)
 

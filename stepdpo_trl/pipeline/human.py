@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..data.steps import split_steps
+from ..runs.run_directory import Log, RunError
 from .judges import HumanRequest
-from .run_directory import Log, RunError
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections import Counter
 from typing import Any
 
+from ..runs.run_directory import RunDirectory, RunError
+from ..runs.stage import Stage
+from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges import Judge
 from .records import Solution, Verdict
-from .run_directory import RunDirectory, RunError
-from .stage import Stage
-from .tasks import Task
 
 
 def localize(stage: Stage, judge: Judge, way: str) -> Counter[str]:

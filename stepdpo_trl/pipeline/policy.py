@@ -10,9 +10,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..data.answers import Check
 from ..data.prompts import STEP_PROMPTS, StepPrompt, resolve_text
 from ..generation import Completion, Request
+from ..runs.run_directory import RunError
+from ..runs.tasks import Ask, CheckRequest, Task, seed_of
 from .records import UNREADABLE, Problem, digest
-from .run_directory import RunError
-from .tasks import Ask, CheckRequest, Task, seed_of
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
 

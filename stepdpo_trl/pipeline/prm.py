@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification,
 
 from ..data.prompts import PROMPT_SUFFIXES
 from ..generation import GenerationError
+from ..runs.run_directory import Log
 from .judges import PRMRequest
-from .run_directory import Log
 
 QWEN_SEPARATOR = "<extra_0>"
 QWEN_SYSTEM = PROMPT_SUFFIXES["step-dpo"].strip()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import GenerationError
-from .run_directory import RunError
+from ..runs.run_directory import RunError
 
 Work = Callable[[Any, Path, tuple[int, int]], Any]
 

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from .run_directory import RunError
+from ..runs.run_directory import RunError
 
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.steps import split_steps
+from ..runs.run_directory import RunDirectory
+from ..runs.stage import Stage
+from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges import Judge, undecided
 from .localize import read_verdicts
 from .policy import Policy
 from .records import RIGHT, Solution
-from .run_directory import RunDirectory
-from .stage import Stage
-from .tasks import Task
 
 
 def normalize_step(step: str) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, make_generator
+from ..runs.run_directory import RunDirectory, RunError
+from ..runs.stage import Stage
+from ..runs.tasks import RecordedChecks, RecordedModel
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
@@ -30,9 +33,6 @@ from .judges import (
 )
 from .policy import Policy
 from .records import Problem, digest, shard_of
-from .run_directory import RunDirectory, RunError
-from .stage import Stage
-from .tasks import RecordedChecks, RecordedModel
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..runs.run_directory import RunDirectory
 from .collect import read_problems_of, read_solutions
 from .localize import agreement
 from .policy import why_no_answer
-from .run_directory import RunDirectory
 
 
 @dataclass
