@@ -15,7 +15,7 @@ from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.collect import wrong_solutions
-from stepdpo_trl.pipeline.judges import Judge
+from stepdpo_trl.pipeline.judges.judges import Judge
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.records import RIGHT, Problem, Solution, Verdict
 from stepdpo_trl.pipeline.session import JudgeOptions, Session

@@ -11,7 +11,7 @@ from typing import Any
 from .cli_options import add_command, model_changes, model_options, model_spec, positive, text_of
 from .data.prompts import STEP_PROMPTS
 from .generation import Sampling
-from .pipeline.judges import JUDGES, parse_judges
+from .pipeline.judges.judges import JUDGES, parse_judges
 from .pipeline.policy import resolve_step_prompt
 from .pipeline.records import read_problems, read_texts
 from .runs.run_directory import RunError
@@ -297,7 +297,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     from .pipeline.build import check_target, save
-    from .pipeline.imports import FORMATS
+    from .pipeline.importers.formats import FORMATS
     from .pipeline.report import write_import_card
 
     check_target(args.to)

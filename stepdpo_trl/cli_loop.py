@@ -11,7 +11,7 @@ from typing import Any
 
 from .cli_options import parse
 from .generation.model_folders import adapter_base, fingerprint
-from .loop import MODEL, PAIRS, RUN, TRAINING, run_loop
+from .pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
 from .runs.run_directory import RunError
 
 # What each stage sets by itself

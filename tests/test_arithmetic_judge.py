@@ -3,9 +3,9 @@
 from fractions import Fraction
 
 import pytest
+from stepdpo_trl.pipeline.judges.judges.arithmetic import evaluate, false_equations
 
 from stepdpo_trl.data.steps import split_steps
-from stepdpo_trl.pipeline.arithmetic import evaluate, false_equations
 
 FALSE = [
     "5 + 3 = 9",

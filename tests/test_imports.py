@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from stepdpo_trl.data.schema import StepPreference
-from stepdpo_trl.pipeline.imports import (
+from stepdpo_trl.pipeline.importers.formats import (
     FORMATS,
     LocalizationCase,
     localization_cases,
@@ -465,6 +465,6 @@ def test_unknown_format(tmp_path):
 
 
 def test_imports_need_the_standard_library_alone():
-    code = "import stepdpo_trl.pipeline.imports, sys; print({'torch', 'trl', 'datasets'} & set(sys.modules))"
+    code = "import stepdpo_trl.pipeline.importers.formats, sys; print({'torch', 'trl', 'datasets'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForTokenClassification, Qwen2Model
 from stepdpo_trl.data.answers import Check
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import Completion
-from stepdpo_trl.pipeline.judges import (
+from stepdpo_trl.pipeline.judges.judges import (
     arithmetic_judge,
     combine,
     llm_judge,
@@ -19,8 +19,8 @@ from stepdpo_trl.pipeline.judges import (
     read_step,
     rollout_judge,
 )
+from stepdpo_trl.pipeline.judges.prm import ProcessRewardModel
 from stepdpo_trl.pipeline.policy import Policy
-from stepdpo_trl.pipeline.prm import ProcessRewardModel
 from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
 from stepdpo_trl.runs.run_directory import RunError
 from stepdpo_trl.runs.tasks import run_tasks

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stepdpo_trl import train
 from stepdpo_trl.cli import main
 from stepdpo_trl.cli_loop import _resume, merge_adapter
-from stepdpo_trl.loop import MODEL, PAIRS, run_loop
+from stepdpo_trl.pipeline.loop import MODEL, PAIRS, run_loop
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
@@ -99,7 +99,7 @@ def test_what_a_killed_loop_started_is_waited_for(tmp_path):
     """An orphan may still train in the folder."""
     started = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], close_fds=False)"
     script = (
-        "import sys; from pathlib import Path; from stepdpo_trl.loop import run_loop\n"
+        "import sys; from pathlib import Path; from stepdpo_trl.pipeline.loop import run_loop\n"
         f"def work(*args):\n    print('at work', flush=True); {started}\n"
         "run_loop(Path(sys.argv[1]), 'M0', 1, work, work, {})"
     )

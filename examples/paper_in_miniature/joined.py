@@ -8,7 +8,7 @@ from pairs import fresh_pairs, read_rows, write_rows
 from training import fit, load, measure, options, rows_for, tokenizer
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
-from stepdpo_trl.loop import MODEL, PAIRS, RUN, run_loop
+from stepdpo_trl.pipeline.loop import MODEL, PAIRS, RUN, run_loop
 from stepdpo_trl.quickstart import MODEL_PATH
 
 # Whose pairs a stage has: the last stage's model's; the first model's, others in each stage; those of the first stage

@@ -10,7 +10,7 @@ from ..runs.run_directory import RunDirectory
 from ..runs.stage import Stage
 from ..runs.tasks import Task
 from .collect import wrong_solutions
-from .judges import Judge, undecided
+from .judges.judges import Judge, undecided
 from .localize import read_verdicts
 from .policy import Policy
 from .records import RIGHT, Solution

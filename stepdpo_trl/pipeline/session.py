@@ -19,8 +19,8 @@ from ..runs.tasks import RecordedChecks, RecordedModel
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
-from .human import Person
-from .judges import (
+from .judges.human import Person
+from .judges.judges import (
     Judge,
     arithmetic_judge,
     check_judge_prompt,
@@ -297,7 +297,7 @@ class Session:
             seed = stage.run.settings()["collect"]["seed"]
             return llm_judge(whom, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
-            from .prm import ProcessRewardModel, RecordedPRM
+            from .judges.prm import ProcessRewardModel, RecordedPRM
 
             assert options.prm is not None
             loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .runs.run_directory import RunDirectory
+from ..runs.run_directory import RunDirectory
 
 PAIRS, RUN, TRAINING, MODEL = "pairs.jsonl", "run", "training", "model"  # in the folder of a stage
 

@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from ..data.prompts import PROMPT_SUFFIXES
-from ..generation import GenerationError
-from ..runs.run_directory import Log
+from ...data.prompts import PROMPT_SUFFIXES
+from ...generation import GenerationError
+from ...runs.run_directory import Log
 from .judges import PRMRequest
 
 QWEN_SEPARATOR = "<extra_0>"

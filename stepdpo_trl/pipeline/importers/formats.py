@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .import_math_shepherd import math_shepherd_cases, read_math_shepherd
-from .import_prm800k import prm800k_cases, read_prm800k
+from .math_shepherd import math_shepherd_cases, read_math_shepherd
+from .prm800k import prm800k_cases, read_prm800k
 from .published import LocalizationCase, rows
 
 __all__ = [

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..data.steps import split_steps
-from ..runs.run_directory import Log, RunError
+from ...data.steps import split_steps
+from ...runs.run_directory import Log, RunError
 from .judges import HumanRequest
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
-from ..data.steps import Steps
+from ...data.steps import Steps
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 # A side begins behind a word, a sentence or another side, and not within a number, a formula or a variable

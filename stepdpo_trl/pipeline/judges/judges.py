@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from ..data.prompts import JUDGE_PROMPTS
-from ..data.steps import Steps, split_steps
-from ..generation import Completion, Request
-from ..runs.run_directory import RunError
-from ..runs.tasks import Ask, Task, seed_of
+from ...data.prompts import JUDGE_PROMPTS
+from ...data.steps import Steps, split_steps
+from ...generation import Completion, Request
+from ...runs.run_directory import RunError
+from ...runs.tasks import Ask, Task, seed_of
+from ..policy import Policy, render_template
+from ..records import RIGHT, Solution, Verdict, digest
 from .arithmetic import false_equations
-from .policy import Policy, render_template
-from .records import RIGHT, Solution, Verdict, digest
 
 # A judge is a task: it may ask models, and returns a verdict
 Judge = Callable[[Solution], Task[Verdict]]
