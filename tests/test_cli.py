@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from stepdpo_trl.cli.main.train import load_data, main, parse_arguments
 
 from stepdpo_trl import __version__, cli
-from stepdpo_trl.train import load_data, main, parse_arguments
 
 from .tiny import step_rows
 
@@ -144,7 +144,7 @@ def test_train_launches_accelerate(chat_model, tmp_path):
         f"model_name_or_path: {chat_model}\ndataset_name: {pairs}\noutput_dir: {tmp_path / 'out'}\n"
         "beta: 0.4\nmax_steps: 5\nuse_cpu: true\nbf16: false\nreport_to: none\nsave_strategy: 'no'\n"
     )
-    command = [sys.executable, "-m", "stepdpo_trl.cli", "train", "--config", str(config)]
+    command = [sys.executable, "-m", "stepdpo_trl.cli.main", "train", "--config", str(config)]
     command += ["--num_processes", "1", "--cpu", "--max_steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stepdpo_trl.cli import main
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.evaluation.problems import load_problems

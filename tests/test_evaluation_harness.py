@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from stepdpo_trl.cli import main
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.evaluation import harness
 from stepdpo_trl.generation import ModelSpec
 from stepdpo_trl.quickstart import MODEL_PATH

@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from stepdpo_trl.cli.main.loop import _resume, merge_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stepdpo_trl import train
-from stepdpo_trl.cli import main
-from stepdpo_trl.cli_loop import _resume, merge_adapter
+from stepdpo_trl.cli import train
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.pipeline.loop import MODEL, PAIRS, run_loop
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
@@ -193,7 +193,7 @@ def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
         done = main([what, *argv]) if what == "data" else train.main(argv)
         return subprocess.CompletedProcess(command, done or 0)
 
-    monkeypatch.setattr("stepdpo_trl.cli_loop.subprocess.run", run)
+    monkeypatch.setattr("stepdpo_trl.cli.main.loop.subprocess.run", run)
     with (tmp_path / "problems.jsonl").open("w") as file:
         for problem in make_problems(24, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")

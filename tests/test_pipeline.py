@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepdpo_trl.cli import main
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling

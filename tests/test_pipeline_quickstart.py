@@ -9,7 +9,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer
-from stepdpo_trl.cli import main
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import read_verdicts
 from stepdpo_trl.quickstart import MODEL_PATH, Problem, first_lost_step, make_problems
@@ -201,5 +201,7 @@ def test_import(tmp_path, capsys):
 
 
 def test_the_command_starts_without_torch():
-    code = "import sys; import stepdpo_trl.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys; import stepdpo_trl.cli.main; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

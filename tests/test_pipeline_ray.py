@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
-from stepdpo_trl.cli import main
+from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories

@@ -11,8 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-
-from stepdpo_trl.train import parse_arguments
+from stepdpo_trl.cli.main.train import parse_arguments
 
 from .tiny import step_rows
 

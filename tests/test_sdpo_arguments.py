@@ -2,9 +2,8 @@ import json
 
 import pytest
 from datasets import Dataset
+from stepdpo_trl.cli.main.train import main, parse_arguments
 from trl.scripts.utils import DatasetConfig
-
-from stepdpo_trl.train import main, parse_arguments
 
 from .tiny import step_rows
 

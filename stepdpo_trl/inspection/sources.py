@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli.train import DATA_FILES
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
@@ -14,7 +15,6 @@ from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
 from ..runs.run_directory import RunDirectory, RunError
-from ..train import DATA_FILES
 from .example import CHOSEN, REJECTED, STEP, WRONG, Example, Part
 
 if TYPE_CHECKING:

@@ -3,19 +3,19 @@
 import argparse
 import sys
 
-from . import __version__
-from .cli_data import add_commands
-from .cli_eval import add_eval_command
-from .cli_inspect import add_inspect_command
-from .cli_loop import loop
-from .cli_options import parse
-from .generation import GenerationError
-from .runs.run_directory import RunError
+from .. import __version__
+from ..generation import GenerationError
+from ..runs.run_directory import RunError
+from .data import add_commands
+from .eval import add_eval_command
+from .inspect import add_inspect_command
+from .loop import loop
+from .options import parse
 
 
 def train(argv: list[str]) -> None:
     """
-    Launch [`stepdpo_trl.train`] through `accelerate launch`, as `trl dpo` launches its script.
+    Launch [`stepdpo_trl.cli.main.train`] through `accelerate launch`, as `trl dpo` launches its script.
 
     Args:
         argv (`list[str]`):
@@ -33,7 +33,7 @@ def train(argv: list[str]) -> None:
     argv = split_joined(argv)
     _, from_file, from_command_line = parse_arguments(argv, prog="stepdpo train", launcher=True)
     script_args = _subtract_subsequence(argv, from_command_line)
-    script = "stepdpo_trl.train"
+    script = "stepdpo_trl.cli.main.train"
     launcher = launch_command_parser()
     launcher.prog, launcher.usage = "stepdpo train", "%(prog)s [--config FILE] [--option VALUE ...]"
     try:

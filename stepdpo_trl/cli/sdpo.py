@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .sdpo.stages import STAGE_COLUMN, find_stages
+from ..sdpo.stages import STAGE_COLUMN, find_stages
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ScriptArguments
 
-    from .sdpo.callback import SDPOCallback
+    from ..sdpo.callback import SDPOCallback
 
 
 @dataclass
@@ -84,7 +84,7 @@ class SDPOArguments:
 
     def make_callback(self) -> "SDPOCallback":
         """The callback that trains in these stages."""
-        from .sdpo.callback import SDPOCallback
+        from ..sdpo.callback import SDPOCallback
 
         options: Any = self.stage_options
         return SDPOCallback(fractions=self.stage_fractions, schedule=self.stage_schedule, stage_options=options)

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .generation import BACKENDS, ModelSpec
-from .runs.run_directory import RunError
+from ..generation import BACKENDS, ModelSpec
+from ..runs.run_directory import RunError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -1,5 +1,5 @@
 """
-The training script, one for all models: `accelerate launch -m stepdpo_trl.train --config FILE [--option value ...]`.
+The training script, one for all models: `accelerate launch -m stepdpo_trl.cli.main.train --config FILE [--option value ...]`.
 
 Options are those of `trl dpo`, of [`StepDPOConfig`] and of [`SDPOArguments`]; the command line overrides the file.
 """
@@ -23,8 +23,8 @@ def make_parser(prog: str | None = None) -> "TrlParser":
     """TRL's parser for YAML files and command lines, over the options of this script."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    from .sdpo_arguments import SDPOArguments
-    from .step_dpo.config import StepDPOConfig
+    from ..step_dpo.config import StepDPOConfig
+    from .sdpo import SDPOArguments
 
     options: Any = (ScriptArguments, StepDPOConfig, ModelConfig, DatasetMixtureConfig, SDPOArguments)
     return TrlParser(
@@ -188,7 +188,7 @@ def main(
     import torch
     from trl import get_peft_config, get_quantization_config
 
-    from .step_dpo.trainer import StepDPOTrainer
+    from ..step_dpo.trainer import StepDPOTrainer
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

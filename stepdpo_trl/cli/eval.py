@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .cli_options import add_command, model_options, model_spec, positive, text_of
-from .data.prompts import STEP_PROMPTS
-from .evaluation.harness import HARNESS
-from .evaluation.problems import PROBLEM_SETS, load_problems
-from .generation import ModelSpec, Sampling
-from .generation.model_folders import adapter_base
-from .pipeline.policy import resolve_step_prompt
-from .runs.run_directory import RunError
+from ..data.prompts import STEP_PROMPTS
+from ..evaluation.harness import HARNESS
+from ..evaluation.problems import PROBLEM_SETS, load_problems
+from ..generation import ModelSpec, Sampling
+from ..generation.model_folders import adapter_base
+from ..pipeline.policy import resolve_step_prompt
+from ..runs.run_directory import RunError
+from .options import add_command, model_options, model_spec, positive, text_of
 
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}
@@ -74,7 +74,7 @@ def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | N
             f"{named} cannot go with --tasks: "
             "lm-evaluation-harness has its own prompts and sampling, and takes one model at a time. Leave them out."
         )
-    from .evaluation.harness import evaluate_tasks, show_tasks
+    from ..evaluation.harness import evaluate_tasks, show_tasks
 
     results = evaluate_tasks(Path(args.out), args.tasks, model, args.batch_size, args.limit)
     print(f"{show_tasks(results)}\n\nResults and records: {args.out}")
@@ -87,9 +87,9 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
         raise RunError(f"--top-p {args.top_p} has no effect at temperature 0. Leave it out, or give a --temperature.")
     sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
     prompt = resolve_step_prompt(text_of(options["prompt"]), args.opening)
-    from .evaluation.evaluate import check_options, evaluate
-    from .evaluation.results import table
-    from .pipeline.session import Session
+    from ..evaluation.evaluate import check_options, evaluate
+    from ..evaluation.results import table
+    from ..pipeline.session import Session
 
     samples, seed = options["samples"], options["seed"]
     check_options(models, sampling, samples)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .cli_options import add_command, model_changes, model_options, model_spec, positive, text_of
-from .data.prompts import STEP_PROMPTS
-from .generation import Sampling
-from .pipeline.judges.judges import JUDGES, parse_judges
-from .pipeline.policy import resolve_step_prompt
-from .pipeline.records import read_problems, read_texts
-from .runs.run_directory import RunError
+from ..data.prompts import STEP_PROMPTS
+from ..generation import Sampling
+from ..pipeline.judges.judges import JUDGES, parse_judges
+from ..pipeline.policy import resolve_step_prompt
+from ..pipeline.records import read_problems, read_texts
+from ..runs.run_directory import RunError
+from .options import add_command, model_changes, model_options, model_spec, positive, text_of
 
 
 def add_commands(commands: Any) -> None:
@@ -139,7 +139,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _folders(args: argparse.Namespace, path: str) -> list[tuple[Path, tuple[int, int]]]:
     """Folders to work on, with the shard that each holds."""
-    from .pipeline.build import run_directories
+    from ..pipeline.build import run_directories
 
     if args.engine == "local" and (args.shards > 1 or args.num_gpus):
         raise RunError("--shards and --num-gpus are for --engine ray. Without it, --shard I/N works on one part.")
@@ -156,11 +156,11 @@ def _each(args: argparse.Namespace, path: str, work: Callable[[Any, Path, tuple[
     """Do a stage in each folder."""
     folders = _folders(args, path)
     if args.engine == "ray":
-        from .pipeline.ray import run_on_ray
+        from ..pipeline.ray import run_on_ray
 
         run_on_ray(work, folders, args.num_gpus)
         return
-    from .pipeline.session import Session
+    from ..pipeline.session import Session
 
     with Session() as session:
         for folder, shard in folders:
@@ -182,7 +182,7 @@ def _collect_work(args: argparse.Namespace) -> Callable[[Any, Path, tuple[int, i
 
 
 def _judges(args: argparse.Namespace) -> Any:
-    from .pipeline.session import JudgeOptions
+    from ..pipeline.session import JudgeOptions
 
     prompt = text_of(args.judge_prompt) if args.judge_prompt else None
     if args.judge_prompt and prompt == args.judge_prompt:
@@ -213,7 +213,7 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
 
 
 def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
-    from .pipeline.session import check_rectify
+    from ..pipeline.session import check_rectify
 
     way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
     check = None if args.check == "none" else args.check
@@ -239,10 +239,10 @@ def _rectify(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from .pipeline.build import build, check_target, run_directories, save
-    from .pipeline.logps import add_logps
-    from .pipeline.report import write_card, write_report
-    from .pipeline.summary import summarize
+    from ..pipeline.build import build, check_target, run_directories, save
+    from ..pipeline.logps import add_logps
+    from ..pipeline.report import write_card, write_report
+    from ..pipeline.summary import summarize
 
     check_target(args.to)
     paths = run_directories(args.run)
@@ -257,8 +257,8 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from .pipeline.build import check_target
-    from .pipeline.session import corrections_name
+    from ..pipeline.build import check_target
+    from ..pipeline.session import corrections_name
 
     check_target(args.to)
     for problems in args.exclude:
@@ -283,9 +283,9 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .pipeline.build import run_directories
-    from .pipeline.report import write_report
-    from .pipeline.summary import rows_of, summarize
+    from ..pipeline.build import run_directories
+    from ..pipeline.report import write_report
+    from ..pipeline.summary import rows_of, summarize
 
     summary = summarize(run_directories(args.run))
     for stage, what, count in rows_of(summary):
@@ -296,9 +296,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from .pipeline.build import check_target, save
-    from .pipeline.importers.formats import FORMATS
-    from .pipeline.report import write_import_card
+    from ..pipeline.build import check_target, save
+    from ..pipeline.importers.formats import FORMATS
+    from ..pipeline.report import write_import_card
 
     check_target(args.to)
     reader = FORMATS[args.format.replace("-", "_")]

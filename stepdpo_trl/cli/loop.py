@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cli_options import parse
-from .generation.model_folders import adapter_base, fingerprint
-from .pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
-from .runs.run_directory import RunError
+from ..generation.model_folders import adapter_base, fingerprint
+from ..pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
+from ..runs.run_directory import RunError
+from .options import parse
 
 # What each stage sets by itself
 _OF_DATA = ("--out", "--to", "--shard", "--model", "--seed")
@@ -101,7 +101,7 @@ def merge_adapter(adapter: Path, to: Path) -> None:
 
 def _check_data(argv: list[str]) -> None:
     """Exits with the parser's message if an option is not one of `stepdpo data`."""
-    from .cli_data import add_commands
+    from .data import add_commands
 
     given = [name for name in _OF_DATA if any(word.partition("=")[0] == name for word in argv)]
     if given:
@@ -139,7 +139,7 @@ def _check_training(argv: list[str]) -> None:
 
 def _resume(output_dir: Path) -> list[str]:
     """Where training goes on after an interruption."""
-    from .sdpo.files import find_checkpoint
+    from ..sdpo.files import find_checkpoint
 
     try:
         return ["--resume_from_checkpoint", str(find_checkpoint(output_dir, True)[0])]
@@ -150,7 +150,7 @@ def _resume(output_dir: Path) -> list[str]:
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
     # The lock of the loop's folder goes along
-    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli", *argv], close_fds=False)
+    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
     if done.returncode:
         raise RunError(
             f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. Where that can be "

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from .cli_options import DTYPES, add_command, positive
+from .options import DTYPES, add_command, positive
 
 # Options of StepDPOConfig that decide how a row becomes tokens
 _TOKENS = ("prompt_suffix", "system_prompt", "prompt_template", "max_length")
@@ -56,8 +56,8 @@ def _row(text: str) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     _check(args)
-    from .inspection.example import Scoring
-    from .inspection.sources import is_run, read_pairs, read_run
+    from ..inspection.example import Scoring
+    from ..inspection.sources import is_run, read_pairs, read_run
 
     path, numbers = Path(args.source), args.row or []
     if args.solution is not None and not is_run(path):
@@ -71,12 +71,12 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.model or args.tokenizer:
         examples, scoring = _score(args, examples)
     if args.html:
-        from .inspection.page import write_page
+        from ..inspection.page import write_page
 
         args.html.write_text(write_page(examples, scoring, args.short), encoding="utf-8")
         print(f"Page: {args.html}")
         return
-    from .inspection.terminal import Terminal, wants_color
+    from ..inspection.terminal import Terminal, wants_color
 
     width = shutil.get_terminal_size().columns
     try:
@@ -107,10 +107,10 @@ def _check(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace, examples: list[Any]) -> tuple[list[Any], Any]:
     from datasets.utils.logging import disable_progress_bar
 
-    from .generation.model_folders import adapter_base
-    from .inspection.example import Scoring
-    from .inspection.scores import RowEncoder, load_processing_class, score
-    from .step_dpo.config import StepDPOConfig
+    from ..generation.model_folders import adapter_base
+    from ..inspection.example import Scoring
+    from ..inspection.scores import RowEncoder, load_processing_class, score
+    from ..step_dpo.config import StepDPOConfig
 
     disable_progress_bar()  # of rows, one at a time
     given = {name: getattr(args, name) for name in _TOKENS if getattr(args, name) is not None}
