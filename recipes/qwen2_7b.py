@@ -8,7 +8,7 @@ The options override the file; `--config FILE` takes another recipe's file inste
 
 from pathlib import Path
 
-from stepdpo_trl.cli.main.train import main
+from stepdpo_trl.cli.train import main
 
 if __name__ == "__main__":
     main(config=Path(__file__).with_suffix(".yaml"))

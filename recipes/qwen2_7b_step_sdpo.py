@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from datasets import Dataset
-from stepdpo_trl.cli.main.train import main
+from stepdpo_trl.cli.train import main
 
 
 def early_errors_first(dataset: Dataset) -> Dataset:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from stepdpo_trl.cli.main.train import main
+from stepdpo_trl.cli.train import main
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 COLUMNS = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})

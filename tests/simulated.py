@@ -5,9 +5,8 @@ import re
 import time
 from collections.abc import Container, Iterator, Sequence
 
-from stepdpo_trl.pipeline.judges.judges.arithmetic import evaluate
-
 from stepdpo_trl.generation import Completion, Request, Sampling
+from stepdpo_trl.pipeline.judges.arithmetic import evaluate
 from stepdpo_trl.pipeline.records import Problem as Record
 from stepdpo_trl.quickstart import Problem, split_steps
 from stepdpo_trl.quickstart.arithmetic import OPENING, draw_problem

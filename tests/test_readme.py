@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from stepdpo_trl.cli.main.loop import make_parser as loop_parser
-from stepdpo_trl.cli.main.train import launcher_options, make_parser, parse_arguments
 
-from stepdpo_trl import cli
+from stepdpo_trl.cli import main as cli
+from stepdpo_trl.cli.loop import make_parser as loop_parser
+from stepdpo_trl.cli.train import launcher_options, make_parser, parse_arguments
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 
-from .test_evaluation_harness import stand_in_harness
+from .evaluation.test_harness import stand_in_harness
 
 ROOT = Path(__file__).parents[1]
 README, RECIPES = ROOT / "README.md", ROOT / "recipes" / "README.md"
@@ -50,7 +50,7 @@ def run_stepdpo(words, monkeypatch):
         check_training(words, monkeypatch)
     elif command == "loop":
         place = words.index("--")
-        monkeypatch.setattr("stepdpo_trl.cli.main.loop.run_loop", lambda *args: None)  # test_loop runs it
+        monkeypatch.setattr("stepdpo_trl.cli.loop.run_loop", lambda *args: None)  # test_loop runs it
         assert cli.main([command, *words[:place], "--", *words[place + 1 :], *CPU]) == 0
     else:
         assert cli.main([command, *words, *(QUICK.get(command, ()) if "--tasks" not in words else ())]) == 0
@@ -61,7 +61,7 @@ def check_training(words, monkeypatch):
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     cli.main(["train", *words, *CPU])
-    assert launched[0].training_script == "stepdpo_trl.cli.main.train"
+    assert launched[0].training_script == "stepdpo_trl.cli.train"
 
 
 def run(words, monkeypatch):

@@ -15,7 +15,7 @@ from .options import parse
 
 def train(argv: list[str]) -> None:
     """
-    Launch [`stepdpo_trl.cli.main.train`] through `accelerate launch`, as `trl dpo` launches its script.
+    Launch [`stepdpo_trl.cli.train`] through `accelerate launch`, as `trl dpo` launches its script.
 
     Args:
         argv (`list[str]`):
@@ -33,7 +33,7 @@ def train(argv: list[str]) -> None:
     argv = split_joined(argv)
     _, from_file, from_command_line = parse_arguments(argv, prog="stepdpo train", launcher=True)
     script_args = _subtract_subsequence(argv, from_command_line)
-    script = "stepdpo_trl.cli.main.train"
+    script = "stepdpo_trl.cli.train"
     launcher = launch_command_parser()
     launcher.prog, launcher.usage = "stepdpo train", "%(prog)s [--config FILE] [--option VALUE ...]"
     try:

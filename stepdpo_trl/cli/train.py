@@ -1,5 +1,5 @@
 """
-The training script, one for all models: `accelerate launch -m stepdpo_trl.cli.main.train --config FILE [--option value ...]`.
+The training script, one for all models: `accelerate launch -m stepdpo_trl.cli.train --config FILE [--option value ...]`.
 
 Options are those of `trl dpo`, of [`StepDPOConfig`] and of [`SDPOArguments`]; the command line overrides the file.
 """

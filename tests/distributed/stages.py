@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.distributed.train import describe, finish, leave, prepare_cpu
-from tests.sdpo import check_rows, record_rows, staged_run, two_stages
-from tests.test_reference import measure_swap
+from tests.sdpo.separate_runs import check_rows, record_rows, staged_run, two_stages
+from tests.sdpo.separate_runs.test_reference import measure_swap
 from tests.training import logged
 
 

@@ -1,0 +1,154 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+
+from stepdpo_trl import __version__
+from stepdpo_trl.cli import main as cli
+from stepdpo_trl.cli.train import load_data, main, parse_arguments
+
+from ..tiny import step_rows
+
+
+def run(capsys, *argv):
+    """Exit status and output of a command line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"stepdpo_trl {__version__}\n")
+
+
+def test_help(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "train with StepDPOTrainer" in out
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    assert "--overlong_prefix" in out
+    assert out.startswith("usage: stepdpo train [--config FILE] [--option VALUE ...]\n")
+
+
+@pytest.mark.parametrize(("argv", "message"), [((), "COMMAND"), (("trian",), "invalid choice: 'trian'")])
+def test_no_or_unknown_command(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("inspect", "pairs.jsonl", "--rwo", "1"),
+            "inspect: error: --rwo is not a known argument. Did you mean --row?",
+        ),
+        (
+            ("rectify", "run", "--rectifer=M"),
+            "rectify: error: --rectifer is not a known argument. Did you mean --rectifier?",
+        ),
+        (("report", "run", "another"), "'another' belongs to no option"),
+    ],
+)
+def test_unknown_options(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
+FILE_KINDS = [("parquet", "parquet"), ("json", "jsonl")]
+CPU = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", "--bf16", "false"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "yaml", "message"),
+    [
+        (["--learnin_rate", "1e-6"], "", "--learnin_rate is not a known argument. Did you mean --learning_rate?"),
+        ([], "overlong_prefx: drop", "--overlong_prefx is not a known argument. Did you mean --overlong_prefix?"),
+        ([], "overlong_prefix: cut", "overlong_prefix='cut'` must be one of ['truncate', 'drop', 'error']"),
+        ([], "- a list", "mapping"),
+        ([], "beta: [", "while parsing"),
+        (["--num_process", "2"], "", "Did you mean --num_processes?"),
+        (["--learning_rat", "1e-6"], "", "Did you mean --learning_rate?"),  # argparse would complete it
+        (["--overlong_prefix", "cut"], "", "argument --overlong_prefix/--overlong-prefix: invalid choice: 'cut'"),
+        (["--num_processes", "two"], "", "invalid int value: 'two'"),
+        (["pairs.py"], "", "'pairs.py' belongs to no option"),  # accelerate would run it
+        ([], "cpu: true", "'True' belongs to no option. Flags of accelerate"),
+        (["--config=other.yaml"], "", "Give --config once"),
+        (["--dataset_name", "nowhere.jsonl"], "", "No such file: 'nowhere.jsonl'"),
+        (["--test_split_size", "0.1"], "", "--test_split_size has no effect with `dataset_name`"),
+        (["--dataset_name", ""], "datasets: [{pth: x}]", "unexpected keyword argument 'pth'"),
+        (["--dataset_name", ""], "{datasets: [{path: x}], dataset_config: y}", "no effect with `datasets`"),
+        (["--config_file", "nowhere.yaml"], "", "`nowhere.yaml` does not exist"),
+        (["--dataset_name", ""], "", "Name the data with --dataset_name"),
+        (["--model_name_or_path", ""], "", "Name the model"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(capsys, tmp_path, argv, yaml, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml or "{}")
+    code, _, err = run(capsys, "train", "--config", str(path), *CPU, *argv)
+    assert code == 2
+    assert "stepdpo train: error: " in err
+    assert message in err
+    assert len(err.splitlines()) <= 3  # no traceback, no list of all the options
+
+
+def test_missing_file_and_unknown_accelerate_config(capsys):
+    for config in (["--config", "nowhere.yaml"], ["--config=nowhere.yaml"]):
+        code, _, err = run(capsys, "train", *config)
+        assert code == 2
+        assert "No such file or directory: 'nowhere.yaml'" in err
+    code, _, err = run(capsys, "train", "--config")
+    assert code == 2
+    assert "a file after it" in err
+    for option in (["--accelerate_config", "zero4"], ["--accelerate_config=zero4"]):
+        code, _, err = run(capsys, "train", *CPU, *option)
+        assert code == 2
+        assert "Accelerate config zero4 is neither a file nor a valid config" in err
+
+
+def test_script_refuses_options_of_the_launcher(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*CPU, "--num_processes", "2"])
+    assert stop.value.code == 2
+    assert "--num_processes is not an argument of the script" in capsys.readouterr().err
+
+
+def test_data_from_files_and_mixtures(tmp_path):
+    Dataset.from_list(step_rows(6)).to_parquet(tmp_path / "pairs.parquet")
+    Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
+    for file, rows in (("pairs.parquet", 6), ("pairs.jsonl", 4)):
+        (script_args, _, _, dataset_args, _), _, _ = parse_arguments([*CPU, "--dataset_name", str(tmp_path / file)])
+        data = load_data(script_args, dataset_args)
+        assert [dict(row) for row in data["train"]] == step_rows(rows)
+    config = tmp_path / "config.yaml"
+    parts = [{"path": kind, "data_files": str(tmp_path / f"pairs.{end}")} for kind, end in FILE_KINDS]
+    config.write_text(json.dumps({"datasets": parts, "test_split_size": 2}))
+    parsed, _, _ = parse_arguments(["--config", str(config), *CPU, "--dataset_name", ""])
+    data = load_data(parsed[0], parsed[3])
+    assert (len(data["train"]), len(data["test"])) == (8, 2)
+
+
+@pytest.mark.slow
+def test_train_launches_accelerate(chat_model, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in step_rows(8)))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {chat_model}\ndataset_name: {pairs}\noutput_dir: {tmp_path / 'out'}\n"
+        "beta: 0.4\nmax_steps: 5\nuse_cpu: true\nbf16: false\nreport_to: none\nsave_strategy: 'no'\n"
+    )
+    command = [sys.executable, "-m", "stepdpo_trl.cli.main", "train", "--config", str(config)]
+    command += ["--num_processes", "1", "--cpu", "--max_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"Model saved to {tmp_path / 'out'}" in done.stdout
+    arguments = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert (arguments.beta, arguments.max_steps) == (0.4, 2)  # from the file; from the command line, which overrides

@@ -1,0 +1,81 @@
+"""
+Kills evaluations with SIGKILL and starts them again: python -m tests.evaluation.kill_evaluation FOLDER
+
+A script, started by the tests: it imports everything once and forks a process for each life.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from stepdpo_trl.data.answers import check_answer
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.evaluation.evaluate import evaluate
+from stepdpo_trl.generation import ModelSpec, Sampling
+from stepdpo_trl.pipeline.session import Session
+
+from ..simulated import Student, draw_records
+
+KILLS = 5
+
+
+class Checker:
+    """In this process: a forked one cannot have workers."""
+
+    def check(self, answers):
+        return [check_answer(*pair) for pair in answers]
+
+
+def live(path):
+    models = [ModelSpec("one/model"), ModelSpec("other/model")]
+    students = [Student(0.1, delay=0.002), Student(0.3, delay=0.002, unreadable=0.1)]
+    session = Session(dict(zip(models, students, strict=True)), Checker())
+    problems, prompt = draw_records(40), STEP_PROMPTS["plain"]
+    evaluate(session, path, "drawn", problems, models, prompt, Sampling(1.0, 1.0, 256), 3)
+
+
+def size(path):
+    return sum(file.stat().st_size for name in ("answers", "checks") for file in path.glob(f"{name}.*"))
+
+
+def fork(path, kill_at=None):
+    """One life, killed when it has written so much. Returns whether it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            live(path)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    ended, status = 0, 0
+    while kill_at is not None and not ended and size(path) < kill_at:
+        time.sleep(0.002)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        if kill_at is not None:
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+
+def main(folder):
+    check_answer("\\pi", "\\boxed{3}")  # loads math-verify
+    fork(folder / "unbroken")
+    whole = size(folder / "unbroken")
+    rng = random.Random(0)
+    path = folder / "killed"
+    kills = sum(fork(path, (moment + rng.random()) / KILLS * whole) for moment in range(KILLS))
+    fork(path)
+    print(json.dumps({"kills": kills}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

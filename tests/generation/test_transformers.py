@@ -1,0 +1,170 @@
+"""Generation with transformers: seeds, batches, distribution, ends."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, make_generator
+from stepdpo_trl.generation.transformers import SeededSampling, TransformersGenerator
+from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+
+from ..tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
+
+
+def requests_for(generator, count):
+    texts = [problem.text for problem in make_problems(count, "pairs", (2, 6))]
+    return [Request(f"{n}", generator.render(text, ""), n) for n, text in enumerate(texts)]
+
+
+def answers(generator, requests, sampling, done=()):
+    return {request.key: answer for part in generator.generate(requests, sampling, done) for request, answer in part}
+
+
+def test_an_answer_depends_on_its_seed_alone(quickstart):
+    """Not on what else is in the batch, nor on the global generator."""
+    one, many = TransformersGenerator(*quickstart, batch_size=1), TransformersGenerator(*quickstart, batch_size=16)
+    requests = requests_for(one, 24)
+    sampling = Sampling(1.0, 0.95, 96)
+    torch.manual_seed(0)
+    apart = answers(one, requests, sampling)
+    torch.manual_seed(1)
+    together = answers(many, requests[::-1], sampling)
+    assert apart == together
+    assert {answer.finish_reason for answer in apart.values()} == {"stop"}
+    again = [Request("x", requests[0].prompt, seed) for seed in range(8)]
+    assert len({answers(one, [request], sampling)["x"].text for request in again}) > 1
+
+
+def test_greedy_is_that_of_generate(quickstart):
+    model, tokenizer = quickstart
+    generator = TransformersGenerator(model, tokenizer, batch_size=4)
+    requests = requests_for(generator, 6)
+    found = answers(generator, requests, Sampling(0.0, 1.0, 64))
+    for request in requests:
+        ids = tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt")
+        row = model.generate(**ids, max_new_tokens=64, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert found[request.key].text == tokenizer.decode(row, skip_special_tokens=True)
+        assert found[request.key].tokens == len(row)
+        assert found[request.key].prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_cut_answers_say_so(quickstart):
+    generator = TransformersGenerator(*quickstart)
+    requests = requests_for(generator, 2)
+    for answer in answers(generator, requests, Sampling(1.0, 1.0, 5)).values():
+        assert (answer.finish_reason, answer.tokens) == ("length", 5)
+
+
+def test_batches_are_run_whole_and_handed_out_in_part(quickstart):
+    """A run that goes on makes the batches of the unbroken one."""
+    generator = TransformersGenerator(*quickstart, batch_size=4)
+    requests = requests_for(generator, 8)
+    sampling = Sampling(1.0, 1.0, 48)
+    runs = []
+    run = generator._run
+    generator._run = lambda prompts, *rest: runs.append(len(prompts)) or run(prompts, *rest)
+    whole = answers(generator, requests, sampling)
+    assert runs == [4, 4]
+    order = list(whole)
+    rest = answers(generator, requests, sampling, done=order[:5])
+    assert runs == [4, 4, 4]
+    assert rest == {key: whole[key] for key in order[5:]}
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)])
+def test_distribution(temperature, top_p):
+    """Frequencies of 20,000 seeds against the distribution, worked out here in plain Python."""
+    scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
+    weights = [2.718281828459045 ** (s / temperature) for s in scores.tolist()]
+    probabilities = {token: weight / sum(weights) for token, weight in enumerate(weights)}
+    nucleus, mass = {}, 0.0
+    for token in sorted(probabilities, key=probabilities.get, reverse=True):
+        if mass >= top_p:
+            break
+        nucleus[token] = probabilities[token]
+        mass += probabilities[token]
+    count = 20_000
+    processor = SeededSampling(list(range(count)), Sampling(temperature, top_p, 1), prompt_length=1)
+    chosen = processor(torch.zeros(count, 1, dtype=torch.long), scores.repeat(count, 1)).argmax(-1).tolist()
+    found = Counter(chosen)
+    assert set(found) == set(nucleus)
+    for token, probability in nucleus.items():
+        expected = probability / mass
+        assert abs(found[token] / count - expected) <= 1e-6 + 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_large_vocabularies_are_cut_where_the_mass_is():
+    """The shortcut of the most likely tokens chooses what sorting all of them does."""
+    torch.manual_seed(0)
+    for spread in (8.0, 0.1):  # within the shortcut, beyond it
+        scores = torch.randn(16, 5000) * spread
+        sampling = Sampling(1.0, 0.9, 1)
+        processor = SeededSampling(list(range(16)), sampling, prompt_length=1)
+        chosen = processor(torch.zeros(16, 1, dtype=torch.long), scores).argmax(-1)
+        sorted_, order = scores.softmax(-1).sort(descending=True)
+        for row in range(16):
+            cumulative = sorted_[row].cumsum(0)
+            kept = int((cumulative - sorted_[row] < 0.9).sum())
+            drawn = processor.uniform[row, 0] * cumulative[kept - 1]
+            assert order[row, min(int((cumulative <= drawn).sum()), kept - 1)] == chosen[row]
+
+
+@pytest.mark.parametrize("make", [sentencepiece_tokenizer, byte_level_tokenizer])
+def test_the_space_that_begins_an_answer_is_kept(make):
+    """Also by tokenizers that drop the space at the beginning of a text."""
+    tokenizer = make()
+    generator = TransformersGenerator(tiny_model(len(tokenizer)), tokenizer)
+    for before, after in (("Step 1:", " 12 = 42"), ("Step 1: ", "12"), ("1", "2"), ("Step", " + t")):
+        whole = tokenizer(before, add_special_tokens=False)["input_ids"]
+        joint = tokenizer(before + after, add_special_tokens=False)["input_ids"]
+        if joint[: len(whole)] == whole:
+            assert generator._completion(whole, joint[len(whole) :]).text == after
+
+
+def test_bad_models(tmp_path):
+    with pytest.raises(GenerationError, match="cannot be loaded"):
+        make_generator(ModelSpec(str(tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(GenerationError, match="no chat template"):
+        make_generator(ModelSpec(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"backend": "transfomers"}, "Did you mean 'transformers'"),
+        ({"backend": "openai"}, "needs the back end 'openai' and its address"),
+        ({"base_url": "http://localhost:8000/v1"}, "do not fit"),
+        ({"backend": "openai", "base_url": "localhost:8000"}, "must look like"),
+        ({"backend": "openai", "base_url": "https://user:secret@host/v1"}, "would be written"),
+        ({"backend": "openai", "base_url": "https://host/v1?key=secret"}, "would be written"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_bad_descriptions(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ModelSpec("m", **spec)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [(-1, 0.9, 1), (1, 0, 1), (1, 1.1, 1), (1, 0.9, 0)])
+def test_bad_sampling(values):
+    with pytest.raises(ValueError, match="must"):
+        Sampling(*values)
+
+
+def test_answers_beyond_the_context_are_warned_of_once(quickstart, caplog):
+    generator = TransformersGenerator(*quickstart)
+    prompt = generator.render("What is 2 + 3?", "")
+    for _ in range(2):
+        list(generator.generate([Request("a", prompt, 0)], Sampling(0.0, 1.0, 600), {"a"}))
+    assert caplog.text.count("max_new_tokens=600 go beyond the 512 positions of the model") == 1

@@ -1,0 +1,279 @@
+"""Who finds the first wrong step: binary search against the linear scan, replies, votes, scores."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForTokenClassification, Qwen2Model
+
+from stepdpo_trl.data.answers import Check
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.generation import Completion
+from stepdpo_trl.pipeline.judges.judges import (
+    arithmetic_judge,
+    combine,
+    llm_judge,
+    parse_judges,
+    prm_judge,
+    read_step,
+    rollout_judge,
+)
+from stepdpo_trl.pipeline.judges.prm import ProcessRewardModel
+from stepdpo_trl.pipeline.policy import Policy
+from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
+from stepdpo_trl.runs.run_directory import RunError
+from stepdpo_trl.runs.tasks import run_tasks
+
+from ..tiny import CHATML, byte_level_tokenizer
+
+PROBLEM = Problem("p", "What is it?", "1", "It is 1.")
+
+
+def solution(steps):
+    text = "".join(f"Step {n}: s{n}\n" for n in range(1, steps + 1))
+    return Solution(f"p/{steps}", PROBLEM, text, WRONG, "stop", "2")
+
+
+class Rollouts:
+    """Services in which a rollout is right behind fewer than `first_wrong` steps, from number `luck` on."""
+
+    def __init__(self, first_wrong, luck=0):
+        self.first_wrong, self.luck, self.asked = first_wrong, luck, []
+
+    def answer(self, requests):
+        if hasattr(requests[0], "prompt"):
+            self.asked += [request.key for request in requests]
+            return {r.key: Completion(f" go {r.prompt.count('s')} {r.key}", "stop", 1, 1) for r in requests}
+        return {r.key: Check(RIGHT if self.right(r.text) else WRONG) for r in requests}
+
+    def right(self, text):
+        _, steps, key = text.rpartition(" go ")[2].split(" ")[0], *text.rpartition(" go ")[2].split(" ")
+        return int(steps) < self.first_wrong and int(key.rpartition("/")[2]) >= self.luck
+
+
+def judge_one(judge, item, services):
+    def task():
+        return (yield from judge(item))
+
+    return next(run_tasks([task()], services))
+
+
+@pytest.mark.parametrize("luck", [0, 1, 3, 7])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 13])
+def test_rollouts_find_every_step(steps, luck):
+    """Binary search names the step that a linear scan of all prefixes names, with k log2 M rollouts at most."""
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    for first_wrong in range(1, steps + 1):
+        services = Rollouts(first_wrong, luck)
+        verdict = judge_one(rollout_judge(policy, 8), solution(steps), {"policy": services, "check": services})
+        assert verdict.step == first_wrong
+        assert len(services.asked) == len(set(services.asked))
+        assert len(services.asked) <= 8 * (math.ceil(math.log2(steps)) + 1)
+
+
+def test_rollouts_stop_early():
+    """Prefixes that are not lost cost a sample each, the lost one all eight."""
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    services = Rollouts(first_wrong=8)
+    verdict = judge_one(rollout_judge(policy, 8), solution(8), {"policy": services, "check": services})
+    # 0 (the beginning), 4, 6, 7 steps are good; that all 8 are not is known
+    assert verdict.evidence["rollouts"] == {"0": [1, 1], "4": [1, 1], "6": [1, 1], "7": [1, 1]}
+    services = Rollouts(first_wrong=1)
+    verdict = judge_one(rollout_judge(policy, 8), solution(8), {"policy": services, "check": services})
+    assert verdict.evidence["rollouts"] == {"0": [1, 1], "4": [8, 0], "2": [8, 0], "1": [8, 0]}
+
+
+def test_out_of_reach():
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    services = Rollouts(first_wrong=0)
+    verdict = judge_one(rollout_judge(policy, 8), solution(3), {"policy": services, "check": services})
+    assert verdict.step is None
+    assert verdict.evidence["reason"] == "no right solution from the beginning"
+
+
+class Replies:
+    def __init__(self, *texts):
+        self.texts, self.asked = list(texts), []
+
+    def answer(self, requests):
+        self.asked += requests
+        return {request.key: Completion(self.texts.pop(0), "stop", 1, 1) for request in requests}
+
+
+@pytest.mark.parametrize(
+    ("votes", "replies", "step", "unreadable"),
+    [
+        (1, [r"Step 2 is wrong. \boxed{2}"], 2, 0),
+        (1, [r"All is well. \boxed{-1}"], None, 0),
+        (1, ["I think it is step 2.", r"\boxed{3}"], 3, 1),
+        (1, [r"\boxed{0}", r"\boxed{4}"], None, 2),
+        (3, [r"\boxed{1}", r"\boxed{2}", r"\boxed{1}"], 1, 0),
+        (2, [r"\boxed{1}", r"\boxed{2}"], None, 0),
+        (3, [r"\boxed{1}", "no", r"\boxed{2}", r"\boxed{2}"], 2, 1),
+        (3, ["no"] * 6, None, 6),
+    ],
+)
+def test_llm(votes, replies, step, unreadable):
+    services = Replies(*replies)
+    verdict = judge_one(llm_judge("judge", 0, votes), solution(3), {"judge": services})
+    assert verdict.step == step
+    assert verdict.evidence["unreadable"] == unreadable
+    assert not services.texts  # it asked as often as it had to
+    assert len({request.key for request in services.asked}) == len({r.seed for r in services.asked}) == len(replies)
+
+
+def test_what_the_judge_sees():
+    for gold in (True, False):
+        services = Replies(r"\boxed{1}")
+        judge_one(llm_judge("judge", 0, gold=gold), solution(2), {"judge": services})
+        (message,) = services.asked[0].prompt
+        for part, seen in (
+            ("What is it?", True),
+            ("<step_2>\ns2\n</step_2>", True),
+            ("It is 1.", gold),
+            ("[Correct answer]\n1\n", gold),
+        ):
+            assert (part in message["content"]) == seen
+        assert message["content"].endswith(r"with \boxed{-1} if no step is wrong.")
+
+
+def test_a_template_shows_no_gold_where_the_judge_is_to_see_none():
+    services = Replies(r"\boxed{1}")
+    template = "{{ problem }}{{ steps[0] }}[{{ answer }}{{ solution }}]"
+    judge_one(llm_judge("judge", 0, gold=False, prompt=template), solution(2), {"judge": services})
+    assert services.asked[0].prompt[0]["content"] == "What is it?s1[]"
+
+
+@pytest.mark.parametrize(
+    ("reply", "number"),
+    [
+        (r"\boxed{2}", 2),
+        (r"first \boxed{1}, no: \boxed{ 3 }.", 3),
+        (r"\boxed{-1}", -1),
+        (r"\boxed{4}", None),
+        (r"\boxed{0}", None),
+        (r"\boxed{-2}", None),
+        (r"\boxed{Step 2}", None),
+        (r"The student's answer is \boxed{2}, but let me check", None),
+        (r"the student wrote \boxed{3}. So: **\boxed{2}**.", 2),
+        ("2", None),
+    ],
+)
+def test_strict_reading(reply, number):
+    assert read_step(reply, 3) == number
+
+
+def test_expressions():
+    assert parse_judges("arithmetic > rollout+llm") == [["arithmetic"], ["rollout", "llm"]]
+    for wrong in ("", "arithmetic>", "rollout+", "gpt"):
+        with pytest.raises(RunError, match="is not known"):
+            parse_judges(wrong)
+
+
+def test_combinations():
+    def says(step):
+        def judge(item):
+            return Verdict(step, "stand-in", {})
+            yield
+
+        return judge
+
+    def verdict(expression, **steps):
+        judge = combine(parse_judges(expression), {name: says(step) for name, step in steps.items()})
+        return judge_one(judge, solution(3), {})
+
+    assert verdict("arithmetic>rollout", arithmetic=2, rollout=3).step == 2
+    assert verdict("arithmetic>rollout", arithmetic=None, rollout=3).step == 3
+    assert verdict("arithmetic+rollout", arithmetic=2, rollout=3).step is None
+    assert verdict("arithmetic+rollout", arithmetic=2, rollout=2).step == 2
+    combined = verdict("arithmetic+rollout>llm", arithmetic=2, rollout=3, llm=1)
+    assert (combined.step, combined.judge) == (1, "llm")
+    assert {name: evidence["step"] for name, evidence in combined.evidence.items()} == {
+        "arithmetic": 2,
+        "rollout": 3,
+        "llm": 1,
+    }
+
+
+def test_arithmetic_evidence():
+    item = Solution("p/0", PROBLEM, "Step 1: 1 + 1 = 2\nStep 2: 2 + 2 = 5\nStep 3: 5 + 5 = 11", WRONG, "stop")
+    verdict = judge_one(arithmetic_judge, item, {})
+    assert (verdict.step, verdict.evidence) == (2, {"equation": "2 + 2 = 5"})
+
+
+class QwenPRM(nn.Module):
+    """The layout of Qwen2.5-Math-PRM: a backbone and a head of two layers with two classes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = Qwen2Model(config)
+        size = config.hidden_size
+        self.score = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
+
+    @property
+    def device(self):
+        return self.score[0].weight.device
+
+    def forward(self, use_cache=None, **inputs):
+        return (self.score(self.model(**inputs).last_hidden_state),)
+
+
+def tiny_config(tokenizer, **kwargs):
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **kwargs,
+    )
+
+
+STEPS = [("first step", "second, and last"), ("a",), ("one", "two", "three")]
+
+
+def test_prm_of_qwen():
+    """Scores are those of each solution by itself, read where `<extra_0>` stands."""
+    tokenizer = byte_level_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
+    torch.manual_seed(0)
+    model = QwenPRM(tiny_config(tokenizer))
+    prm = ProcessRewardModel(model, tokenizer)
+    scores = prm.score([("How many?", steps) for steps in STEPS])
+    for steps, found in zip(STEPS, scores, strict=True):
+        system = "Please reason step by step, and put your final answer within \\boxed{}."
+        text = (
+            f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        text += "<extra_0>".join(steps) + "<extra_0><|im_end|>\n"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        places = (ids[0] == tokenizer.convert_tokens_to_ids("<extra_0>")).nonzero().flatten()
+        expected = model(input_ids=ids)[0][0, places].softmax(-1)[:, 1]
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
+        assert len(found) == len(steps)
+
+
+def test_prm_with_a_token_classification_head():
+    tokenizer = byte_level_tokenizer(CHATML)
+    torch.manual_seed(0)
+    model = Qwen2ForTokenClassification(tiny_config(tokenizer, num_labels=2))
+    scores = ProcessRewardModel(model, tokenizer).score([("How many?", steps) for steps in STEPS])
+    for steps, found in zip(STEPS, scores, strict=True):
+        ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        expected = []
+        for text in ("How many?", *steps):
+            ids += tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+            expected.append(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[1].item())
+        assert found == pytest.approx(expected[1:], rel=1e-4)
+
+
+def test_prm_names_the_first_low_score():
+    class Scores:
+        def answer(self, requests):
+            return {request.key: {"scores": [0.9, 0.4, 0.1]} for request in requests}
+
+    verdict = judge_one(prm_judge(), solution(3), {"prm": Scores()})
+    assert (verdict.step, verdict.evidence) == (2, {"scores": [0.9, 0.4, 0.1]})
+    assert judge_one(prm_judge(0.05), solution(3), {"prm": Scores()}).step is None

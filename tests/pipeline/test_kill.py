@@ -1,0 +1,66 @@
+"""Killed at any moment and started again, a run ends with what an unbroken one gives, and asks nothing twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stepdpo_trl.pipeline.build import build
+
+from .kill_pipeline import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(path):
+    command = [sys.executable, "-m", "tests.pipeline.kill_pipeline", str(path)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for_growth(process, path, least):
+    """Until the run has written so much more, or has ended."""
+    while process.poll() is None and sum(f.stat().st_size for f in path.glob("*.jsonl")) < least:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_25_kills(tmp_path):
+    main(tmp_path / "unbroken")
+    whole = sum(f.stat().st_size for f in (tmp_path / "unbroken").glob("*.jsonl"))
+    path = tmp_path / "killed"
+    path.mkdir()
+    rng = random.Random(0)
+    stages = Counter()
+    kills = 0
+    for moment in ((kill + rng.random()) / 26 for kill in range(25)):
+        process = start(path)
+        wait_for_growth(process, path, moment * whole)
+        time.sleep(rng.uniform(0, 0.05))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        stages[max((f.name.partition(".")[0] for f in path.glob("*.jsonl")), key=ORDER.index, default=None)] += 1
+    process = start(path)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0, output
+    assert kills >= 20, kills
+    assert len(stages) >= 3, stages  # kills fell into all of them
+    for file in (tmp_path / "unbroken").glob("*.jsonl"):
+        lines = [json.loads(line) for line in (path / file.name).read_text().splitlines()]
+        assert len({line["key"] for line in lines}) == len(lines), file.name  # nothing twice
+        expected = [json.loads(line) for line in file.read_text().splitlines()]
+        assert sorted(lines, key=str) == sorted(expected, key=str), file.name
+    assert build([path]) == build([tmp_path / "unbroken"])
+
+
+ORDER = ["settings", "problems", "checks", "generations", "solutions", "verdicts", "corrections"]

@@ -1,0 +1,84 @@
+"""Shards on a local Ray give what one process gives."""
+
+import json
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra ray")
+
+from stepdpo_trl.cli.main import main
+from stepdpo_trl.data.prompts import STEP_PROMPTS
+from stepdpo_trl.generation import ModelSpec, Sampling
+from stepdpo_trl.pipeline.build import build, run_directories
+from stepdpo_trl.pipeline.ray import run_on_ray
+from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.quickstart import MODEL_PATH, make_problems
+from stepdpo_trl.runs.run_directory import Log, RunError
+
+from ..simulated import Student, draw_records
+
+MODEL = ModelSpec("student")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def shards(path):
+    return [(path / f"shard-{index}-of-2", (index, 2)) for index in range(2)]
+
+
+def work(session, folder, shard):
+    session.generators[MODEL] = Student()
+    session.collect(
+        folder, draw_records(20), "drawn", MODEL, STEP_PROMPTS["plain"], Sampling(1.0, 1.0, 256), 2, shard=shard
+    )
+    session.localize(folder, "rollout", JudgeOptions())
+    return session.rectify(folder)
+
+
+@pytest.mark.slow
+def test_shards_on_ray(tmp_path):
+    done = run_on_ray(work, shards(tmp_path / "parts"))
+    with Session() as session:
+        counts = work(session, tmp_path / "whole", (0, 1))
+    assert sum(row["counts"]["pairs"] for row in done) == counts["pairs"] > 0
+    parts, whole = build(run_directories(tmp_path / "parts"))[0], build([tmp_path / "whole"])[0]
+    assert sorted(map(json.dumps, parts)) == sorted(map(json.dumps, whole))
+
+
+@pytest.mark.slow
+def test_the_command_line_on_ray(tmp_path, capfd):
+    """The solutions of two shards are those of one process; what is wrong is said as by one process."""
+    problems = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(6, "pairs")]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]
+    collect = ["collect", *model, "--problems", str(tmp_path / "problems.jsonl")]
+    ray = ["--engine", "ray", "--shards", "2"]
+    assert main([*collect, "--out", str(tmp_path / "parts"), *ray]) == 0
+    assert main([*collect, "--out", str(tmp_path / "whole")]) == 0
+    parts = [Log(folder / "solutions.jsonl") for folder, _ in shards(tmp_path / "parts")]
+    assert [len(part) for part in parts] == [6, 6]
+    assert {**parts[0], **parts[1]} == dict(Log(tmp_path / "whole" / "solutions.jsonl"))
+    capfd.readouterr()
+    assert main([*collect, "--out", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
+    told = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
+    assert told.startswith(f"`collect` in {tmp_path / 'parts'}/shard-0-of-2 was begun with seed=0 (now 1)")
+    assert len(told.splitlines()) == 2  # one for each shard
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_one_shard_leaves_the_others(tmp_path, capsys):
+    def work(session, folder, shard):
+        if shard[0] == 0:
+            raise ValueError("It is wrong here.")
+        return {"solutions": 3}
+
+    with pytest.raises(RunError, match=r"^It is wrong here\.$"):
+        run_on_ray(work, shards(tmp_path))
+    assert "shard-1-of-2: 3 solutions" in capsys.readouterr().out

@@ -1,0 +1,151 @@
+"""Runs in stages that are killed and resumed, and checkpoints that are refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from stepdpo_trl import SDPOCallback
+
+from ..training import assert_same_weights, make_trainer
+from .kill_and_resume import POINTS
+from .separate_runs import staged_run, trained_weights, two_stages
+
+SAVING = {"save_strategy": "steps", "save_steps": 4}
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_unbroken_ones(chat_model, tmp_path):
+    """SIGKILL before, in and after the swap, in checkpoints, and at random times."""
+    script = Path(__file__).parent / "kill_and_resume.py"
+    command = [sys.executable, str(script), chat_model, str(tmp_path), "full", "scores", "lora", "--random", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    kills = json.loads(done.stdout.splitlines()[-1])
+    assert {kill["point"] for kill in kills} >= {*POINTS}
+    assert sum(kill["killed"] for kill in kills) >= 20
+    assert [kill for kill in kills if kill["difference"] > 0] == []
+
+
+@pytest.fixture(scope="module")
+def saved(chat_model, tmp_path_factory):
+    """A run in two stages with its checkpoints, the last but one from within stage 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    staged_run(chat_model, folder, **SAVING).train()
+    return folder
+
+
+def resumed(model, folder, copy, **options):
+    shutil.copytree(folder, copy)
+    return staged_run(model, copy, **{**SAVING, **options})
+
+
+def test_checkpoints_stand_where_a_run_of_its_own_would_end(saved):
+    numbers = sorted(int(path.name.split("-")[1]) for path in saved.glob("checkpoint-*"))
+    assert numbers == [4, 6, 8, 12]
+
+
+@pytest.mark.parametrize("checkpoint", [4, 6, 8])  # in stage 1, at its end, in stage 2
+@pytest.mark.parametrize("restored", [False, True], ids=["callback", "restored-callback"])
+def test_a_resumed_run_ends_as_the_unbroken_one(restored, checkpoint, saved, chat_model, tmp_path):
+    """Also where the Trainer makes the callback anew from the checkpoint."""
+    trainer = resumed(chat_model, saved, tmp_path / "copy", restore_callback_states_from_checkpoint=restored)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / f"checkpoint-{checkpoint}"))
+    unbroken = load_file(saved / "stage-2" / "model.safetensors")
+    assert_same_weights(trained_weights(trainer), unbroken, rtol=0, atol=0)
+
+
+def test_a_stage_is_saved_as_it_was_trained_last(saved, chat_model, tmp_path):
+    """A run that goes on from before the swap with another result has other models, and they are the ones kept."""
+    trainer = resumed(chat_model, saved, tmp_path / "copy", max_grad_norm=0.01)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
+    written = load_file(tmp_path / "copy" / "stage-2" / "model.safetensors")
+    assert_same_weights(trained_weights(trainer), written, rtol=0, atol=0)
+    first = load_file(tmp_path / "copy" / "stage-1" / "model.safetensors")
+    before = load_file(saved / "stage-1" / "model.safetensors")
+    assert any((first[name] - before[name]).abs().max() > 1e-5 for name in first)
+    # A checkpoint of before has another reference than the one that is there now
+    shutil.rmtree(tmp_path / "copy" / "checkpoint-8")
+    shutil.copytree(saved / "checkpoint-8", tmp_path / "copy" / "checkpoint-8")
+    with pytest.raises(ValueError, match="missing, incomplete or of another run"):
+        staged_run(chat_model, tmp_path / "copy").train(str(tmp_path / "copy" / "checkpoint-8"))
+
+
+def test_scores_of_other_evaluation_data_are_refused(chat_model, tmp_path):
+    def make(rows):
+        return staged_run(chat_model, tmp_path, "scores", eval_dataset=rows, eval_strategy="epoch", **SAVING)
+
+    make(two_stages()[0]).train()
+    with pytest.raises(ValueError, match=r"stage-2-eval.npz.*for other data than the 9 eval rows"):
+        make(two_stages()[1].select(range(9))).train(str(tmp_path / "checkpoint-8"))
+
+
+def test_a_finished_run_is_left_as_it_is(saved, chat_model, tmp_path):
+    trainer = resumed(chat_model, saved, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "stage-2")  # as if killed before it was saved
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
+    assert (tmp_path / "copy" / "stage-2" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, chat_model, tmp_path, caplog):
+    trainer = resumed(chat_model, saved, tmp_path / "copy")
+    state = tmp_path / "copy" / "checkpoint-12" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-12 was not written to the end and is passed over" in caplog.text
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-5"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": [two_stages()[0], two_stages()[1].select(range(8))]}, "rows of stage 2: 11 then, 8 now"),
+        ({"stages": two_stages()[::-1]}, "digest of stage 1: '[0-9a-f]+' then, '[0-9a-f]+' now"),
+        ({"stages": [*two_stages(), two_stages()[0]]}, "2 stages then, 3 now"),
+        ({"num_train_epochs": 3}, "updates of stage 1: 6 then, 9 now"),
+        ({"precompute_ref_log_probs": True}, "reference: 'model' then, 'scores' now"),
+        ({"callback": SDPOCallback(schedule="continuous")}, "schedule: 'restart' then, 'continuous' now"),
+        ({"callback": SDPOCallback(stage_options={2: {"beta": 0.3}})}, "beta of stage 2: 0.4 then, 0.3 now"),
+    ],
+    ids=["rows", "order", "number", "epochs", "reference", "schedule", "beta"],
+)
+def test_checkpoints_of_other_stages_are_refused(options, message, saved, chat_model, tmp_path):
+    trainer = resumed(chat_model, saved, tmp_path / "copy", **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+
+
+def test_a_missing_reference_is_refused(saved, chat_model, tmp_path):
+    """Nothing but the model of stage 1 is the reference of stage 2, least of all that of another run."""
+    trainer = resumed(chat_model, saved, tmp_path / "copy")
+    mark = tmp_path / "copy" / "stage-1" / "sdpo_stage.json"
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "id": "another"}))
+    with pytest.raises(ValueError, match=r"stage 2: its reference is the model in .*stage-1, which is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+
+
+def test_a_checkpoint_without_stages_is_refused(chat_model, tmp_path):
+    make_trainer(chat_model, tmp_path, two_stages()[0], **SAVING).train()
+    with pytest.raises(ValueError, match="run without SDPOCallback"):
+        staged_run(chat_model, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_trainer_that_has_moved_on(saved, chat_model, tmp_path):
+    """Its reference is no longer the first stage's."""
+    trainer = resumed(chat_model, saved, tmp_path / "copy")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+    weights = trained_weights(trainer)
+    with pytest.raises(RuntimeError, match="has already trained"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="from the first stage"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+    assert_same_weights(trained_weights(trainer), weights, rtol=0, atol=0)

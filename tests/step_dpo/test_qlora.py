@@ -1,0 +1,57 @@
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from ..reference_dpo import step_dpo_loss
+from ..tiny import step_rows
+from ..training import BETA, logged, make_trainer, weights
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra quantization")
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.float32,
+    llm_int8_skip_modules=["lm_head"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_repacking(monkeypatch):
+    # Where the CPU has AVX512-BF16, a forward in evaluation mode repacks the weights and breaks later gradients
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
+
+
+def test_qlora_trains_the_adapter_on_a_quantized_base(chat_model, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = make_trainer(
+        chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4, learning_rate=0.3
+    )
+    layer = trainer.model.get_base_model().model.layers[0]
+    assert isinstance(layer.mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert logged(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
+
+    # Of the trained policy, the oracle computes the same loss. The reference is the quantized base by itself.
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    triples = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
+    reference = AutoModelForCausalLM.from_pretrained(chat_model, quantization_config=NF4, dtype=torch.float32)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    expected = step_dpo_loss(trainer.model, reference, triples, BETA)
+    assert loss.item() != pytest.approx(0.6931, abs=1e-3)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_warning_where_bitsandbytes_repacks_weights(chat_model, tmp_path, monkeypatch, caplog):
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
+    assert "AVX512" not in caplog.text
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
+    assert "gradients are wrong from then on. Do not evaluate, generate or set" in caplog.text
