@@ -11,13 +11,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from stepdpo_trl.data.answers import RIGHT
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.collect import wrong_solutions
-from stepdpo_trl.pipeline.judges.judges import Judge
+from stepdpo_trl.pipeline.judges.protocol import Judge
 from stepdpo_trl.pipeline.policy import Policy
-from stepdpo_trl.pipeline.records import RIGHT, Problem, Solution, Verdict
+from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory

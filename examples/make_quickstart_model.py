@@ -49,13 +49,14 @@ from transformers import (
     set_seed,
 )
 
+from stepdpo_trl.evaluation.statistics import Accuracy
 from stepdpo_trl.quickstart import (
     Problem,
+    count_correct,
     final_answer,
     first_wrong_step,
     generate_solutions,
     make_problems,
-    measure_accuracy,
     split_steps,
     write_solution,
 )
@@ -299,7 +300,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir / "model")
     problems = make_problems(1000, "held_out")
     for name, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
-        print(f"Accuracy, {name}: {measure_accuracy(model, tokenizer, problems, temperature, name)}")
+        correct = count_correct(model, tokenizer, problems, temperature, name)
+        print(f"Accuracy, {name}: {Accuracy(correct, len(problems))}")
     pairs = collect_pairs(model, tokenizer, args.pairs, args.seed)
     lines = [json.dumps(pair) + "\n" for pair in pairs]
     (args.output_dir / "step_pairs.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -21,7 +21,8 @@ import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: E402
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer  # noqa: E402
-from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, Accuracy, make_problems, measure_accuracy  # noqa: E402
+from stepdpo_trl.evaluation.statistics import Accuracy  # noqa: E402
+from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, count_correct, make_problems  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +63,7 @@ def main() -> None:
     def measure(when: str) -> dict[str, Accuracy]:
         set_seed(0)  # the same draws before and after
         return {
-            name: measure_accuracy(model, tokenizer, problems, temperature, f"{when}, {name}")
+            name: Accuracy(count_correct(model, tokenizer, problems, temperature, f"{when}, {name}"), len(problems))
             for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
         }
 

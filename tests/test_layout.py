@@ -1,39 +1,161 @@
-"""Which part may import which: the trainer knows nothing of the data pipeline, the pipeline nothing of TRL."""
+"""The package's layout: imports point downwards, never in a circle, and the two towers stay apart."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import stepdpo_trl
 
 PACKAGE = Path(stepdpo_trl.__file__).parent
-DATA = ("pipeline", "evaluation", "generation", "steps", "answers", "answer_rules")
-DATA += ("cli_data", "cli_eval", "cli_options")
-BOTH = ("cli", "cli_loop", "loop", "cli_inspect", "inspection", "quickstart")  # run, show or bundle both sides
+
+# A folder may import from those on lower floors. See CONTRIBUTING.md.
+FLOORS = [
+    {"data", "shared_prefix", "quickstart"},
+    {"generation", "sdpo"},
+    {"runs", "step_dpo"},
+    {"pipeline"},
+    {"evaluation", "inspection"},
+    {"cli"},
+]
+FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+LEFT = {"generation", "runs", "pipeline", "evaluation"}  # makes and judges text
+RIGHT = {"shared_prefix", "sdpo", "step_dpo"}  # trains
 
 
-def imported(file):
-    """Modules that a file imports; those of the package by their path in it, with a dot in front."""
-    folder = file.parent.relative_to(PACKAGE).parts
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = folder[: len(folder) - node.level + 1] if node.level else ()
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{'.' * bool(node.level)}{module}{'.' if module else ''}{name.name}" for name in node.names)
+def module_name(file, root):
+    parts = file.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_arrows():
-    for file in PACKAGE.rglob("*.py"):
-        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        names = list(imported(file))
-        if part in DATA:
-            assert not [name for name in names if name.split(".")[0] == "trl"], file
-            assert not [name for name in names if "trainer" in name or "tokenization" in name], file
-        elif part not in BOTH:
-            inner = [name.lstrip(".").split(".")[0] for name in names if name.startswith(".")]
-            assert not set(inner) & set(DATA), file
-        if part not in ("cli_inspect", "inspection"):
-            assert not [name for name in names if name.startswith(".inspection")], file
-        if part != "cli":
-            assert not [name for name in names if name.startswith(".") and "cli" in name.split(".")], file
+class Imports(ast.NodeVisitor):
+    """Collects `(line, imported name)` of a file, absolute, without those under `if TYPE_CHECKING`."""
+
+    def __init__(self, name, is_package):
+        self.package = name if is_package else name.rpartition(".")[0]
+        self.found = []
+
+    def visit_If(self, node):  # noqa: N802
+        if "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+        self.generic_visit(node)
+
+    def visit_Import(self, node):  # noqa: N802
+        self.found += [(node.lineno, alias.name) for alias in node.names]
+
+    def visit_ImportFrom(self, node):  # noqa: N802
+        above = self.package.split(".")[: len(self.package.split(".")) - node.level + 1] if node.level else []
+        module = ".".join([*above, *([node.module] if node.module else [])])
+        self.found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+
+
+def read_imports(root):
+    """Imports of each module of a package: `{module: [(where, imported module or name)]}`."""
+    files = {module_name(file, root): file for file in sorted(root.rglob("*.py"))}
+    imports = {}
+    for name, file in files.items():
+        visitor = Imports(name, file.name == "__init__.py")
+        visitor.visit(ast.parse(file.read_text(encoding="utf-8")))
+        imports[name] = []
+        for line, target in visitor.found:
+            target = target if target in files else target.rpartition(".")[0] if "." in target else target
+            imports[name].append((f"{file.relative_to(root.parent)}:{line} imports {target}", target))
+    return imports
+
+
+def folder_of(module, root):
+    parts = module.split(".")
+    return parts[1] if parts[0] == root.name and len(parts) > 1 else None
+
+
+def violations(root):
+    """Every import that breaks the layout, with its place and the rule."""
+    imports = read_imports(root)
+    found = []
+    for module, targets in imports.items():
+        own = folder_of(module, root)
+        if own is None:
+            continue
+        if own not in FLOOR:
+            found.append(f"{module}: the folder {own!r} has no floor in {Path(__file__).name}")
+            continue
+        for where, target in targets:
+            if own in LEFT and target.split(".")[0] == "trl":
+                found.append(f"{where}: {own}/ makes and judges text and must not depend on TRL")
+            other = folder_of(target, root)
+            if other in (None, own):
+                continue
+            if other not in FLOOR:
+                found.append(f"{where}: the folder {other!r} has no floor in {Path(__file__).name}")
+            elif (own in LEFT and other in RIGHT) or (own in RIGHT and other in LEFT):
+                found.append(f"{where}: {own}/ and {other}/ are in different towers")
+            elif FLOOR[other] >= FLOOR[own]:
+                found.append(f"{where}: {other}/ is not below {own}/")
+    graph = {module: {target for _, target in targets if target in imports} for module, targets in imports.items()}
+    for module, targets in graph.items():
+        targets.discard(module)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = error.args[1][::-1]
+        steps = [
+            where
+            for module, target in zip(circle, circle[1:], strict=False)
+            for where, imported in imports[module]
+            if imported == target
+        ]
+        found.append(f"circle: {'; '.join(steps)}")
+    return found
+
+
+def test_imports_follow_the_layout():
+    assert violations(PACKAGE) == []
+
+
+def test_only_the_init_file_is_at_the_top():
+    top = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert top == {"__init__.py", "py.typed"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"data/a.py": "from ..runs.b import x", "runs/b.py": "x = 1"},
+            "stepdpo_trl/data/a.py:1 imports stepdpo_trl.runs.b: runs/ is not below data/",
+        ),
+        (
+            {"pipeline/a.py": "def f():\n    from ..sdpo import b", "sdpo/b.py": ""},
+            "stepdpo_trl/pipeline/a.py:2 imports stepdpo_trl.sdpo.b: pipeline/ and sdpo/ are in different towers",
+        ),
+        (
+            {"runs/a.py": "import trl.trainer"},
+            "stepdpo_trl/runs/a.py:1 imports trl: runs/ makes and judges text and must not depend on TRL",
+        ),
+        (
+            {"data/a.py": "from .b import x", "data/b.py": "from . import a"},
+            "circle: stepdpo_trl/data/a.py:1 imports stepdpo_trl.data.b; "
+            "stepdpo_trl/data/b.py:1 imports stepdpo_trl.data.a",
+        ),
+        ({"other/a.py": ""}, "stepdpo_trl.other.a: the folder 'other' has no floor in test_layout.py"),
+    ],
+)
+def test_violations_name_the_import(files, message, tmp_path):
+    root = tmp_path / "stepdpo_trl"
+    for name, text in {"__init__.py": "", **files}.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    found = violations(root)
+    assert len(found) == 1
+    assert sorted(found[0].removeprefix("circle: ").split("; ")) == sorted(
+        message.removeprefix("circle: ").split("; ")
+    )
+
+
+def test_type_checking_imports_are_ignored(tmp_path):
+    root = tmp_path / "stepdpo_trl"
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "a.py").write_text("if TYPE_CHECKING:\n    from ..runs.b import x\n")
+    assert violations(root) == []

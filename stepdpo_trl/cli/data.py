@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.prompts import STEP_PROMPTS
 from ..generation import Sampling
-from ..pipeline.judges.judges import JUDGES, parse_judges
+from ..pipeline.judges.expressions import JUDGES, parse_judges
 from ..pipeline.policy import resolve_step_prompt
 from ..pipeline.records import read_problems, read_texts
 from ..runs.run_directory import RunError

@@ -11,12 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import DATA_FILES
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
     from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
-
-# Files that `dataset_name` may name, and what `datasets` calls them
-DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def make_parser(prog: str | None = None) -> "TrlParser":

@@ -8,9 +8,9 @@ from fractions import Fraction
 from itertools import combinations
 
 from ..data.answer_rules import normalize
-from ..data.answers import Check
+from ..data.answers import RIGHT, UNREADABLE, Check
 from ..pipeline.policy import Continuation
-from ..pipeline.records import RIGHT, UNREADABLE, digest
+from ..pipeline.records import digest
 from ..runs.tasks import Ask, CheckRequest, Task
 
 Key = Fraction | str  # plain numbers are compared as such, and need no checker

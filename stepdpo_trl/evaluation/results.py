@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..pipeline.records import RIGHT, UNREADABLE, WRONG
+from ..data.answers import RIGHT, UNREADABLE, WRONG
 from .majority import Answers
 from .statistics import Accuracy, bootstrap, clustered, mcnemar, show
 

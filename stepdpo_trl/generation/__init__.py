@@ -1,6 +1,7 @@
 """Text from models: one small protocol, and back ends behind it (transformers, vLLM, OpenAI-compatible servers)."""
 
-from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling, make_generator
+from .factory import make_generator
+from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling
 
 __all__ = [
     "BACKENDS",

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.train import DATA_FILES
+from ..data.files import DATA_FILES
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories

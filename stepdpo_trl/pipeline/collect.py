@@ -4,12 +4,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..data.answers import RIGHT, UNREADABLE, WRONG
 from ..data.steps import split_steps
 from ..runs.run_directory import Log, RunDirectory, RunError
 from ..runs.stage import Stage
 from ..runs.tasks import Task
 from .policy import Policy
-from .records import RIGHT, UNREADABLE, WRONG, Problem, Solution, write_problem
+from .records import Problem, Solution, write_problem
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from ..runs.run_directory import RunDirectory, RunError
 from ..runs.stage import Stage
 from ..runs.tasks import Task
 from .collect import wrong_solutions
-from .judges.judges import Judge
+from .judges.protocol import Judge
 from .records import Solution, Verdict
 
 

@@ -7,12 +7,12 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..data.answers import Check
+from ..data.answers import UNREADABLE, Check
 from ..data.prompts import STEP_PROMPTS, StepPrompt, resolve_text
 from ..generation import Completion, Request
 from ..runs.run_directory import RunError
 from ..runs.tasks import Ask, CheckRequest, Task, seed_of
-from .records import UNREADABLE, Problem, digest
+from .records import Problem, digest
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
 

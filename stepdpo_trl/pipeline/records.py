@@ -11,8 +11,6 @@ from typing import Any
 
 from ..runs.run_directory import RunError
 
-RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
-
 
 @dataclass(frozen=True)
 class Problem:

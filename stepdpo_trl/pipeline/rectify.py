@@ -5,15 +5,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.answers import RIGHT
 from ..data.steps import split_steps
 from ..runs.run_directory import RunDirectory
 from ..runs.stage import Stage
 from ..runs.tasks import Task
 from .collect import wrong_solutions
-from .judges.judges import Judge, undecided
+from .judges.llm import undecided
+from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Policy
-from .records import RIGHT, Solution
+from .records import Solution
 
 
 def normalize_step(step: str) -> str:

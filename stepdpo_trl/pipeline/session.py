@@ -19,18 +19,14 @@ from ..runs.tasks import RecordedChecks, RecordedModel
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
-from .judges.human import Person
-from .judges.judges import (
-    Judge,
-    arithmetic_judge,
-    check_judge_prompt,
-    combine,
-    human_judge,
-    llm_judge,
-    parse_judges,
-    prm_judge,
-    rollout_judge,
-)
+from .judges.arithmetic import arithmetic_judge
+from .judges.expressions import combine, parse_judges
+from .judges.human import human_judge
+from .judges.human_page import Person
+from .judges.llm import check_judge_prompt, llm_judge
+from .judges.prm import prm_judge
+from .judges.protocol import Judge
+from .judges.rollout import rollout_judge
 from .policy import Policy
 from .records import Problem, digest, shard_of
 
@@ -297,7 +293,7 @@ class Session:
             seed = stage.run.settings()["collect"]["seed"]
             return llm_judge(whom, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
-            from .judges.prm import ProcessRewardModel, RecordedPRM
+            from .judges.prm_model import ProcessRewardModel, RecordedPRM
 
             assert options.prm is not None
             loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)

@@ -4,7 +4,7 @@ r"""A small model that makes mistakes, and step pairs made from them: Step-DPO t
   as 7 + 3 * 4 - 5 step by step, and gets a third of them wrong.
 - `PAIRS_PATH`: JSON lines with step pairs sampled from that model, in the columns of `xinlai/Math-Step-DPO-10K`.
 - [`make_problems`], [`first_wrong_step`], ...: problems of the same kind, and the truth about each step.
-- [`measure_accuracy`]: accuracy of a model on such problems.
+- [`count_correct`]: the number of such problems that a model solves.
 
 Both were made by `examples/make_quickstart_model.py`.
 """
@@ -25,7 +25,7 @@ from .arithmetic import (
 )
 
 if TYPE_CHECKING:
-    from .evaluate import Accuracy, generate_solutions, measure_accuracy
+    from .evaluate import count_correct, generate_solutions
 
 MODEL_PATH = Path(__file__).parent / "model"
 PAIRS_PATH = Path(__file__).parent / "step_pairs.jsonl"
@@ -33,15 +33,14 @@ PAIRS_PATH = Path(__file__).parent / "step_pairs.jsonl"
 __all__ = [
     "MODEL_PATH",
     "PAIRS_PATH",
-    "Accuracy",
     "Problem",
+    "count_correct",
     "final_answer",
     "first_lost_step",
     "first_wrong_step",
     "generate_solutions",
     "is_right_step",
     "make_problems",
-    "measure_accuracy",
     "split_steps",
     "write_solution",
 ]
@@ -49,6 +48,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: generation needs torch, the problems do not.
-    if name in ("Accuracy", "generate_solutions", "measure_accuracy"):
+    if name in ("count_correct", "generate_solutions"):
         return getattr(import_module(".evaluate", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Accuracy of a model on problems of [`~stepdpo_trl.quickstart.arithmetic`], with its 95 % interval."""
+"""Let a model solve the problems of [`~stepdpo_trl.quickstart.arithmetic`], and count the correct solutions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.statistics import Accuracy
 from .arithmetic import Problem, final_answer
 
 
@@ -82,15 +81,15 @@ def generate_solutions(
     return solutions
 
 
-def measure_accuracy(
+def count_correct(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     temperature: float = 0.0,
     description: str | None = None,
-) -> Accuracy:
+) -> int:
     """
-    Measure how many problems a model solves: a solution counts by its final answer.
+    Count the problems that a model solves. A solution is correct if its final answer is.
 
     Args:
         model (`PreTrainedModel`):
@@ -105,7 +104,7 @@ def measure_accuracy(
             What to write beside the progress bar, defaults to no bar.
 
     Returns:
-        `Accuracy`: The accuracy with its interval.
+        `int`: Number of correct solutions.
 
     Raises:
         ValueError: If there are no problems.
@@ -114,7 +113,4 @@ def measure_accuracy(
         raise ValueError("There are no problems to measure the accuracy on. Give at least one.")
     texts = [problem.text for problem in problems]
     solutions = generate_solutions(model, tokenizer, texts, temperature=temperature, description=description)
-    right = sum(
-        final_answer(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True)
-    )
-    return Accuracy(right, len(problems))
+    return sum(final_answer(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True))

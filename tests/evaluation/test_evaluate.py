@@ -17,11 +17,11 @@ from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.evaluation.problems import load_problems
 from stepdpo_trl.evaluation.results import table
-from stepdpo_trl.evaluation.statistics import bootstrap, clustered, mcnemar
+from stepdpo_trl.evaluation.statistics import Accuracy, bootstrap, clustered, mcnemar
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.session import Session
-from stepdpo_trl.quickstart import MODEL_PATH, generate_solutions, make_problems, measure_accuracy
+from stepdpo_trl.quickstart import MODEL_PATH, count_correct, generate_solutions, make_problems
 from stepdpo_trl.runs.run_directory import RunError
 
 from ..simulated import Student, draw_records
@@ -190,7 +190,7 @@ def test_accuracy_of_the_quickstart(tmp_path, quickstart, capsys):
     """Greedy answers and accuracy are those of the quickstart's own measurement."""
     assert stepdpo(*COMMAND, "--problems", "arithmetic", "--limit", 60, "--out", tmp_path) == 0
     problems = make_problems(60, "held_out")
-    accuracy = measure_accuracy(*quickstart, problems)
+    accuracy = Accuracy(count_correct(*quickstart, problems), len(problems))
     rows, results = read(tmp_path)
     assert results["results"][0]["solutions"]["right"] == accuracy.right
     assert results["results"][0]["interval"] == pytest.approx(accuracy.interval)

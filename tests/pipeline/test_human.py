@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from stepdpo_trl.pipeline.judges.human import Labelling, ToLabel, _text, label
+from stepdpo_trl.pipeline.judges.human_page import Labelling, ToLabel, _text, label
 from stepdpo_trl.runs.run_directory import Log
 
 ITEMS = [

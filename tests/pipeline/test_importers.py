@@ -11,7 +11,6 @@ from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.pipeline.importers.formats import (
     FORMATS,
     LocalizationCase,
-    localization_cases,
     read_math_shepherd,
     read_prm800k,
     read_processbench,
@@ -216,7 +215,7 @@ def test_prm800k_cases(tmp_path):
     counts = Counter()
     path = write(tmp_path / "p.jsonl", rows)
     walked = ("Multiply first.", "2 * 4 = 8.", "2 + 8 = 10.", "So 10.\n\n# Answer\n\n10")
-    assert list(localization_cases("prm800k", path, counts)) == [
+    assert list(FORMATS["prm800k"].cases(path, counts)) == [
         LocalizationCase(f"p.jsonl:{k}", PROBLEM, steps, first_wrong, f"prm800k:p.jsonl:{k}", "10")
         for k, steps, first_wrong in [
             (1, walked, None),
@@ -322,7 +321,7 @@ def test_math_shepherd_cases(tmp_path):
         solution("++", "2 * 4 = 8.", "The answer is: 10"),
     ]
     counts = Counter()
-    assert list(localization_cases("math_shepherd", write(tmp_path / "m.jsonl", rows), counts)) == [
+    assert list(FORMATS["math_shepherd"].cases(write(tmp_path / "m.jsonl", rows), counts)) == [
         LocalizationCase(f"m.jsonl:{k}", PROBLEM, steps, first_wrong, f"math_shepherd:m.jsonl:{k}", "10")
         for k, steps, first_wrong in [
             (1, ("2 * 4 = 8.", "The answer is: 11"), 2),
@@ -342,7 +341,7 @@ def test_processbench(tmp_path, lines):
         LocalizationCase("gsm8k-0", "Sue lives in a fun neighborhood...", steps, 2, "processbench:gsm8k.json:1"),
         LocalizationCase("gsm8k-1", "What is 2 + 3?", ("It is 5.",), None, "processbench:gsm8k.json:2"),
     ]
-    assert list(localization_cases("processbench", path, counts)) == cases
+    assert list(FORMATS["processbench"].cases(path, counts)) == cases
     assert list(read_processbench(path)) == cases
     assert counts == {"rows": 2, "cases": 2}
     assert FORMATS["processbench"].pairs is None
@@ -364,10 +363,10 @@ GOOD = {"prm800k": PHASE_1, "math_shepherd": solution("+", "4"), "processbench":
 def test_the_file_of_another_format(tmp_path, format, other):
     path = write(tmp_path / "x.jsonl", [GOOD[other]])
     if format == other:
-        assert len(list(localization_cases(format, path))) == 1
+        assert len(list(FORMATS[format].cases(path, Counter()))) == 1
     else:
         with pytest.raises(ValueError, match=r"`.*` of line 1 of .*x\.jsonl is None\. Expected .*\.jso.* of .*/"):
-            list(localization_cases(format, path))
+            list(FORMATS[format].cases(path, Counter()))
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
@@ -390,7 +389,7 @@ def test_broken_files(tmp_path, format, content, message):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content % (good, good) if b"%" in content else content)
     with pytest.raises(ValueError, match=message):
-        list(localization_cases(format, path))
+        list(FORMATS[format].cases(path, Counter()))
     if FORMATS[format].pairs is not None:
         with pytest.raises(ValueError, match=message):
             list(FORMATS[format].pairs(path, None))
@@ -456,12 +455,6 @@ def test_broken_processbench_rows(tmp_path, change, message):
     path = write(tmp_path / "x.json", [BENCH[0], BENCH[0] | change])
     with pytest.raises(ValueError, match=message + r".*Expected gsm8k\.json, math\.json, .* of Qwen/ProcessBench"):
         list(read_processbench(path))
-
-
-def test_unknown_format(tmp_path):
-    message = r"no format 'prm'\. Choose one of \['math_shepherd', 'prm800k', 'processbench'\]"
-    with pytest.raises(ValueError, match=message):
-        localization_cases("prm", tmp_path)
 
 
 def test_imports_need_the_standard_library_alone():

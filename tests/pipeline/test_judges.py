@@ -7,21 +7,17 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForTokenClassification, Qwen2Model
 
-from stepdpo_trl.data.answers import Check
+from stepdpo_trl.data.answers import RIGHT, WRONG, Check
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import Completion
-from stepdpo_trl.pipeline.judges.judges import (
-    arithmetic_judge,
-    combine,
-    llm_judge,
-    parse_judges,
-    prm_judge,
-    read_step,
-    rollout_judge,
-)
-from stepdpo_trl.pipeline.judges.prm import ProcessRewardModel
+from stepdpo_trl.pipeline.judges.arithmetic import arithmetic_judge
+from stepdpo_trl.pipeline.judges.expressions import combine, parse_judges
+from stepdpo_trl.pipeline.judges.llm import llm_judge, read_step
+from stepdpo_trl.pipeline.judges.prm import prm_judge
+from stepdpo_trl.pipeline.judges.prm_model import ProcessRewardModel
+from stepdpo_trl.pipeline.judges.rollout import rollout_judge
 from stepdpo_trl.pipeline.policy import Policy
-from stepdpo_trl.pipeline.records import RIGHT, WRONG, Problem, Solution, Verdict
+from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
 from stepdpo_trl.runs.run_directory import RunError
 from stepdpo_trl.runs.tasks import run_tasks
 

@@ -171,7 +171,7 @@ def test_judges_combined(tmp_path, checker):
 
 def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
     """Both through the session: the person's answers are kept apart, the judge's replies too."""
-    from stepdpo_trl.pipeline import human
+    from stepdpo_trl.pipeline.judges import human_page
 
     truth = {}
 
@@ -187,7 +187,7 @@ def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
             assert "[Correct answer]" in content
             return Completion(f"\\boxed{{{content.count('</step_')}}}", "stop", 1, 1)
 
-    monkeypatch.setattr(human, "label", label)
+    monkeypatch.setattr(human_page, "label", label)
     judge = ModelSpec("judge")
     session = Session({MODEL: Student(), judge: Judge()}, checker)
     session.collect(tmp_path, draw_records(20), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)

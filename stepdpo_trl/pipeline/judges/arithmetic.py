@@ -12,7 +12,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
-from ...data.steps import Steps
+from ...data.steps import Steps, split_steps
+from ...runs.tasks import Task
+from ..records import Solution, Verdict
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 # A side begins behind a word, a sentence or another side, and not within a number, a formula or a variable
@@ -155,3 +157,22 @@ def _work(node: ast.expr, text: str) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         return _OPERATIONS[type(node.op)](_work(node.left, text), _work(node.right, text))
     raise ValueError(text)
+
+
+def arithmetic_judge(solution: Solution) -> Task[Verdict]:
+    """
+    The first step with a false equation in it. Free; right where it speaks, silent where all equations hold.
+
+    Args:
+        solution (`Solution`):
+            The solution.
+
+    Returns:
+        `Verdict`: Its evidence is the equation.
+    """
+    steps = split_steps(solution.text, solution.style)
+    for number, false in enumerate(false_equations(solution.problem.problem, steps), start=1):
+        if false:
+            return Verdict(number, "arithmetic", {"equation": false})
+    return Verdict(None, "arithmetic", {"reason": "every equation that can be read holds"})
+    yield  # a task that asks nothing

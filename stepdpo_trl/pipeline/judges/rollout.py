@@ -1,0 +1,54 @@
+"""Monte-Carlo estimation: the first step after which the policy no longer reaches the answer."""
+
+from ...data.answers import RIGHT
+from ...data.steps import Steps, split_steps
+from ...runs.tasks import Task
+from ..policy import Policy
+from ..records import Solution, Verdict
+from .protocol import Judge
+
+
+def rollout_judge(policy: Policy, k: int = 8) -> Judge:
+    """
+    The first step behind which the policy itself no longer reaches the answer (Monte-Carlo estimation).
+
+    A prefix is lost if none of `k` continuations is right. It is looked for by binary search between the beginning,
+    which must not be lost, and the end, which is: about log2 M prefixes of M. Of each, 1, 1, 2, 4 ... continuations
+    are sampled until one is right.
+
+    Args:
+        policy (`Policy`):
+            The model that wrote the solutions.
+        k (`int`, *optional*, defaults to `8`):
+            Continuations of a prefix at most.
+
+    Returns:
+        `Judge`: The judge. Its evidence are the prefixes looked at, by number of steps: continuations, right ones.
+    """
+
+    def reached(solution: Solution, steps: Steps, length: int, seen: dict[str, list[int]]) -> Task[bool]:
+        prefix = steps.prefix(length + 1)
+        tried, right = 0, 0
+        while tried < k and not right:
+            numbers = range(tried, min(k, max(1, 2 * tried)))
+            sampled = yield from policy.sample(solution.problem, prefix, numbers)
+            tried += len(sampled)
+            right += sum(continuation.check.outcome == RIGHT for continuation in sampled)
+        seen[str(length)] = [tried, right]
+        return right > 0
+
+    def judge(solution: Solution) -> Task[Verdict]:
+        steps = split_steps(solution.text, solution.style)
+        seen: dict[str, list[int]] = {}
+        if not (yield from reached(solution, steps, 0, seen)):
+            return Verdict(None, "rollout", {"reason": "no right solution from the beginning", "rollouts": seen})
+        alive, lost = 0, len(steps)
+        while lost - alive > 1:
+            middle = (alive + lost) // 2
+            if (yield from reached(solution, steps, middle, seen)):
+                alive = middle
+            else:
+                lost = middle
+        return Verdict(lost, "rollout", {"rollouts": seen})
+
+    return judge
