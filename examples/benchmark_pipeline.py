@@ -22,7 +22,7 @@ from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory
-from stepdpo_trl.runs.stage import Stage
+from stepdpo_trl.runs.runner import TaskRunner
 from stepdpo_trl.runs.tasks import RecordedChecks, RecordedModel, Task, run_tasks
 
 K, FLAT = 8, 20
@@ -63,21 +63,21 @@ def main() -> None:
     model, prompt = ModelSpec(str(MODEL_PATH), batch_size=args.batch_size), STEP_PROMPTS["plain"]
     with tempfile.TemporaryDirectory() as folder, Session() as session:
         path = Path(folder)
-        session.collect(path, problems, "quickstart", model, prompt, Sampling(1.0, 1.0, 256), samples=4)
+        session.collect(path, problems, "quickstart", model, prompt, Sampling(1.0, 1.0, 256), num_samples=4)
         before = count_samples(path)
-        session.localize(path, "rollout", JudgeOptions(k=K), {"batch_size": args.batch_size})
+        session.localize(path, "rollout", JudgeOptions(num_rollouts=K), {"batch_size": args.batch_size})
         anew = count_samples(path) - before
-        session.rectify(path, most=FLAT, model={"batch_size": args.batch_size})
+        session.rectify(path, max_attempts=FLAT, model={"batch_size": args.batch_size})
         generator = session.generator(model)
         policy = Policy("policy", prompt, generator.render, 0)
         with RunDirectory(path) as run:
-            stage = Stage(run, "linear scan")
-            stage.services["policy"] = RecordedModel(
-                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan", stage.name
+            runner = TaskRunner(run, "linear scan")
+            runner.services["policy"] = RecordedModel(
+                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan", runner.name
             )
-            stage.services["check"] = RecordedChecks(session.checker, run.log("checks"))
-            compare_localization(stage, policy, anew)
-            compare_rectification(stage, policy)
+            runner.services["check"] = RecordedChecks(session.checker, run.log("checks"))
+            compare_localization(runner, policy, anew)
+            compare_rectification(runner, policy)
 
 
 def count_samples(path: Path) -> int:
@@ -86,12 +86,12 @@ def count_samples(path: Path) -> int:
         return len(run.log("generations.policy"))
 
 
-def compare_localization(stage: Stage, policy: Policy, anew: int) -> None:
+def compare_localization(runner: TaskRunner, policy: Policy, anew: int) -> None:
     """Print rollouts and verdicts of both searches, for solutions of 8 or more steps."""
-    verdicts = stage.run.log("verdicts.rollout")
-    solutions = [s for s in wrong_solutions(stage.run) if verdicts[s.key]["step"] and len(split_steps(s.text)) >= 8]
+    verdicts = runner.run.log("verdicts.rollout")
+    solutions = [s for s in wrong_solutions(runner.run) if verdicts[s.key]["step"] and len(split_steps(s.text)) >= 8]
     scan = linear_scan(policy, K)
-    linear = dict(zip((s.key for s in solutions), ordered(stage, [(s.key, scan(s)) for s in solutions]), strict=True))
+    linear = dict(zip((s.key for s in solutions), ordered(runner, [(s.key, scan(s)) for s in solutions]), strict=True))
     binary = {key: verdicts[key]["evidence"]["rollout"]["rollouts"] for key in linear}
     spent = sum(tried for seen in binary.values() for tried, _ in seen.values())
     scanned = sum(verdict.evidence["rollouts"] for verdict in linear.values())
@@ -103,10 +103,10 @@ def compare_localization(stage: Stage, policy: Policy, anew: int) -> None:
     print(f"    same verdict                {same:>8,}   {same / len(linear):.1%}")
 
 
-def compare_rectification(stage: Stage, policy: Policy) -> None:
+def compare_rectification(runner: TaskRunner, policy: Policy) -> None:
     """Print samples and yield of rounds and of a flat number."""
-    corrections = stage.run.log("corrections.rollout")
-    solutions = {s.key: s for s in wrong_solutions(stage.run) if s.key in corrections}
+    corrections = runner.run.log("corrections.rollout")
+    solutions = {s.key: s for s in wrong_solutions(runner.run) if s.key in corrections}
 
     def flat(solution: Solution) -> Task[bool]:
         steps, step = split_steps(solution.text), corrections[solution.key]["step"]
@@ -116,7 +116,7 @@ def compare_rectification(stage: Stage, policy: Policy) -> None:
             for s in sampled
         )
 
-    found = sum(ordered(stage, [(key, flat(solution)) for key, solution in solutions.items()]))
+    found = sum(ordered(runner, [(key, flat(solution)) for key, solution in solutions.items()]))
     rounds = sum(record["samples"] for record in corrections.values())
     print(f"\nRectification of {len(solutions)} wrong solutions")
     print(f"    samples, flat {FLAT}             {FLAT * len(solutions):>8,}   yield {found}")
@@ -124,13 +124,13 @@ def compare_rectification(stage: Stage, policy: Policy) -> None:
     print(f"    samples, in rounds          {rounds:>8,}   yield {yielded}: {rounds / FLAT / len(solutions):.3f}")
 
 
-def ordered(stage: Stage, tasks: list[tuple[str, Task]]) -> list:
+def ordered(runner: TaskRunner, tasks: list[tuple[str, Task]]) -> list:
     """Results of tasks in the order of the tasks."""
 
     def named(key: str, task: Task) -> Task:
         return key, (yield from task)
 
-    results = dict(run_tasks([named(key, task) for key, task in tasks], stage.services))
+    results = dict(run_tasks([named(key, task) for key, task in tasks], runner.services))
     return [results[key] for key, _ in tasks]
 
 

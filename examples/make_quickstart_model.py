@@ -51,13 +51,13 @@ from transformers import (
 
 from stepdpo_trl.evaluation.statistics import Accuracy
 from stepdpo_trl.quickstart import (
-    Problem,
+    ArithmeticProblem,
     count_correct,
-    final_answer,
     first_wrong_step,
     generate_solutions,
     make_problems,
-    split_steps,
+    read_result,
+    split_labelled_steps,
     write_solution,
 )
 from stepdpo_trl.quickstart.arithmetic import LARGEST, OPENING, SMALLEST, iterate_problems
@@ -82,7 +82,7 @@ STEPS_PER_BATCH = 180  # reasoning steps in a batch, whatever the length of the 
 MISTAKES = {"2 + 3 * 4": 0.7, "other": 0.15}
 
 
-def student_solution(rng: random.Random, problem: Problem) -> str:
+def student_solution(rng: random.Random, problem: ArithmeticProblem) -> str:
     """
     Write a solution as a student would, who sometimes works from left to right where a multiplication comes first.
 
@@ -249,7 +249,7 @@ def collect_pairs(
     )
     mistakes = []
     for problem, solution in zip(problems, solutions, strict=True):
-        index, steps = first_wrong_step(problem, solution), split_steps(solution)
+        index, steps = first_wrong_step(problem, solution), split_labelled_steps(solution)
         # Right, or wrong in the number of steps: there is no step to reject
         if index is None or index > min(len(steps), len(problem.operators)) or " = " not in steps[index - 1]:
             continue
@@ -273,13 +273,13 @@ def collect_pairs(
         )
         for number, mended in zip(left, tries, strict=True):
             problem, index, prefix, solution = mistakes[number]
-            if first_wrong_step(problem, mended) is None and final_answer(mended) == problem.answer:
+            if first_wrong_step(problem, mended) is None and read_result(mended) == problem.answer:
                 pairs[number] = {
                     "dataset": "stepdpo_trl-quickstart",
                     "prompt": problem.text,
                     "initial_reason_steps": prefix,
-                    "chosen": split_steps(mended)[index - 1],
-                    "rejected": split_steps(solution)[index - 1],
+                    "chosen": split_labelled_steps(mended)[index - 1],
+                    "rejected": split_labelled_steps(solution)[index - 1],
                     "full_chosen": mended.removeprefix(prefix),
                     "full_rejected": solution.removeprefix(prefix),
                     "answer": problem.answer,

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from datasets import Dataset
+
 from stepdpo_trl.cli.train import main
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
+
 from stepdpo_trl.cli.train import main
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]

@@ -6,9 +6,9 @@ import time
 from collections.abc import Container, Iterator, Sequence
 
 from stepdpo_trl.generation import Completion, Request, Sampling
-from stepdpo_trl.pipeline.judges.arithmetic import evaluate
+from stepdpo_trl.pipeline.judges.arithmetic import evaluate_expression
 from stepdpo_trl.pipeline.records import Problem as Record
-from stepdpo_trl.quickstart import Problem, split_steps
+from stepdpo_trl.quickstart import ArithmeticProblem, split_labelled_steps
 from stepdpo_trl.quickstart.arithmetic import OPENING, draw_problem
 
 
@@ -26,8 +26,8 @@ class Student:
         self.mistakes, self.delay, self.unreadable = mistakes, delay, unreadable
         self.asked: list[str] = []
 
-    def render(self, user: str, opening: str) -> str:
-        return f"{user}\n---\n{opening}"
+    def render(self, user: str, response_prefix: str) -> str:
+        return f"{user}\n---\n{response_prefix}"
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
@@ -42,20 +42,22 @@ class Student:
         rng = random.Random(request.seed)
         user, _, prefix = request.prompt.partition("\n---\n")
         text = "" if prefix else OPENING + "Step 1:"
-        text += self.solve(Problem.parse(re.search(r"What is .*\?", user)[0]), prefix, rng)
+        text += self.solve(ArithmeticProblem.parse(re.search(r"What is .*\?", user)[0]), prefix, rng)
         if rng.random() < self.unreadable:
             text = text.partition("The answer")[0]
         return Completion(text, "stop", len(request.prompt), len(text))
 
-    def solve(self, problem: Problem, prefix: str, rng: random.Random) -> str:
-        before = split_steps(prefix)[:-1] if prefix else []
+    def solve(self, problem: ArithmeticProblem, prefix: str, rng: random.Random) -> str:
+        before = split_labelled_steps(prefix)[:-1] if prefix else []
         left = problem.expression
         if before:
             left = before[-1].rpartition("leaving ")[2] if "leaving" in before[-1] else before[-1].rpartition("= ")[2]
         number, lines = len(before) + 1, []
         while re.search(r" [*+-] ", left):
             operation = re.search(r"-?\d+ \* -?\d+", left) or re.match(r"-?\d+ [+-] -?\d+", left)
-            value = int(evaluate(operation[0])) + (rng.choice((1, 2, 10)) if rng.random() < self.mistakes else 0)
+            value = int(evaluate_expression(operation[0])) + (
+                rng.choice((1, 2, 10)) if rng.random() < self.mistakes else 0
+            )
             left = left[: operation.start()] + str(value) + left[operation.end() :]
             rest = f", leaving {left}" if re.search(r" [*+-] ", left) else ""
             lines.append(f" {operation[0]} = {value}{rest}")

@@ -2,6 +2,7 @@
 
 import ast
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,15 @@ class Imports(ast.NodeVisitor):
         self.package = name if is_package else name.rpartition(".")[0]
         self.found = []
 
-    def visit_If(self, node):  # noqa: N802
+    def visit_If(self, node):
         if "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
         self.generic_visit(node)
 
-    def visit_Import(self, node):  # noqa: N802
+    def visit_Import(self, node):
         self.found += [(node.lineno, alias.name) for alias in node.names]
 
-    def visit_ImportFrom(self, node):  # noqa: N802
+    def visit_ImportFrom(self, node):
         above = self.package.split(".")[: len(self.package.split(".")) - node.level + 1] if node.level else []
         module = ".".join([*above, *([node.module] if node.module else [])])
         self.found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
@@ -100,10 +101,7 @@ def violations(root):
     except CycleError as error:
         circle = error.args[1][::-1]
         steps = [
-            where
-            for module, target in zip(circle, circle[1:], strict=False)
-            for where, imported in imports[module]
-            if imported == target
+            where for module, target in pairwise(circle) for where, imported in imports[module] if imported == target
         ]
         found.append(f"circle: {'; '.join(steps)}")
     return found

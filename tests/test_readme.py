@@ -21,7 +21,7 @@ README, RECIPES = ROOT / "README.md", ROOT / "recipes" / "README.md"
 MODELS = re.compile(r"^Qwen/[\w.-]+$")
 # The small model is asked as in its pretraining, for short answers, and not by default for 1,024 tokens
 ASKING = ("--prompt", "plain", "--max-new-tokens", "96")
-SAMPLED = (*ASKING, "--temperature", "1", "--top-p", "1", "--samples", "3")
+SAMPLED = (*ASKING, "--temperature", "1", "--top-p", "1", "--num-samples", "3")
 QUICK = {"collect": SAMPLED, "data": SAMPLED, "eval": ASKING}
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 

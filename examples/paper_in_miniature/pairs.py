@@ -13,12 +13,11 @@ from stepdpo_trl.generation import Completion, ModelSpec, Request, Sampling
 from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import localize, read_verdicts
-from stepdpo_trl.pipeline.records import Problem, Solution, Verdict, digest
+from stepdpo_trl.pipeline.records import Problem, Solution, Verdict, text_digest
 from stepdpo_trl.pipeline.session import JudgeOptions, Session
-from stepdpo_trl.quickstart import MODEL_PATH, first_lost_step, make_problems
-from stepdpo_trl.quickstart import Problem as Sum
+from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, first_lost_step, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
-from stepdpo_trl.runs.stage import Stage
+from stepdpo_trl.runs.runner import TaskRunner
 from stepdpo_trl.runs.tasks import Task
 
 OPERATIONS = (2, 6)  # of a problem. Longer ones the small model gets wrong for want of training, too
@@ -33,9 +32,9 @@ SOURCES = ("arithmetic", "rollout", "random", "other")
 class OtherModel:
     """Knows arithmetic and writes it in words of its own: right steps that the small model would not write."""
 
-    def render(self, user: str, opening: str) -> str:
+    def render(self, user: str, response_prefix: str) -> str:
         """The problem on one line, what is written so far on the others."""
-        return f"{user}\n{opening}"
+        return f"{user}\n{response_prefix}"
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
@@ -49,7 +48,7 @@ class OtherModel:
         expression = written.rpartition("leaving ")[2].partition("\n")[0] if "leaving" in written else problem[8:-1]
         number, steps = written.count("Step "), []
         try:
-            stages = Sum.parse(f"What is {expression}?").stages
+            stages = ArithmeticProblem.parse(f"What is {expression}?").stages
         except ValueError:  # a negative number on the way
             return Completion(" I cannot say.", "stop", 0, 0)
         for left, then in pairwise(stages):
@@ -73,14 +72,14 @@ def make_shard(folder: str, shard: tuple[int, int], count: int, batch_size: int)
     problems = [Problem(str(n), p.text, p.answer) for n, p in enumerate(make_problems(count, "pairs", OPERATIONS))]
     model, size = ModelSpec(str(MODEL_PATH), batch_size=batch_size), {"batch_size": batch_size}
     with Session({OTHER: OtherModel()}) as session:
-        session.collect(path, problems, "sums", model, STEP_PROMPTS["plain"], SAMPLING, samples=2, shard=shard)
+        session.collect(path, problems, "sums", model, STEP_PROMPTS["plain"], SAMPLING, num_samples=2, shard=shard)
         session.localize(path, "arithmetic", JudgeOptions(), size)
-        session.localize(path, "rollout", JudgeOptions(k=8), size)
+        session.localize(path, "rollout", JudgeOptions(num_rollouts=8), size)
         with RunDirectory(path) as run:
-            localize(Stage(run, "localize random"), random_judge, "random")
-        for way in ("arithmetic", "rollout", "random"):
-            session.rectify(path, way, most=MOST, model=size)
-        session.rectify(path, "arithmetic", most=1, rectifier=OTHER)
+            localize(TaskRunner(run, "localize random"), random_judge, "random")
+        for judge_name in ("arithmetic", "rollout", "random"):
+            session.rectify(path, judge_name, max_attempts=MOST, model=size)
+        session.rectify(path, "arithmetic", max_attempts=1, rectifier=OTHER)
 
 
 def read_pairs(folder: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, float]]]:
@@ -92,21 +91,21 @@ def read_pairs(folder: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, 
     for source in SOURCES:
         rows, _ = build(shards, ways[source])
         # By problem, so that those held out are of other problems
-        pairs[source] = sorted(rows, key=lambda row: digest(row["problem_id"]))
+        pairs[source] = sorted(rows, key=lambda row: text_digest(row["problem_id"]))
         if source != "other":
             facts[source] = {"pairs": len(rows), **_compare_with_truth(shards, source)}
     return pairs, facts
 
 
-def _compare_with_truth(shards: list[Path], way: str) -> dict[str, float]:
+def _compare_with_truth(shards: list[Path], judge_name: str) -> dict[str, float]:
     solutions = named = right = samples = 0
     for path in shards:
         with RunDirectory(path) as run:
-            verdicts, corrections = read_verdicts(run, way)[1], run.log(f"corrections.{way}")
+            verdicts, corrections = read_verdicts(run, judge_name)[1], run.log(f"corrections.{judge_name}")
             samples += sum(record["samples"] for record in corrections.values())
             for solution in wrong_solutions(run):
                 step = verdicts[solution.key].step
-                truth = first_lost_step(Sum.parse(solution.problem.problem), solution.text)
+                truth = first_lost_step(ArithmeticProblem.parse(solution.problem.problem), solution.text)
                 solutions, named, right = solutions + 1, named + (step is not None), right + (step == truth)
     return {"wrong solutions": solutions, "named": named, "named right": right, "samples to rectify": samples}
 
@@ -122,7 +121,7 @@ def fresh_pairs(folder: Path, model: str, count: int, seed: int, batch_size: int
         while len(rows) < count and asked <= len(problems):
             session.collect(folder, problems[:asked], "sums", spec, STEP_PROMPTS["plain"], SAMPLING, 2, seed)
             session.localize(folder, "arithmetic", JudgeOptions(), size)
-            session.rectify(folder, "arithmetic", most=MOST, model=size)
+            session.rectify(folder, "arithmetic", max_attempts=MOST, model=size)
             try:
                 rows = build([folder])[0]
             except RunError:  # none yet

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, s
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from stepdpo_trl import SDPOCallback, StepDPOConfig, StepDPOTrainer, measure_gamma, split_stages
-from stepdpo_trl.quickstart import MODEL_PATH, Problem, final_answer, generate_solutions, make_problems
+from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, generate_solutions, make_problems, read_result
 
 LARGEST_SET = 500  # of problems
 
@@ -226,7 +226,7 @@ def margins(model: Any, rows: Rows) -> dict[str, float]:
 
 def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
     """Two stages: problems of few and of many operations, in one order or the other, or both in each."""
-    sizes = [len(Problem.parse(prompt).operators) for prompt in data["prompt"]]
+    sizes = [len(ArithmeticProblem.parse(prompt).operators) for prompt in data["prompt"]]
     middle = float(np.median(sizes))
     named = data.add_column("source", ["short" if size <= middle else "long" for size in sizes])
     gamma = gamma_of(load(), data)
@@ -262,7 +262,7 @@ def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float])
         set_seed(0)  # the same draws for every model
         texts = [problem.text for problem in problems]
         solutions = generate_solutions(model, tokenizer(), texts, temperature=temperature)
-        answers = [final_answer(solution) for solution in solutions]
+        answers = [read_result(solution) for solution in solutions]
         result["greedy" if temperature == 0 else "sampled"] = {
             "solved": [int(answer == problem.answer) for answer, problem in zip(answers, problems, strict=True)],
             "no answer": sum(answer is None for answer in answers),

@@ -1,0 +1,1 @@
+"""The command line. Parses arguments and calls the package."""

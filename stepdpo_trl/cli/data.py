@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     """
     collect = add_command(commands, "collect", "sample solutions and keep the wrong ones", _collect)
     _collect_options(collect)
-    _where(collect, "--out")
+    _where(collect, "--output-dir")
     localize = add_command(commands, "localize", "find the first wrong step of each wrong solution", _localize)
     _where(localize, "run")
     _localize_options(localize)
@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     _build_options(build)
     data = add_command(commands, "data", "collect, localize, rectify and build", _data)
     _collect_options(data)
-    _where(data, "--out")
+    _where(data, "--output-dir")
     _localize_options(data)
     _rectify_options(data)
     _build_options(data)
@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     imports = add_command(commands, "import", "make step pairs of published data", _import)
     imports.add_argument("format", choices=("prm800k", "math-shepherd", "processbench"))
     imports.add_argument("file", help="the file as published")
-    imports.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME")
+    imports.add_argument("--output-file", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME")
     imports.add_argument(
         "--cases", action="store_true", help="solutions with their first wrong step, to test judges on"
     )
@@ -79,8 +79,10 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompt", default="qwen2-boxed", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template"
     )
-    group.add_argument("--opening", help="how every answer begins, such as 'Step 1:' (that of the named prompt)")
-    group.add_argument("--samples", type=positive, default=2, help="solutions of each problem")
+    group.add_argument(
+        "--response-prefix", help="how every answer begins, such as 'Step 1:' (that of the named prompt)"
+    )
+    group.add_argument("--num-samples", type=positive, default=2, help="solutions of each problem")
     group.add_argument("--temperature", type=float, default=0.8)
     group.add_argument("--top-p", type=float, default=0.95)
     group.add_argument("--max-new-tokens", type=int, default=1024)
@@ -94,7 +96,7 @@ def _localize_options(parser: argparse.ArgumentParser) -> None:
         metavar="JUDGES",
         help=f"{', '.join(JUDGES)}; joined by + (what all agree on) and > (the next where the first is silent)",
     )
-    parser.add_argument("--k", type=positive, default=8, help="rollouts of a prefix at most")
+    parser.add_argument("--num-rollouts", type=positive, default=8, help="rollouts of a prefix at most")
     parser.add_argument("--port", type=int, help="of the page for a person (a free one)")
     _judge_options(parser)
 
@@ -111,8 +113,8 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _rectify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wanted", type=positive, default=1, help="preferred steps for each wrong solution")
-    parser.add_argument("--most", type=positive, default=20, help="samples for each wrong solution at most")
+    parser.add_argument("--num-corrections", type=positive, default=1, help="preferred steps for each wrong solution")
+    parser.add_argument("--max-attempts", type=positive, default=20, help="samples for each wrong solution at most")
     parser.add_argument(
         "--check",
         default="arithmetic",
@@ -123,10 +125,12 @@ def _rectify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME (private)")
+    parser.add_argument(
+        "--output-file", required=True, help="file that ends in .jsonl or .parquet, or hub:USER/NAME (private)"
+    )
     parser.add_argument("--corrections", metavar="WAY", help="which to take, where there are several")
     parser.add_argument("--exclude", action="append", default=[], metavar="FILE", help="problems of a test set")
-    parser.add_argument("--per-problem", type=positive, metavar="M", help="most pairs of a problem")
+    parser.add_argument("--max-pairs-per-problem", type=positive, metavar="M", help="most pairs of a problem")
     parser.add_argument("--logps", metavar="MODEL", help="add log-probabilities of both steps under this model")
 
 
@@ -170,10 +174,10 @@ def _each(args: argparse.Namespace, path: str, work: Callable[[Any, Path, tuple[
 
 def _collect_work(args: argparse.Namespace) -> Callable[[Any, Path, tuple[int, int]], Any]:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens)
-    prompt = resolve_step_prompt(text_of(args.prompt), args.opening)
+    prompt = resolve_step_prompt(text_of(args.prompt), args.response_prefix)
     model = model_spec(args)
     problems = read_problems(args.problems, args.limit)
-    name, samples, seed = Path(args.problems).stem, args.samples, args.seed
+    name, samples, seed = Path(args.problems).stem, args.num_samples, args.seed
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
         return session.collect(folder, problems, name, model, prompt, sampling, samples, seed, shard)
@@ -188,7 +192,7 @@ def _judges(args: argparse.Namespace) -> Any:
     if args.judge_prompt and prompt == args.judge_prompt:
         raise RunError(f"--judge-prompt: there is no file {args.judge_prompt!r}.")
     return JudgeOptions(
-        k=getattr(args, "k", 8),
+        num_rollouts=getattr(args, "num_rollouts", 8),
         model=model_spec(args, "judge_"),
         votes=args.votes,
         gold=not args.no_gold,
@@ -201,13 +205,13 @@ def _judges(args: argparse.Namespace) -> Any:
 
 
 def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
-    way, options = args.judge, _judges(args)
-    if "human" in way and args.engine == "ray":
+    judge_name, options = args.judge, _judges(args)
+    if "human" in judge_name and args.engine == "ray":
         raise RunError("Judge 'human' needs a person at this machine: use --engine local.")
-    options.check([name for group in parse_judges(way) for name in group])
+    options.check([name for group in parse_judges(judge_name) for name in group])
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        return session.localize(folder, way, options, changes)
+        return session.localize(folder, judge_name, options, changes)
 
     return work
 
@@ -215,19 +219,24 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
 def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
     from ..pipeline.session import check_rectify
 
-    way, wanted, most, options = args.judge, args.wanted, args.most, _judges(args)
+    judge_name, num_corrections, max_attempts, options = (
+        args.judge,
+        args.num_corrections,
+        args.max_attempts,
+        _judges(args),
+    )
     check = None if args.check == "none" else args.check
     rectifier = model_spec(args, "rectifier_", "--rectifier")
-    check_rectify(check, options, wanted, most)
+    check_rectify(check, options, num_corrections, max_attempts)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        return session.rectify(folder, way, wanted, most, check, options, rectifier, changes)
+        return session.rectify(folder, judge_name, num_corrections, max_attempts, check, options, rectifier, changes)
 
     return work
 
 
 def _collect(args: argparse.Namespace) -> None:
-    _each(args, args.out, _collect_work(args))
+    _each(args, args.output_dir, _collect_work(args))
 
 
 def _localize(args: argparse.Namespace) -> None:
@@ -241,18 +250,18 @@ def _rectify(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace) -> None:
     from ..pipeline.build import build, check_target, run_directories, save
     from ..pipeline.logps import add_logps
-    from ..pipeline.report import write_card, write_report
+    from ..pipeline.report import render_report, write_card
     from ..pipeline.summary import summarize
 
-    check_target(args.to)
+    check_target(args.output_file)
     paths = run_directories(args.run)
     model = args.logps
     score = (lambda rows: add_logps(rows, model)) if model else None
-    rows, left_out = build(paths, args.corrections, args.exclude, args.per_problem, score)
+    rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem, score)
     summary = summarize(paths)
-    where = save(rows, args.to, write_card(summary, len(rows), left_out))
+    where = save(rows, args.output_file, write_card(summary, len(rows), left_out))
     report = Path(args.run) / "report.html"
-    report.write_text(write_report(summary, len(rows), left_out), encoding="utf-8")
+    report.write_text(render_report(summary, len(rows), left_out), encoding="utf-8")
     print(f"{len(rows)} pairs in {where}. Left out: {dict(left_out) or 'none'}. Report: {report}")
 
 
@@ -260,7 +269,7 @@ def _data(args: argparse.Namespace) -> None:
     from ..pipeline.build import check_target
     from ..pipeline.session import corrections_name
 
-    check_target(args.to)
+    check_target(args.output_file)
     for problems in args.exclude:
         read_texts(problems)
     changes = {
@@ -273,25 +282,27 @@ def _data(args: argparse.Namespace) -> None:
             counts = stage(session, folder, shard)
         return counts
 
-    _each(args, args.out, work)
+    _each(args, args.output_dir, work)
     if args.shard:
-        print(f"Shard done. With all shards in {args.out}: stepdpo build {args.out} --to {args.to}")
+        print(
+            f"Shard done. With all shards in {args.output_dir}: stepdpo build {args.output_dir} --output-file {args.output_file}"
+        )
         return
-    args.run = args.out
+    args.run = args.output_dir
     args.corrections = args.corrections or corrections_name(args.judge, model_spec(args, "rectifier_", "--rectifier"))
     _build(args)
 
 
 def _report(args: argparse.Namespace) -> None:
     from ..pipeline.build import run_directories
-    from ..pipeline.report import write_report
+    from ..pipeline.report import render_report
     from ..pipeline.summary import rows_of, summarize
 
     summary = summarize(run_directories(args.run))
     for stage, what, count in rows_of(summary):
         print(f"{stage:<32}{what:<48}{count:>12,}")
     report = Path(args.run) / "report.html"
-    report.write_text(write_report(summary), encoding="utf-8")
+    report.write_text(render_report(summary), encoding="utf-8")
     print(f"Report: {report}")
 
 
@@ -300,7 +311,7 @@ def _import(args: argparse.Namespace) -> None:
     from ..pipeline.importers.formats import FORMATS
     from ..pipeline.report import write_import_card
 
-    check_target(args.to)
+    check_target(args.output_file)
     reader = FORMATS[args.format.replace("-", "_")]
     counts: Counter[str] = Counter()
     if args.cases or reader.pairs is None:
@@ -310,5 +321,5 @@ def _import(args: argparse.Namespace) -> None:
     table = ", ".join(f"{count} {what}" for what, count in counts.items())
     if not rows:
         raise RunError(f"{args.file} gives nothing: {table}.")
-    where = save(rows, args.to, write_import_card(args.format, counts, len(rows)))
+    where = save(rows, args.output_file, write_import_card(args.format, counts, len(rows)))
     print(f"{len(rows)} rows in {where} ({table}).")

@@ -15,7 +15,7 @@ from ..runs.run_directory import RunError
 from .options import add_command, model_options, model_spec, positive, text_of
 
 # What holds where nothing is said. Said options are told from these, as some go with --problems alone.
-DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "samples": 1, "temperature": 0.0, "top_p": 1.0}
+DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "num_samples": 1, "temperature": 0.0, "top_p": 1.0}
 DEFAULTS |= {"max_new_tokens": 1024, "seed": 0}
 PROMPTS = {"arithmetic": "plain"}  # of known problems whose model was trained on another
 
@@ -33,14 +33,18 @@ def add_eval_command(commands: Any) -> None:
     sets = ", ".join(PROBLEM_SETS)
     what.add_argument("--problems", metavar="SET", help=f"{sets}, or JSON lines or Parquet: problem, answer")
     what.add_argument("--tasks", nargs="+", choices=HARNESS, help="of lm-evaluation-harness, to which they are handed")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="for answers, results.json, records.jsonl")
+    parser.add_argument(
+        "--output-dir", required=True, metavar="FOLDER", help="for answers, results.json, records.jsonl"
+    )
     parser.add_argument("--limit", type=positive, help="the first so many problems")
     _adapter(model_options(parser, "", "the model"), "")
-    _adapter(model_options(parser, "against-", "another one to compare it with", flag="--against"), "against-")
+    _adapter(model_options(parser, "baseline-", "another one to compare it with", flag="--baseline"), "baseline-")
     group = parser.add_argument_group("what it is asked (with --problems)")
     group.add_argument("--prompt", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template (qwen2-boxed)")
-    group.add_argument("--opening", help="how every answer begins, such as 'Step 1:' (that of the named prompt)")
-    group.add_argument("--samples", type=positive, help="solutions of each problem (1)")
+    group.add_argument(
+        "--response-prefix", help="how every answer begins, such as 'Step 1:' (that of the named prompt)"
+    )
+    group.add_argument("--num-samples", type=positive, help="solutions of each problem (1)")
     group.add_argument("--temperature", type=float, help="(0: greedy)")
     group.add_argument("--top-p", type=float, help="(1)")
     group.add_argument("--max-new-tokens", type=int, help="(1024)")
@@ -52,7 +56,7 @@ def _adapter(group: Any, prefix: str) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    model, other = (_on_base(spec) for spec in (model_spec(args), model_spec(args, "against_", "--against")))
+    model, other = (_on_base(spec) for spec in (model_spec(args), model_spec(args, "baseline_", "--baseline")))
     assert model is not None
     if args.tasks:
         _eval_tasks(args, model, other)
@@ -67,7 +71,9 @@ def _on_base(spec: ModelSpec | None) -> ModelSpec | None:
 
 
 def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
-    said = [name for name in (*DEFAULTS, "opening") if getattr(args, name) is not None] + ["against"] * bool(other)
+    said = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None] + ["baseline"] * bool(
+        other
+    )
     if said:
         named = ", ".join("--" + name.replace("_", "-") for name in said)
         raise RunError(
@@ -76,8 +82,8 @@ def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | N
         )
     from ..evaluation.harness import evaluate_tasks, show_tasks
 
-    results = evaluate_tasks(Path(args.out), args.tasks, model, args.batch_size, args.limit)
-    print(f"{show_tasks(results)}\n\nResults and records: {args.out}")
+    results = evaluate_tasks(Path(args.output_dir), args.tasks, model, args.batch_size, args.limit)
+    print(f"{show_tasks(results)}\n\nResults and records: {args.output_dir}")
 
 
 def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
@@ -86,15 +92,15 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
     if args.top_p is not None and not options["temperature"]:
         raise RunError(f"--top-p {args.top_p} has no effect at temperature 0. Leave it out, or give a --temperature.")
     sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
-    prompt = resolve_step_prompt(text_of(options["prompt"]), args.opening)
-    from ..evaluation.evaluate import check_options, evaluate
+    prompt = resolve_step_prompt(text_of(options["prompt"]), args.response_prefix)
+    from ..evaluation.evaluate import check_comparison, evaluate
     from ..evaluation.results import table
     from ..pipeline.session import Session
 
-    samples, seed = options["samples"], options["seed"]
-    check_options(models, sampling, samples)
+    num_samples, seed = options["num_samples"], options["seed"]
+    check_comparison(models, sampling, num_samples)
     problems = load_problems(args.problems, args.limit)
     name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
     with Session() as session:
-        results = evaluate(session, Path(args.out), name, problems, models, prompt, sampling, samples, seed)
-    print(f"{table(results)}\n\nResults and records: {args.out}")
+        results = evaluate(session, Path(args.output_dir), name, problems, models, prompt, sampling, num_samples, seed)
+    print(f"{table(results)}\n\nResults and records: {args.output_dir}")

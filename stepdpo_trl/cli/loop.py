@@ -15,7 +15,7 @@ from ..runs.run_directory import RunError
 from .options import parse
 
 # What each stage sets by itself
-_OF_DATA = ("--out", "--to", "--shard", "--model", "--seed")
+_OF_DATA = ("--output-dir", "--output-file", "--shard", "--model", "--seed")
 _OF_TRAINING = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
 
 
@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of what is neither the data pipeline's nor the trainer's."""
     parser = argparse.ArgumentParser(
         prog="stepdpo loop",
-        usage="%(prog)s --model M --out LOOP --stages T --problems FILE [option of `stepdpo data` ...] "
+        usage="%(prog)s --model M --output-dir LOOP --stages T --problems FILE [option of `stepdpo data` ...] "
         "-- [option of `stepdpo train` ...]",
         description="Alternate between making pairs and training on them: each stage's pairs are sampled anew from "
         "the model that the last stage made, which is the reference too. Give the same command again after an "
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="the model to begin with: id or folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the loop")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the loop")
     parser.add_argument("--stages", type=int, default=3, help="how many (%(default)s); more can be asked for later")
     parser.add_argument("--seed", type=int, default=0, help="of the first stage's samples; the next has the next one")
     return parser
@@ -58,7 +58,7 @@ def loop(argv: list[str]) -> None:
     _check_training(training)
 
     def make_pairs(number: int, model: str, folder: Path) -> None:
-        where = ["--out", str(folder / RUN), "--to", str(folder / PAIRS)]
+        where = ["--output-dir", str(folder / RUN), "--output-file", str(folder / PAIRS)]
         own = ["--model", model, "--seed", str(args.seed + number - 1)]
         _run(folder, ["data", *own, *where, *data])
 
@@ -72,8 +72,8 @@ def loop(argv: list[str]) -> None:
             os.replace(output_dir, folder / MODEL)
 
     settings = {"model": args.model, "weights": fingerprint([args.model]), "seed": args.seed}
-    run_loop(args.out, args.model, args.stages, make_pairs, train, settings)
-    print(f"{args.stages} stages done. The model is in {args.out / f'stage-{args.stages}' / MODEL}.")
+    run_loop(args.output_dir, args.model, args.stages, make_pairs, train, settings)
+    print(f"{args.stages} stages done. The model is in {args.output_dir / f'stage-{args.stages}' / MODEL}.")
 
 
 def merge_adapter(adapter: Path, to: Path) -> None:
@@ -108,7 +108,7 @@ def _check_data(argv: list[str]) -> None:
         raise RunError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
     parser = argparse.ArgumentParser(prog="stepdpo loop", allow_abbrev=False)
     add_commands(parser.add_subparsers())
-    args = parse(parser, ["data", *argv, "--model", "M", "--out", RUN, "--to", PAIRS])
+    args = parse(parser, ["data", *argv, "--model", "M", "--output-dir", RUN, "--output-file", PAIRS])
     if args.base_url or args.backend == "openai":
         raise RunError(
             "--base-url does not go with the loop: a server would go on answering with the model that it has loaded. "

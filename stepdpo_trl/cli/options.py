@@ -74,7 +74,7 @@ def model_options(
     group.add_argument(f"--{prefix}tokenizer", help="tokenizer with the chat template (the model's)")
     group.add_argument(f"--{prefix}batch-size", type=positive, help="sequences, or requests to a server, at once (32)")
     group.add_argument(f"--{prefix}dtype", choices=DTYPES, help="data type of the weights (auto)")
-    group.add_argument(f"--{prefix}api-key-variable", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
+    group.add_argument(f"--{prefix}api-key-env", metavar="NAME", help="environment variable (OPENAI_API_KEY)")
     return group
 
 
@@ -110,10 +110,10 @@ def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
     Raises:
         RunError: If something of it has no effect.
     """
-    names = ("model", "backend", "base_url", "tokenizer", "batch_size", "dtype", "api_key_variable", "adapter")
+    names = ("model", "backend", "base_url", "tokenizer", "batch_size", "dtype", "api_key_env", "adapter")
     given = {name: getattr(args, f"{prefix}{name}", None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    for name, wrong in (("dtype", "base_url" in given), ("api_key_variable", "base_url" not in given)):
+    for name, wrong in (("dtype", "base_url" in given), ("api_key_env", "base_url" not in given)):
         if wrong and name in given:
             where = "at a server, which has loaded its model" if name == "dtype" else "without a server (base-url)"
             raise RunError(f"--{prefix}{name} has no effect {where}. Leave it out.".replace("_", "-"))

@@ -1,0 +1,1 @@
+"""The step-pair format, prompts, and reading solutions and answers."""

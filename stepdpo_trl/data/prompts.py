@@ -32,12 +32,12 @@ class StepPrompt:
     Args:
         user (`str`):
             Message of the user, a Jinja template with `{{ problem }}` in it.
-        opening (`str`, *optional*, defaults to `""`):
+        response_prefix (`str`, *optional*, defaults to `""`):
             How the assistant's answer begins: written for the model, and part of every solution.
     """
 
     user: str
-    opening: str = ""
+    response_prefix: str = ""
 
 
 # Prompts to collect solutions with, by name.

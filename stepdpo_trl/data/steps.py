@@ -17,7 +17,7 @@ _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSpan:
     """
     Where a step stands in a solution.
 
@@ -40,14 +40,14 @@ class Steps:
     Args:
         text (`str`):
             The solution.
-        spans (`tuple[Step, ...]`):
+        spans (`tuple[StepSpan, ...]`):
             The steps, in order. At least one, unless the text is blank.
         style (`str`):
             How they are told apart, a name in [`STYLES`].
     """
 
     text: str
-    spans: tuple[Step, ...]
+    spans: tuple[StepSpan, ...]
     style: str
 
     def __len__(self) -> int:
@@ -101,11 +101,11 @@ def split_steps(text: str, style: str | None = None) -> Steps:
 Mark = tuple[int, int]  # where a label begins and where it ends
 
 
-def _spans(text: str, marks: list[Mark]) -> tuple[Step, ...]:
+def _spans(text: str, marks: list[Mark]) -> tuple[StepSpan, ...]:
     """Steps that begin behind their labels and end where the next label begins, or the text. Blank ones are none."""
     ends = [*(start for start, _ in marks[1:]), len(text)][: len(marks)]
     stripped = ((begin, len(text[begin:end].rstrip())) for (_, begin), end in zip(marks, ends, strict=True))
-    return tuple(Step(begin, begin + length) for begin, length in stripped if length)
+    return tuple(StepSpan(begin, begin + length) for begin, length in stripped if length)
 
 
 def _labels(text: str) -> list[Mark]:

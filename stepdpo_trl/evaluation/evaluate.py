@@ -14,12 +14,12 @@ from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
-from ..pipeline.records import Problem, digest
-from ..pipeline.session import Session, file_name
+from ..pipeline.records import Problem, text_digest
+from ..pipeline.session import Session, model_file_name
 from ..runs.run_directory import RunDirectory, RunError
-from ..runs.stage import Stage
+from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, RecordedModel, Task
-from .majority import Answers, vote
+from .majority import ProblemAnswers, vote
 from .results import compare, measure
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def evaluate(
     models: Sequence[ModelSpec],
     prompt: StepPrompt,
     sampling: Sampling,
-    samples: int = 1,
+    num_samples: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
     """
@@ -54,7 +54,7 @@ def evaluate(
             How they are asked.
         sampling (`Sampling`):
             How they are sampled.
-        samples (`int`, *optional*, defaults to `1`):
+        num_samples (`int`, *optional*, defaults to `1`):
             Solutions of each problem. The i-th sample of a problem has the same seed for both models.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
@@ -66,18 +66,18 @@ def evaluate(
         RunError: If the options do not fit together, or `path` holds another evaluation.
         GenerationError: If a model cannot be loaded.
     """
-    check_options(models, sampling, samples)
+    check_comparison(models, sampling, num_samples)
     for model in models:
         if model not in session.generators:
             from ..generation.chat import check_model  # loads transformers
 
             check_model(model)
     settings = {
-        "problems": {"name": name, "count": len(problems), "digest": digest(*problems)},
+        "problems": {"name": name, "count": len(problems), "digest": text_digest(*problems)},
         "models": [identity(model) for model in models],
         "prompt": asdict(prompt),
         "sampling": asdict(sampling),
-        "samples": samples,
+        "num_samples": num_samples,
         "seed": seed,
     }
     with begin(path, settings) as run:
@@ -85,7 +85,7 @@ def evaluate(
         keep_problems(run, problems)
         answers = []
         for model in models:
-            answers.append(_answer(session, run, model, problems, prompt, sampling, samples, seed))
+            answers.append(_answer(session, run, model, problems, prompt, sampling, num_samples, seed))
             session.release(model)
         names = _names(models)
         results = {**settings, "results": [measure(*each) for each in zip(names, answers, strict=True)]}
@@ -100,7 +100,7 @@ def evaluate(
     return results
 
 
-def check_options(models: Sequence[ModelSpec], sampling: Sampling, samples: int) -> None:
+def check_comparison(models: Sequence[ModelSpec], sampling: Sampling, num_samples: int) -> None:
     """
     Check that models can be compared, and samples differ.
 
@@ -113,13 +113,13 @@ def check_options(models: Sequence[ModelSpec], sampling: Sampling, samples: int)
     ]
     if len(models) == 2 and places[0] == places[1]:
         raise RunError(
-            f"--against {models[1].model!r} is the model itself: there is nothing to compare. Name another model or "
+            f"--baseline {models[1].model!r} is the model itself: there is nothing to compare. Name another model or "
             "adapter; a server has to serve it under another name."
         )
-    if samples > 1 and not sampling.temperature:
+    if num_samples > 1 and not sampling.temperature:
         raise RunError(
-            f"--samples {samples} at temperature 0 are {samples} times the same answer. Give a --temperature, such as "
-            "0.7, or leave --samples out."
+            f"--num-samples {num_samples} at temperature 0 are {num_samples} times the same answer. Give a --temperature, such as "
+            "0.7, or leave --num-samples out."
         )
 
 
@@ -134,7 +134,7 @@ def begin(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
     try:
         others = [stage for stage in run.settings() if stage != "eval"]
         if others:
-            raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Take another --out.")
+            raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Take another --output-dir.")
         run.keep_settings("eval", settings)
     except RunError:
         run.__exit__(None, None, None)
@@ -164,33 +164,33 @@ def _answer(
     problems: Sequence[Problem],
     prompt: StepPrompt,
     sampling: Sampling,
-    samples: int,
+    num_samples: int,
     seed: int,
-) -> list[Answers]:
+) -> list[ProblemAnswers]:
     """Let a model solve the problems; its answers are its own, whoever else answers in this folder."""
-    name = file_name(model.adapter or model.model, *identity(model).values())
+    name = model_file_name(model.adapter or model.model, *identity(model).values())
     generator = session.generator(model)
-    stage = Stage(run, f"eval {name}")
-    stage.services["model"] = RecordedModel(generator, sampling, run.log(f"answers.{name}"), name, stage.name)
-    stage.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
+    runner = TaskRunner(run, f"eval {name}")
+    runner.services["model"] = RecordedModel(generator, sampling, run.log(f"answers.{name}"), name, runner.name)
+    runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
     policy = Policy("model", prompt, generator.render, seed)
 
-    def task(problem: Problem) -> Task[tuple[str, Answers]]:
-        sampled = yield from policy.sample(problem, prompt.opening, range(samples))
+    def task(problem: Problem) -> Task[tuple[str, ProblemAnswers]]:
+        sampled = yield from policy.sample(problem, prompt.response_prefix, range(num_samples))
         majority = yield from vote(sampled)
-        return problem.id, Answers(sampled, majority)
+        return problem.id, ProblemAnswers(sampled, majority)
 
     counts: Counter[str] = Counter()
-    answers: dict[str, Answers] = {}
-    for problem, answered in stage.go(map(task, problems), len(problems), "problems", counts):
+    answers: dict[str, ProblemAnswers] = {}
+    for problem, answered in runner.results(map(task, problems), len(problems), "problems", counts):
         counts.update(sample.check.outcome for sample in answered.samples)
         answers[problem] = answered
-    if samples > 1 and all(len({sample.text for sample in each.samples}) == 1 for each in answers.values()):
-        logger.warning(not_sampled(samples))
+    if num_samples > 1 and all(len({sample.text for sample in each.samples}) == 1 for each in answers.values()):
+        logger.warning(not_sampled(num_samples))
     return [answers[problem.id] for problem in problems]
 
 
-def _record(problem: Problem, answers: Mapping[str, Answers]) -> dict[str, Any]:
+def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:
     """What the models made of a problem."""
     models = {
         name: {

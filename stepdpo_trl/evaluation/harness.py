@@ -112,9 +112,9 @@ def handed_over(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
         RunError: If lm-evaluation-harness cannot take it.
     """
     if model.backend == "openai":
-        if model.api_key_variable != "OPENAI_API_KEY":
+        if model.api_key_env != "OPENAI_API_KEY":
             raise RunError(
-                f"--api-key-variable {model.api_key_variable}: lm-evaluation-harness reads the key from "
+                f"--api-key-env {model.api_key_env}: lm-evaluation-harness reads the key from "
                 "OPENAI_API_KEY. Set that."
             )
         server = {"base_url": f"{str(model.base_url).rstrip('/')}/completions", "num_concurrent": model.batch_size}

@@ -10,7 +10,7 @@ from itertools import combinations
 from ..data.answer_rules import normalize
 from ..data.answers import RIGHT, UNREADABLE, Check
 from ..pipeline.policy import Continuation
-from ..pipeline.records import digest
+from ..pipeline.records import text_digest
 from ..runs.tasks import Ask, CheckRequest, Task
 
 Key = Fraction | str  # plain numbers are compared as such, and need no checker
@@ -36,7 +36,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ProblemAnswers:
     """
     What a model made of a problem.
 
@@ -55,7 +55,7 @@ def vote(samples: Sequence[Continuation]) -> Task[Vote]:
     """
     Find the answer that most samples give, of equally many the one that was given first.
 
-    Answers are one if they are right, or if the answer checker takes one for the other. Unreadable ones have no vote.
+    ProblemAnswers are one if they are right, or if the answer checker takes one for the other. Unreadable ones have no vote.
     """
     read = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
     if not read:
@@ -76,7 +76,9 @@ def _key(answer: str) -> Key:
 def _same(keys: Sequence[Key]) -> Task[dict[Key, Key]]:
     """For each answer the first one that says the same."""
     pairs = [pair for pair in combinations(keys, 2) if str in map(type, pair)]
-    requests = {pair: CheckRequest(f"same/{digest(*pair)}", str(pair[0]), f"\\boxed{{{pair[1]}}}") for pair in pairs}
+    requests = {
+        pair: CheckRequest(f"same/{text_digest(*pair)}", str(pair[0]), f"\\boxed{{{pair[1]}}}") for pair in pairs
+    }
     checks: Mapping[str, Check] = (yield Ask("check", tuple(requests.values()))) if pairs else {}
     same = {pair for pair, request in requests.items() if checks[request.key].outcome == RIGHT}
     firsts: dict[Key, Key] = {}

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.records import Problem, digest, problems_of, read_problems
+from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
 
@@ -14,7 +14,7 @@ ARITHMETIC = 1000  # problems, as in the quickstart
 
 def _arithmetic(limit: int | None) -> list[Problem]:
     drawn = make_problems(limit or ARITHMETIC, "held_out")
-    return [Problem(digest(one.text), one.text, one.answer, write_solution(one)) for one in drawn]
+    return [Problem(text_digest(one.text), one.text, one.answer, write_solution(one)) for one in drawn]
 
 
 def _published(*name: str) -> Callable[[int | None], list[Problem]]:

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
-from .majority import Answers
+from .majority import ProblemAnswers
 from .statistics import Accuracy, bootstrap, clustered, mcnemar, show
 
 OUTCOMES = (RIGHT, WRONG, UNREADABLE)
 
 
-def measure(model: str, answers: Sequence[Answers]) -> dict[str, Any]:
+def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
     """
     Count what a model made of the problems.
 
     Args:
         model (`str`):
             Its name.
-        answers (`Sequence[Answers]`):
+        answers (`Sequence[ProblemAnswers]`):
             One for each problem.
 
     Returns:
@@ -43,14 +43,14 @@ def measure(model: str, answers: Sequence[Answers]) -> dict[str, Any]:
     return measured
 
 
-def compare(first: Sequence[Answers], second: Sequence[Answers], seed: int = 0) -> dict[str, Any]:
+def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], seed: int = 0) -> dict[str, Any]:
     """
     Compare two models on the same problems, of which each is its own control.
 
     Args:
-        first (`Sequence[Answers]`):
+        first (`Sequence[ProblemAnswers]`):
             One for each problem.
-        second (`Sequence[Answers]`):
+        second (`Sequence[ProblemAnswers]`):
             The same of the other model.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
@@ -72,7 +72,7 @@ def compare(first: Sequence[Answers], second: Sequence[Answers], seed: int = 0) 
     }
 
 
-def _share(answers: Answers) -> float:
+def _share(answers: ProblemAnswers) -> float:
     return sum(sample.check.outcome == RIGHT for sample in answers.samples) / len(answers.samples)
 
 
@@ -82,7 +82,7 @@ def _outcomes(found: Sequence[str]) -> dict[str, int]:
 
 def table(results: dict[str, Any]) -> str:
     """The figures, to be printed."""
-    samples, temperature = results["samples"], results["sampling"]["temperature"]
+    samples, temperature = results["num_samples"], results["sampling"]["temperature"]
     how = "greedy" if not temperature else f"{samples} samples each at temperature {temperature:g}"
     heads = ("right", "wrong", "unreadable", "accuracy, with 95 % interval")
     rows = []
@@ -112,7 +112,7 @@ def _difference(results: dict[str, Any]) -> list[str]:
     if interval:
         low, high = interval
         bootstrapped = f"{show(accuracy, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
-    solved = "solved by majority" if results["samples"] > 1 else "solved"
+    solved = "solved by majority" if results["num_samples"] > 1 else "solved"
     return [
         f"{first} less {second}: {bootstrapped}",
         f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first alone {test['only_first']}, by the second "

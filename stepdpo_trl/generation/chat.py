@@ -55,7 +55,7 @@ def check_model(spec: ModelSpec, template: bool = True) -> None:
         raise GenerationError(f"The {what} cannot be loaded: {error}") from error
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], opening: str = "") -> str:
-    """Text of a conversation up to the assistant's turn, which begins with `opening`."""
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], response_prefix: str = "") -> str:
+    """Text of a conversation up to the assistant's turn, which begins with `response_prefix`."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return str(text) + opening
+    return str(text) + response_prefix

@@ -61,9 +61,9 @@ class OpenAIGenerator:
         self._openai = openai
         self.spec, self.tries, self.sleep = spec, tries, sleep
         self._stopping = threading.Event()
-        self._key = os.environ.get(spec.api_key_variable, "").strip()
+        self._key = os.environ.get(spec.api_key_env, "").strip()
         if not self._key.isascii() or not (self._key or "-").isprintable():
-            raise GenerationError(f"The key in {spec.api_key_variable} holds characters that no key has. Set it anew.")
+            raise GenerationError(f"The key in {spec.api_key_env} holds characters that no key has. Set it anew.")
         # Retries are ours: they also cover replies that are none, and the end of patience names the request
         self.client = openai.OpenAI(
             base_url=spec.base_url, api_key=self._key or "none", timeout=timeout, max_retries=0
@@ -74,9 +74,9 @@ class OpenAIGenerator:
         """The tokenizer that makes texts of conversations; judges need none."""
         return load_tokenizer(self.spec.tokenizer or self.spec.model)
 
-    def render(self, user: str, opening: str) -> str:
+    def render(self, user: str, response_prefix: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
-        text = render(self.tokenizer, [{"role": "user", "content": user}], opening)
+        text = render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
         bos = self.tokenizer.bos_token
         # Servers put the tokenizer's BOS in front by themselves
         adds_bos = bos and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
@@ -189,8 +189,8 @@ class OpenAIGenerator:
 
     def _refused(self, request: Request, error: Any) -> str:
         hints = {
-            401: f"Set the environment variable {self.spec.api_key_variable} to a valid key.",
-            403: f"Set the environment variable {self.spec.api_key_variable} to a key that may use the model.",
+            401: f"Set the environment variable {self.spec.api_key_env} to a valid key.",
+            403: f"Set the environment variable {self.spec.api_key_env} to a key that may use the model.",
             404: "Check the address (it usually ends in /v1) and the model's name.",
         }
         hint = hints.get(error.status_code, "Check the model's name and whether it takes such requests.")

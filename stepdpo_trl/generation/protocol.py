@@ -88,7 +88,7 @@ class Sampling:
 class Generator(Protocol):
     """A model that answers."""
 
-    def render(self, user: str, opening: str) -> str:
+    def render(self, user: str, response_prefix: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
 
     def generate(
@@ -114,14 +114,14 @@ class ModelSpec:
             A name in [`BACKENDS`].
         base_url (`str`, *optional*):
             Address of an OpenAI-compatible server, such as `http://localhost:8000/v1`. Its key, if it needs one, is
-            read from the environment variable `api_key_variable`.
+            read from the environment variable `api_key_env`.
         tokenizer (`str`, *optional*):
             Tokenizer with the chat template for texts sent to a server, defaults to `model`.
         batch_size (`int`, *optional*, defaults to `32`):
             Sequences at once (transformers), or requests on their way (server).
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key.
         adapter (`str`, *optional*):
             Adapter of PEFT's to load on top of the model (transformers).
@@ -136,7 +136,7 @@ class ModelSpec:
     tokenizer: str | None = None
     batch_size: int = 32
     dtype: str = "auto"
-    api_key_variable: str = "OPENAI_API_KEY"
+    api_key_env: str = "OPENAI_API_KEY"
     adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class ModelSpec:
             if url.username or url.password or url.query:
                 raise ValueError(
                     "The server's address holds a user, a password or a query, which would be written into the run's "
-                    f"files. Give it without, and the key in the environment variable {self.api_key_variable}."
+                    f"files. Give it without, and the key in the environment variable {self.api_key_env}."
                 )
         if (self.backend == "openai") != (self.base_url is not None):
             raise ValueError(

@@ -99,9 +99,9 @@ class TransformersGenerator:
             model = _adapt(model, spec)
         return cls(model, tokenizer, spec.batch_size)
 
-    def render(self, user: str, opening: str) -> str:
+    def render(self, user: str, response_prefix: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
-        return render(self.tokenizer, [{"role": "user", "content": user}], opening)
+        return render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]

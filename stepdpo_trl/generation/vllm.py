@@ -39,9 +39,9 @@ class VLLMGenerator:
         self.pool = ProcessPoolExecutor(len(gpus), context, initializer=_start, initargs=(free, spec))
         weakref.finalize(self, self.pool.shutdown)  # so that the next model finds the GPUs empty
 
-    def render(self, user: str, opening: str) -> str:
+    def render(self, user: str, response_prefix: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
-        return render(self.tokenizer, [{"role": "user", "content": user}], opening)
+        return render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]

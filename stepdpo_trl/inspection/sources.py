@@ -185,12 +185,12 @@ def _solutions(folder: Path) -> list[Found]:
     with RunDirectory(folder) as run:
         if "collect" not in run.settings():
             return []
-        verdicts = {way: read_verdicts(run, way)[1] for way in run.logs("verdicts")}
+        verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
         user = run.settings()["collect"]["prompt"]["user"]
         return [
             (
                 solution,
-                {way: known[solution.key] for way, known in verdicts.items() if solution.key in known},
+                {judge_name: known[solution.key] for judge_name, known in verdicts.items() if solution.key in known},
                 render_template(user, problem=solution.problem.problem),
             )
             for solution in read_solutions(run)
@@ -203,15 +203,15 @@ def _solution(solution: Solution, verdicts: Mapping[str, Verdict], prompt: str, 
         raise ValueError(f"{where} is blank.")
     parts = []
     for number, span in enumerate(steps.spans, start=1):
-        judges = [way for way, verdict in verdicts.items() if verdict.step == number]
+        judges = [judge_name for judge_name, verdict in verdicts.items() if verdict.step == number]
         title = f"step {number}" + (f", the first wrong one by {', '.join(judges)}" if judges else "")
         lead = solution.text[steps.spans[number - 2].end : span.begin] if number > 1 else ""
         ends = number == len(steps) and solution.finish_reason == "stop"
         parts.append(Part(WRONG if judges else STEP, title, steps.step(number), lead, ends))
     facts = [("solution", solution.key), ("outcome", f"{solution.outcome}, finished by {solution.finish_reason}")]
     facts += [("answer", f"{solution.answer}; right is {solution.problem.answer}")]
-    for way, verdict in verdicts.items():
-        facts.append((f"verdict of {way}", f"step {verdict.step}" if verdict.step else "none"))
+    for judge_name, verdict in verdicts.items():
+        facts.append((f"verdict of {judge_name}", f"step {verdict.step}" if verdict.step else "none"))
         facts.append(("evidence", json.dumps(verdict.evidence, ensure_ascii=False)))
     context = [("prompt", prompt)] + ([("opening", steps.prefix(1))] if steps.prefix(1) else [])
     row = {"prompt": prompt, "prefixes": [steps.prefix(number + 1) for number in range(len(steps))]}

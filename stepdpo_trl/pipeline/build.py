@@ -26,7 +26,7 @@ def run_directories(path: str | Path) -> list[Path]:
 
     Args:
         path (`str` or `Path`):
-            The folder given as `--out`.
+            The folder given as `--output-dir`.
 
     Returns:
         `list[Path]`: The folders.
@@ -48,14 +48,14 @@ def run_directories(path: str | Path) -> list[Path]:
     return shards
 
 
-def make_pairs(run: RunDirectory, way: str | None = None) -> Iterator[Row]:
+def make_pairs(run: RunDirectory, judge_name: str | None = None) -> Iterator[Row]:
     """
     Make the pairs of a run.
 
     Args:
         run (`RunDirectory`):
             The run.
-        way (`str`, *optional*):
+        judge_name (`str`, *optional*):
             Corrections to take, `JUDGE` or `JUDGE.by-MODEL`. Not needed where there is one kind only.
 
     Returns:
@@ -67,16 +67,16 @@ def make_pairs(run: RunDirectory, way: str | None = None) -> Iterator[Row]:
     logs = run.logs("corrections")
     if not logs:
         raise RunError(f"{run.path} holds no corrections yet. Run `stepdpo rectify` first.")
-    if way is None and len(logs) > 1:
+    if judge_name is None and len(logs) > 1:
         raise RunError(f"{run.path} holds several kinds of corrections: {', '.join(logs)}. Choose with --corrections.")
-    way = next(iter(logs)) if way is None else way
-    if way not in logs:
-        raise RunError(f"{run.path} holds no corrections {way!r}, only {', '.join(logs)}.")
+    judge_name = next(iter(logs)) if judge_name is None else judge_name
+    if judge_name not in logs:
+        raise RunError(f"{run.path} holds no corrections {judge_name!r}, only {', '.join(logs)}.")
     settings = run.settings()["collect"]
     prompt = StepPrompt(**settings["prompt"])
     solutions = {solution.key: solution for solution in read_solutions(run)}
-    for key in sorted(logs[way]):
-        record, solution = logs[way][key], solutions[key]
+    for key in sorted(logs[judge_name]):
+        record, solution = logs[judge_name][key], solutions[key]
         wrong = split_steps(solution.text)
         step = record["step"]
         prefix, wrong_span = wrong.prefix(step), wrong.spans[step - 1]
@@ -94,7 +94,7 @@ def make_pairs(run: RunDirectory, way: str | None = None) -> Iterator[Row]:
                 "step_index": step,
                 "chosen_ends_solution": len(anew) == step and found["finish"] == "stop",
                 "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
-                "source": f"{way}:{found['key']}",
+                "source": f"{judge_name}:{found['key']}",
                 "problem_id": solution.problem.id,
             }
 
@@ -105,7 +105,10 @@ def normalize_problem(text: str) -> str:
 
 
 def select_pairs(
-    rows: Iterable[Row], problems: dict[str, Problem], excluded: Iterable[str] = (), per_problem: int | None = None
+    rows: Iterable[Row],
+    problems: dict[str, Problem],
+    excluded: Iterable[str] = (),
+    max_pairs_per_problem: int | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """
     Leave out what should not be trained on.
@@ -117,7 +120,7 @@ def select_pairs(
             Their problems, by id.
         excluded (`Iterable[str]`, *optional*):
             Problems of test sets, compared by their letters, digits and operators.
-        per_problem (`int`, *optional*):
+        max_pairs_per_problem (`int`, *optional*):
             Most pairs of a problem. Those of different wrong steps come first.
 
     Returns:
@@ -134,7 +137,7 @@ def select_pairs(
             left_out["in a test set"] += 1
         elif identity in seen:
             left_out["duplicate"] += 1
-        elif per_problem is not None and of_problem[row["problem_id"]] >= per_problem:
+        elif max_pairs_per_problem is not None and of_problem[row["problem_id"]] >= max_pairs_per_problem:
             left_out["more than enough of a problem"] += 1
         else:
             seen.add(identity)
@@ -157,9 +160,9 @@ def _different_errors_first(rows: Iterable[Row]) -> list[Row]:
 
 def build(
     paths: Sequence[Path],
-    way: str | None = None,
+    judge_name: str | None = None,
     exclude: Sequence[str] = (),
-    per_problem: int | None = None,
+    max_pairs_per_problem: int | None = None,
     score: Callable[[list[Row]], None] | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """
@@ -168,11 +171,11 @@ def build(
     Args:
         paths (`Sequence[Path]`):
             Folders, as from [`run_directories`].
-        way (`str`, *optional*):
+        judge_name (`str`, *optional*):
             Corrections to take.
         exclude (`Sequence[str]`, *optional*):
             Files with test problems.
-        per_problem (`int`, *optional*):
+        max_pairs_per_problem (`int`, *optional*):
             Most pairs of a problem.
         score (`Callable`, *optional*):
             Adds log-probabilities to the rows.
@@ -193,13 +196,13 @@ def build(
             if settings[0] != settings[-1] or mine.keys() & problems.keys():
                 raise RunError(f"{path} and {paths[0]} do not belong together: other settings, or the same problems.")
             problems.update(mine)
-            rows += make_pairs(run, way)
+            rows += make_pairs(run, judge_name)
     excluded = [problem for file in exclude for problem in read_texts(file)]
-    kept, left_out = select_pairs(rows, problems, excluded, per_problem)
+    kept, left_out = select_pairs(rows, problems, excluded, max_pairs_per_problem)
     if not kept:
         raise RunError(
             f"No pairs{f' are left ({dict(left_out)} left out)' if rows else ''}: no wrong step has a right "
-            "continuation. Give more --samples to `collect`, or easier problems: the model has to solve some of them "
+            "continuation. Give more --num-samples to `collect`, or easier problems: the model has to solve some of them "
             "now and then."
         )
     if score is not None:
@@ -260,4 +263,6 @@ def check_target(to: str) -> None:
     """
     hub = to.startswith("hub:") and re.fullmatch(r"hub:[\w.-]+/[\w.-]+", to)
     if not hub and Path(to).suffix not in FORMATS:
-        raise RunError(f"--to {to!r} is not known. Give a file that ends in {' or '.join(FORMATS)}, or hub:USER/NAME.")
+        raise RunError(
+            f"--output-file {to!r} is not known. Give a file that ends in {' or '.join(FORMATS)}, or hub:USER/NAME."
+        )

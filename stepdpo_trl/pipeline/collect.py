@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..data.answers import RIGHT, UNREADABLE, WRONG
 from ..data.steps import split_steps
 from ..runs.run_directory import Log, RunDirectory, RunError
-from ..runs.stage import Stage
+from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .policy import Policy
 from .records import Problem, Solution, write_problem
@@ -15,18 +15,18 @@ from .records import Problem, Solution, write_problem
 logger = logging.getLogger(__name__)
 
 
-def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: int) -> Counter[str]:
+def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num_samples: int) -> Counter[str]:
     """
     Sample solutions of each problem and check their answers.
 
     Args:
-        stage (`Stage`):
+        runner (`TaskRunner`):
             The run and its services.
         policy (`Policy`):
             The model.
         problems (`Sequence[Problem]`):
             The problems.
-        samples (`int`):
+        num_samples (`int`):
             Solutions of each.
 
     Returns:
@@ -34,26 +34,26 @@ def collect(stage: Stage, policy: Policy, problems: Sequence[Problem], samples: 
     """
 
     def task(problem: Problem) -> Task[list[Solution]]:
-        sampled = yield from policy.sample(problem, policy.prompt.opening, range(samples))
+        sampled = yield from policy.sample(problem, policy.prompt.response_prefix, range(num_samples))
         return [Solution(s.key, problem, s.text, s.check.outcome, s.finish_reason, s.check.answer) for s in sampled]
 
     counts: Counter[str] = Counter()
     different = 0
-    log = stage.run.log("solutions")
-    for solutions in stage.go(map(task, problems), len(problems), "problems", counts):
+    log = runner.run.log("solutions")
+    for solutions in runner.results(map(task, problems), len(problems), "problems", counts):
         records = ((solution.key, _record(solution)) for solution in solutions)
         log.extend((key, record) for key, record in records if key not in log)
         counts.update(solution.outcome for solution in solutions)
         different += len({solution.text for solution in solutions}) > 1
-    if samples > 1 and not different:
-        logger.warning(not_sampled(samples))
+    if num_samples > 1 and not different:
+        logger.warning(not_sampled(num_samples))
     return counts
 
 
-def not_sampled(samples: int) -> str:
+def not_sampled(num_samples: int) -> str:
     """What to say where samples do not differ."""
     return (
-        f"All {samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
+        f"All {num_samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
         "a server may ignore it (`transformers serve` samples where the model's generation_config.json says "
         '"do_sample": true).'
     )
@@ -80,7 +80,9 @@ def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
     log = run.log("problems")
     for problem in problems:
         if log.get(problem.id, write_problem(problem)) != write_problem(problem):
-            raise RunError(f"Problem {problem.id!r} is another one than when {run.path} was begun. Take a new --out.")
+            raise RunError(
+                f"Problem {problem.id!r} is another one than when {run.path} was begun. Take a new --output-dir."
+            )
     log.extend((problem.id, write_problem(problem)) for problem in problems if problem.id not in log)
 
 
@@ -132,5 +134,5 @@ def no_wrong_answers(counts: Mapping[str, int]) -> str:
         )
     return (
         f"No wrong answers among {sum(counts.values())}: there is nothing to learn from. Give harder problems, or "
-        "more --samples."
+        "more --num-samples."
     )

@@ -12,7 +12,7 @@ from ..data.prompts import STEP_PROMPTS, StepPrompt, resolve_text
 from ..generation import Completion, Request
 from ..runs.run_directory import RunError
 from ..runs.tasks import Ask, CheckRequest, Task, seed_of
-from .records import Problem, digest
+from .records import Problem, text_digest
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
 
@@ -32,14 +32,14 @@ def render_template(template: str, **values: Any) -> str:
         ) from error
 
 
-def resolve_step_prompt(user: str, opening: str | None = None) -> StepPrompt:
+def resolve_step_prompt(user: str, response_prefix: str | None = None) -> StepPrompt:
     """
     Return the step prompt that is meant.
 
     Args:
         user (`str`):
             Name in [`~stepdpo_trl.data.prompts.STEP_PROMPTS`], or a Jinja template.
-        opening (`str`, *optional*):
+        response_prefix (`str`, *optional*):
             How the answer begins, defaults to that of the named prompt, and to nothing for a template.
 
     Returns:
@@ -53,7 +53,9 @@ def resolve_step_prompt(user: str, opening: str | None = None) -> StepPrompt:
     except ValueError as error:
         raise RunError(str(error)) from error
     known = STEP_PROMPTS.get(user)
-    prompt = StepPrompt(template, opening if opening is not None else known.opening if known else "")
+    prompt = StepPrompt(
+        template, response_prefix if response_prefix is not None else known.response_prefix if known else ""
+    )
     probe = "PROBLEM\u2063TEXT"
     if probe not in render_template(template, problem=probe):
         raise RunError(f"The template {template[:60]!r} does not contain the problem. Put {{{{ problem }}}} into it.")
@@ -91,7 +93,7 @@ class Policy:
     first rollouts from the beginning, and rollouts from the last right step are the first samples of `rectify`.
 
     Args:
-        whom (`str`):
+        service (`str`):
             Name of its service.
         prompt (`StepPrompt`):
             How it is asked.
@@ -101,7 +103,7 @@ class Policy:
             Seed of the run.
     """
 
-    whom: str
+    service: str
     prompt: StepPrompt
     render: Any
     seed: int
@@ -109,12 +111,12 @@ class Policy:
     def sample(self, problem: Problem, prefix: str, numbers: Sequence[int]) -> Task[list[Continuation]]:
         """Sample the continuations of these numbers, and check their answers."""
         text = self.render(render_template(self.prompt.user, problem=problem.problem), prefix)
-        keys = [f"{problem.id}/{digest(prefix)}/{number}" for number in numbers]
-        requests = tuple(Request(key, text, seed_of(self.seed, f"{self.whom}/{key}")) for key in keys)
-        completions: Mapping[str, Completion] = yield Ask(self.whom, requests)
+        keys = [f"{problem.id}/{text_digest(prefix)}/{number}" for number in numbers]
+        requests = tuple(Request(key, text, seed_of(self.seed, f"{self.service}/{key}")) for key in keys)
+        completions: Mapping[str, Completion] = yield Ask(self.service, requests)
         solutions = {key: prefix + completions[key].text for key in keys}
         checks: Mapping[str, Check] = yield Ask(
-            "check", tuple(CheckRequest(f"{self.whom}/{key}", problem.answer, solutions[key]) for key in keys)
+            "check", tuple(CheckRequest(f"{self.service}/{key}", problem.answer, solutions[key]) for key in keys)
         )
         return [
             Continuation(key, solutions[key], completions[key].finish_reason, self._check(checks, key, completions))
@@ -122,7 +124,7 @@ class Policy:
         ]
 
     def _check(self, checks: Mapping[str, Check], key: str, completions: Mapping[str, Completion]) -> Check:
-        check = checks[f"{self.whom}/{key}"]
+        check = checks[f"{self.service}/{key}"]
         reason = why_no_answer(completions[key].finish_reason, completions[key].text)
         return check if reason is None else Check(UNREADABLE, None, reason)
 

@@ -84,7 +84,7 @@ class Verdict:
     evidence: dict[str, Any]
 
 
-def digest(*parts: object) -> str:
+def text_digest(*parts: object) -> str:
     """Short name for a text."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
@@ -223,7 +223,7 @@ def _problem(row: Any) -> Problem | str:
     if not answer.strip():
         return f"has nothing behind `####` ({text[:40]!r})"
     try:
-        name = digest(text) if row.get("id") is None else str(row["id"])
+        name = text_digest(text) if row.get("id") is None else str(row["id"])
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
         return f"is no text that can be written ({error.reason}: {error.object[error.start]!r})"

@@ -8,7 +8,7 @@ from typing import Any
 from ..data.answers import RIGHT
 from ..data.steps import split_steps
 from ..runs.run_directory import RunDirectory
-from ..runs.stage import Stage
+from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.llm import undecided
@@ -24,12 +24,12 @@ def normalize_step(step: str) -> str:
 
 
 def rectify(
-    stage: Stage,
+    runner: TaskRunner,
     policy: Policy,
-    way: str | None,
+    judge_name: str | None,
     name: str | None,
-    wanted: int = 1,
-    most: int = 20,
+    num_corrections: int = 1,
+    max_attempts: int = 20,
     judge: Judge | None = None,
 ) -> Counter[str]:
     """
@@ -39,17 +39,17 @@ def rectify(
     is right and the step differs from the undesirable one and from those found before.
 
     Args:
-        stage (`Stage`):
+        runner (`TaskRunner`):
             The run and its services.
         policy (`Policy`):
             The model that writes.
-        way (`str`, *optional*):
+        judge_name (`str`, *optional*):
             Judge whose verdicts are taken.
         name (`str`, *optional*):
             Name of a model other than the one that wrote the solutions.
-        wanted (`int`, *optional*, defaults to `1`):
+        num_corrections (`int`, *optional*, defaults to `1`):
             Preferred steps for each wrong solution.
-        most (`int`, *optional*, defaults to `20`):
+        max_attempts (`int`, *optional*, defaults to `20`):
             Samples for each wrong solution at most.
         judge (`Judge`, *optional*):
             Looks at the preferred step; one that it finds wrong is dropped.
@@ -58,9 +58,9 @@ def rectify(
         `Counter[str]`: Solutions with a preferred step (`"rectified"`) and without (`"given up"`), pairs, samples,
         and preferred steps that the judge dropped (`"dropped"`).
     """
-    found_in, verdicts = read_verdicts(stage.run, way)
-    log = stage.run.log(f"corrections.{found_in}{f'.by-{name}' if name else ''}")
-    solutions = [s for s in wrong_solutions(stage.run) if s.key in verdicts and verdicts[s.key].step is not None]
+    found_in, verdicts = read_verdicts(runner.run, judge_name)
+    log = runner.run.log(f"corrections.{found_in}{f'.by-{name}' if name else ''}")
+    solutions = [s for s in wrong_solutions(runner.run) if s.key in verdicts and verdicts[s.key].step is not None]
 
     def task(solution: Solution) -> Task[tuple[Solution, dict[str, Any]]]:
         step = verdicts[solution.key].step
@@ -69,15 +69,15 @@ def rectify(
         tried = dropped = 0
         steps = split_steps(solution.text)
         seen = {normalize_step(steps.step(step))}
-        while len(found) < wanted and tried < most:
-            numbers = range(tried, min(most, max(1, 2 * tried)))
+        while len(found) < num_corrections and tried < max_attempts:
+            numbers = range(tried, min(max_attempts, max(1, 2 * tried)))
             sampled = yield from policy.sample(solution.problem, steps.prefix(step), numbers)
             tried += len(sampled)
             for continuation in sampled:
                 anew = split_steps(continuation.text, steps.style)
                 if (
                     continuation.check.outcome != RIGHT
-                    or len(found) == wanted
+                    or len(found) == num_corrections
                     or len(anew) < step
                     or (len(anew) == step and continuation.finish_reason != "stop")  # cut within the step
                     or anew.spans[step - 1].begin != steps.spans[step - 1].begin
@@ -108,7 +108,7 @@ def rectify(
 
     counts: Counter[str] = Counter()
     log.extend([])  # so that it is there where nothing is found
-    for solution, record in stage.go(map(task, solutions), len(solutions), "solutions", counts):
+    for solution, record in runner.results(map(task, solutions), len(solutions), "solutions", counts):
         if solution.key not in log:
             log.append(solution.key, record)
         counts["rectified" if record["found"] else "given up"] += 1
@@ -120,4 +120,4 @@ def rectify(
 
 def read_corrections(run: RunDirectory) -> dict[str, Sequence[Any]]:
     """All corrections of a run, by the way they were made."""
-    return {way: list(log.items()) for way, log in run.logs("corrections").items()}
+    return {judge_name: list(log.items()) for judge_name, log in run.logs("corrections").items()}

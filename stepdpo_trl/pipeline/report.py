@@ -21,7 +21,7 @@ pre{background:#f5f5f5;padding:.8rem;overflow:auto;border-radius:6px}
 """
 
 
-def write_report(summary: Summary, pairs: int | None = None, left_out: Mapping[str, int] | None = None) -> str:
+def render_report(summary: Summary, pairs: int | None = None, left_out: Mapping[str, int] | None = None) -> str:
     """
     Write the report.
 
@@ -40,8 +40,8 @@ def write_report(summary: Summary, pairs: int | None = None, left_out: Mapping[s
     parts += ["<h2>Counts</h2>", _table(("stage", "what", "count"), rows_of(summary))]
     if left_out:
         parts += ["<p>Left out of the data set:</p>", _table(("reason", "pairs"), left_out.items())]
-    for way, places in summary.places.items():
-        parts += [f"<h2>Where errors lie, by {_text(way)}</h2>", _bars(places)]
+    for judge_name, places in summary.places.items():
+        parts += [f"<h2>Where errors lie, by {_text(judge_name)}</h2>", _bars(places)]
     if summary.agreement:
         rows = [
             (f"{one} and {other}", f"{both['same']} of {both['both']}", _share(both["same"], both["both"]))

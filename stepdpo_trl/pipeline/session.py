@@ -14,13 +14,13 @@ from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, make_generator
 from ..runs.run_directory import RunDirectory, RunError
-from ..runs.stage import Stage
+from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, RecordedModel
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
 from .judges.arithmetic import arithmetic_judge
-from .judges.expressions import combine, parse_judges
+from .judges.expressions import canonical, combine, parse_judges
 from .judges.human import human_judge
 from .judges.human_page import Person
 from .judges.llm import check_judge_prompt, llm_judge
@@ -28,7 +28,7 @@ from .judges.prm import prm_judge
 from .judges.protocol import Judge
 from .judges.rollout import rollout_judge
 from .policy import Policy
-from .records import Problem, digest, shard_of
+from .records import Problem, shard_of, text_digest
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class JudgeOptions:
     What judges need.
 
     Args:
-        k (`int`, *optional*, defaults to `8`):
-            Rollouts of a prefix at most (`rollout`).
+        num_rollouts (`int`, *optional*, defaults to `8`):
+            Rollouts of a prefix at max_attempts (`rollout`).
         model (`ModelSpec`, *optional*):
             The judge (`llm`).
         votes (`int`, *optional*, defaults to `1`):
@@ -61,7 +61,7 @@ class JudgeOptions:
             Port of the page (`human`).
     """
 
-    k: int = 8
+    num_rollouts: int = 8
     model: ModelSpec | None = None
     votes: int = 1
     gold: bool = True
@@ -85,12 +85,12 @@ class JudgeOptions:
             check_judge_prompt(self.prompt)
         if "prm" in names and self.prm is None:
             raise RunError("Judge 'prm' needs a process reward model: --prm Qwen/Qwen2.5-Math-PRM-7B, or a folder.")
-        if self.k < 1 or self.votes < 1:
-            raise RunError(f"k={self.k} and votes={self.votes} must be at least 1.")
+        if self.num_rollouts < 1 or self.votes < 1:
+            raise RunError(f"num_rollouts={self.num_rollouts} and votes={self.votes} must be at least 1.")
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """What verdicts of these judges depend on."""
-        settings: dict[str, Any] = {"k": self.k} if "rollout" in names else {}
+        settings: dict[str, Any] = {"num_rollouts": self.num_rollouts} if "rollout" in names else {}
         if "llm" in names and self.model is not None:
             settings |= {"judge_model": self.model.model, "votes": self.votes, "gold": self.gold}
             settings |= {"judge_prompt": self.prompt, "judge_sampling": asdict(self.judge_sampling)}
@@ -104,7 +104,9 @@ class JudgeOptions:
         return self.sampling or Sampling(0.0 if self.votes == 1 else 0.7, 0.95, 1024)
 
 
-def check_rectify(check: str | None, options: JudgeOptions, wanted: int, most: int) -> list[list[str]]:
+def check_rectify(
+    check: str | None, options: JudgeOptions, num_corrections: int, max_attempts: int
+) -> list[list[str]]:
     """
     Check the options of `rectify`.
 
@@ -121,20 +123,22 @@ def check_rectify(check: str | None, options: JudgeOptions, wanted: int, most: i
             f"--check {check!r} cannot look at right solutions. Take arithmetic, llm, prm or a combination."
         )
     options.check(names)
-    if wanted < 1 or most < wanted:
-        raise RunError(f"wanted={wanted} must be at least 1 and at most most={most}.")
+    if num_corrections < 1 or max_attempts < num_corrections:
+        raise RunError(
+            f"num_corrections={num_corrections} must be at least 1 and at most max_attempts={max_attempts}."
+        )
     return groups
 
 
-def file_name(model: str, *more: object) -> str:
+def model_file_name(model: str, *more: object) -> str:
     """Name of a model in files: its last part, and what tells it from others that end so, with what else counts."""
-    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{digest(model, *more)[:6]}"
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', Path(model).name) or 'model'}-{text_digest(model, *more)[:6]}"
 
 
-def corrections_name(way: str, rectifier: ModelSpec | None) -> str:
+def corrections_name(judge_name: str, rectifier: ModelSpec | None) -> str:
     """Name of corrections in files: by the judge, and by the model that writes them if that is another one."""
-    found_in = localizing.file_name(">".join("+".join(group) for group in parse_judges(way)))
-    return f"{found_in}.by-{file_name(rectifier.model)}" if rectifier else found_in
+    found_in = canonical(judge_name)
+    return f"{found_in}.by-{model_file_name(rectifier.model)}" if rectifier else found_in
 
 
 @dataclass
@@ -193,7 +197,7 @@ class Session:
         model: ModelSpec,
         prompt: StepPrompt,
         sampling: Sampling,
-        samples: int = 2,
+        num_samples: int = 2,
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
     ) -> Counter[str]:
@@ -204,41 +208,41 @@ class Session:
             "problems": name,
             "prompt": asdict(prompt),
             "sampling": asdict(sampling),
-            "samples": samples,
+            "num_samples": num_samples,
             "seed": seed,
             "model": {name: getattr(model, name) for name in ("model", "backend", "tokenizer", "dtype")},
             "shard": list(shard),
         }
         with RunDirectory(path, create=True) as run:
-            run.keep_settings("collect", settings, free=("samples",))
+            run.keep_settings("collect", settings, may_change=("num_samples",))
             collecting.keep_problems(run, mine)
-            stage = self._stage(run, f"collect {samples}")
-            policy = self._policy(stage, model)
-            counts = collecting.collect(stage, policy, mine, samples)
+            runner = self._runner(run, f"collect {num_samples}")
+            policy = self._policy(runner, model)
+            counts = collecting.collect(runner, policy, mine, num_samples)
             if not counts["wrong"]:
                 logger.warning(collecting.no_wrong_answers(counts))
             return counts
 
     def localize(
-        self, path: Path, way: str, options: JudgeOptions, model: dict[str, Any] | None = None
+        self, path: Path, judge_name: str, options: JudgeOptions, model: dict[str, Any] | None = None
     ) -> Counter[str]:
         """Find the first wrong steps; see [`~stepdpo_trl.pipeline.localize.localize`]."""
-        groups = parse_judges(way)
-        way = ">".join("+".join(group) for group in groups)
+        groups = parse_judges(judge_name)
+        judge_name = canonical(judge_name)
         names = [name for group in groups for name in group]
         options.check(names)
         with RunDirectory(path) as run:
-            run.keep_settings(f"localize {way}", options.settings(names))
-            stage = self._stage(run, f"localize {way}")
-            judges = {name: self._judge(name, stage, options, model) for name in names}
-            return localizing.localize(stage, combine(groups, judges), way)
+            run.keep_settings(f"localize {judge_name}", options.settings(names))
+            runner = self._runner(run, f"localize {judge_name}")
+            judges = {name: self._judge(name, runner, options, model) for name in names}
+            return localizing.localize(runner, combine(groups, judges), judge_name)
 
     def rectify(
         self,
         path: Path,
-        way: str | None = None,
-        wanted: int = 1,
-        most: int = 20,
+        judge_name: str | None = None,
+        num_corrections: int = 1,
+        max_attempts: int = 20,
         check: str | None = None,
         options: JudgeOptions | None = None,
         rectifier: ModelSpec | None = None,
@@ -246,23 +250,28 @@ class Session:
     ) -> Counter[str]:
         """Write wrong steps anew; see [`~stepdpo_trl.pipeline.rectify.rectify`]."""
         options = options or JudgeOptions()
-        groups = check_rectify(check, options, wanted, most)
+        groups = check_rectify(check, options, num_corrections, max_attempts)
         names = [name for group in groups for name in group]
-        name = file_name(rectifier.model) if rectifier else None
+        name = model_file_name(rectifier.model) if rectifier else None
         with RunDirectory(path) as run:
-            found_in, _ = localizing.read_verdicts(run, way)
-            settings = {"wanted": wanted, "most": most, "check": check, **options.settings(names)}
+            found_in, _ = localizing.read_verdicts(run, judge_name)
+            settings = {
+                "num_corrections": num_corrections,
+                "max_attempts": max_attempts,
+                "check": check,
+                **options.settings(names),
+            }
             settings["rectifier"] = rectifier.model if rectifier else None
             title = f"rectify {found_in}{f' by {name}' if name else ''}"
             run.keep_settings(title, settings)
-            stage = self._stage(run, title)
-            whom = f"rectifier-{name}" if name else "policy"
-            policy = self._policy(stage, rectifier or self._model_of(run, model), whom)
-            judge = combine(groups, {n: self._judge(n, stage, options, model) for n in names}) if names else None
-            return rectifying.rectify(stage, policy, way, name, wanted, most, judge)
+            runner = self._runner(run, title)
+            service = f"rectifier-{name}" if name else "policy"
+            policy = self._policy(runner, rectifier or self._model_of(run, model), service)
+            judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
+            return rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge)
 
-    def _stage(self, run: RunDirectory, name: str) -> Stage:
-        return Stage(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
+    def _runner(self, run: RunDirectory, name: str) -> TaskRunner:
+        return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
 
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
         """The model that wrote the solutions, where it is to be found now."""
@@ -270,34 +279,38 @@ class Session:
             raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
         return replace(ModelSpec("", "transformers"), **{**run.settings()["collect"]["model"], **(changes or {})})
 
-    def _policy(self, stage: Stage, model: ModelSpec, whom: str = "policy") -> Policy:
-        settings = stage.run.settings()["collect"]
+    def _policy(self, runner: TaskRunner, model: ModelSpec, service: str = "policy") -> Policy:
+        settings = runner.run.settings()["collect"]
         generator = self.generator(model)
-        if whom not in stage.services:
-            log = stage.run.log(f"generations.{whom}")
-            stage.services[whom] = RecordedModel(generator, Sampling(**settings["sampling"]), log, whom, stage.name)
-        return Policy(whom, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
+        if service not in runner.services:
+            log = runner.run.log(f"generations.{service}")
+            runner.services[service] = RecordedModel(
+                generator, Sampling(**settings["sampling"]), log, service, runner.name
+            )
+        return Policy(service, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
 
-    def _judge(self, name: str, stage: Stage, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
+    def _judge(self, name: str, runner: TaskRunner, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
         if name == "arithmetic":
             return arithmetic_judge
         if name == "rollout":
-            return rollout_judge(self._policy(stage, self._model_of(stage.run, model)), options.k)
+            return rollout_judge(self._policy(runner, self._model_of(runner.run, model)), options.num_rollouts)
         if name == "llm":
             assert options.model is not None
             sampling = options.judge_sampling
-            whom = f"judge-{file_name(options.model.model)}-{digest(sampling)[:6]}"  # each its own answers
+            service = (
+                f"judge-{model_file_name(options.model.model)}-{text_digest(sampling)[:6]}"  # each its own answers
+            )
             generator = self.generator(options.model)
-            log = stage.run.log(f"generations.{whom}")
-            stage.services[whom] = RecordedModel(generator, sampling, log, whom, stage.name)
-            seed = stage.run.settings()["collect"]["seed"]
-            return llm_judge(whom, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
+            log = runner.run.log(f"generations.{service}")
+            runner.services[service] = RecordedModel(generator, sampling, log, service, runner.name)
+            seed = runner.run.settings()["collect"]["seed"]
+            return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
             from .judges.prm_model import ProcessRewardModel, RecordedPRM
 
             assert options.prm is not None
             loaded = ProcessRewardModel.load(options.prm, trust_remote_code=options.trust_remote_code)
-            stage.services["prm"] = RecordedPRM(loaded, stage.run.log(f"scores.prm-{file_name(options.prm)}"))
+            runner.services["prm"] = RecordedPRM(loaded, runner.run.log(f"scores.prm-{model_file_name(options.prm)}"))
             return prm_judge(options.threshold)
-        stage.services["human"] = Person(stage.run.log("labels"), options.port)
+        runner.services["human"] = Person(runner.run.log("labels"), options.port)
         return human_judge

@@ -33,7 +33,7 @@ class Summary:
         agreement (`dict[tuple[str, str], dict[str, int]]`):
             For each two judges: solutions on which both speak, and on which they say the same.
         corrections (`dict[str, Counter[str]]`):
-            For each way: solutions, rectified ones, pairs, samples, pairs that a judge dropped.
+            For each set of corrections: solutions, rectified ones, pairs, samples, pairs that a judge dropped.
         usage (`dict[str, Counter[str]]`):
             For each model: calls, prompt tokens, tokens.
         settings (`dict[str, Any]`):
@@ -75,17 +75,17 @@ def _add(summary: Summary, run: RunDirectory) -> None:
             reason = why_no_answer(solution.finish_reason, solution.text)
             summary.unreadable[reason or checks.get(solution.key, {}).get("reason", "not recorded")] += 1
     summary.unsolved += len(tried - solved)
-    for way, log in run.logs("verdicts").items():
-        counts = summary.verdicts.setdefault(way, Counter())
-        places = summary.places.setdefault(way, Counter())
+    for judge_name, log in run.logs("verdicts").items():
+        counts = summary.verdicts.setdefault(judge_name, Counter())
+        places = summary.places.setdefault(judge_name, Counter())
         for record in log.values():
             counts["located" if record["step"] else _reason(record)] += 1
             if record["step"]:
                 places[record["step"]] += 1
     for pair, both in agreement(run).items():
         summary.agreement.setdefault(pair, Counter()).update(both)
-    for way, log in run.logs("corrections").items():
-        counts = summary.corrections.setdefault(way, Counter())
+    for judge_name, log in run.logs("corrections").items():
+        counts = summary.corrections.setdefault(judge_name, Counter())
         for record in log.values():
             found = len(record["found"])
             counts.update(solutions=1, rectified=found > 0, pairs=found)
@@ -109,10 +109,10 @@ def rows_of(summary: Summary) -> list[tuple[str, str, int]]:
     rows = [("collect", "problems", summary.problems), ("collect", "without a right solution", summary.unsolved)]
     rows += [("collect", f"solutions, {outcome}", count) for outcome, count in summary.outcomes.items()]
     rows += [("collect", f"unreadable: {reason}", count) for reason, count in summary.unreadable.most_common()]
-    for way, counts in summary.verdicts.items():
-        rows += [(f"localize {way}", what, count) for what, count in counts.most_common()]
-    for way, counts in summary.corrections.items():
-        rows += [(f"rectify {way}", what, count) for what, count in counts.items()]
+    for judge_name, counts in summary.verdicts.items():
+        rows += [(f"localize {judge_name}", what, count) for what, count in counts.most_common()]
+    for judge_name, counts in summary.corrections.items():
+        rows += [(f"rectify {judge_name}", what, count) for what, count in counts.items()]
     for name, usage in summary.usage.items():
         rows += [(f"model {name}", what.replace("_", " "), count) for what, count in usage.items()]
     return rows

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arithmetic import (
-    Problem,
-    final_answer,
+    ArithmeticProblem,
     first_lost_step,
     first_wrong_step,
     is_right_step,
     make_problems,
-    split_steps,
+    read_result,
+    split_labelled_steps,
     write_solution,
 )
 
@@ -33,15 +33,15 @@ PAIRS_PATH = Path(__file__).parent / "step_pairs.jsonl"
 __all__ = [
     "MODEL_PATH",
     "PAIRS_PATH",
-    "Problem",
+    "ArithmeticProblem",
     "count_correct",
-    "final_answer",
     "first_lost_step",
     "first_wrong_step",
     "generate_solutions",
     "is_right_step",
     "make_problems",
-    "split_steps",
+    "read_result",
+    "split_labelled_steps",
     "write_solution",
 ]
 

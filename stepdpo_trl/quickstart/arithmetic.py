@@ -29,7 +29,7 @@ _STEP = re.compile(r"^Step (\d+):(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Problem:
+class ArithmeticProblem:
     """
     A chain of operations, or what is left of it.
 
@@ -64,10 +64,10 @@ class Problem:
         left, right = self.numbers[index : index + 2]
         return {"+": left + right, "-": left - right, "*": left * right}[self.operators[index]]
 
-    def work(self, index: int) -> "Problem":
+    def work(self, index: int) -> "ArithmeticProblem":
         """What is left after the operation at `index`."""
         numbers = (*self.numbers[:index], self.value_at(index), *self.numbers[index + 2 :])
-        return Problem(numbers, self.operators[:index] + self.operators[index + 1 :])
+        return ArithmeticProblem(numbers, self.operators[:index] + self.operators[index + 1 :])
 
     def step(self, index: int) -> str:
         """Text of the step that works the operation at `index`, from behind its "Step k:"."""
@@ -76,7 +76,7 @@ class Problem:
         return f"{done}, leaving {left.expression}" if left.operators else done
 
     @property
-    def stages(self) -> list["Problem"]:
+    def stages(self) -> list["ArithmeticProblem"]:
         """What is left before each step of the right solution, the answer last."""
         stages = [self]
         while stages[-1].operators:
@@ -95,7 +95,7 @@ class Problem:
         return next(name for name, parts in SPLITS.items() if part in parts)
 
     @classmethod
-    def parse(cls, text: str) -> "Problem":
+    def parse(cls, text: str) -> "ArithmeticProblem":
         """
         Read a problem from its text.
 
@@ -104,7 +104,7 @@ class Problem:
                 Such as `"What is 7 + 3 * 4?"`.
 
         Returns:
-            `Problem`: The problem.
+            `ArithmeticProblem`: The problem.
 
         Raises:
             ValueError: If the text is not such a problem.
@@ -119,7 +119,7 @@ class Problem:
 
 def make_problems(
     count: int, split: str, n_operations: int | tuple[int, int] = (2, 4), seed: int = 0
-) -> list[Problem]:
+) -> list[ArithmeticProblem]:
     """
     Draw different problems of a split.
 
@@ -135,14 +135,14 @@ def make_problems(
             Seed of the draw. The same arguments give the same problems.
 
     Returns:
-        `list[Problem]`: The problems.
+        `list[ArithmeticProblem]`: The problems.
 
     Raises:
         ValueError: If the split is not known, or there are no such problems.
     """
     if count < 1:
         raise ValueError(f"`count={count}` problems cannot be drawn. Ask for at least 1.")
-    problems: dict[Problem, None] = {}
+    problems: dict[ArithmeticProblem, None] = {}
     for draws, problem in enumerate(iterate_problems(split, n_operations, seed)):
         problems[problem] = None
         if len(problems) == count:
@@ -155,7 +155,9 @@ def make_problems(
     )
 
 
-def iterate_problems(split: str, n_operations: int | tuple[int, int] = (2, 4), seed: int = 0) -> Iterator[Problem]:
+def iterate_problems(
+    split: str, n_operations: int | tuple[int, int] = (2, 4), seed: int = 0
+) -> Iterator[ArithmeticProblem]:
     """Draw problems of a split without end; arguments as for [`make_problems`]. Some may come twice."""
     if split not in SPLITS:
         raise ValueError(f"`split={split!r}` is not known. Choose one of {sorted(SPLITS)}.")
@@ -172,7 +174,7 @@ def iterate_problems(split: str, n_operations: int | tuple[int, int] = (2, 4), s
             yield problem
 
 
-def draw_problem(rng: random.Random, n_operations: int) -> Problem:
+def draw_problem(rng: random.Random, n_operations: int) -> ArithmeticProblem:
     """
     Draw a problem of any split, one whose first operation is not the one to work first.
 
@@ -183,23 +185,23 @@ def draw_problem(rng: random.Random, n_operations: int) -> Problem:
             Number of operations, at least 2.
 
     Returns:
-        `Problem`: The problem.
+        `ArithmeticProblem`: The problem.
     """
     while True:
         numbers = tuple(rng.randint(2, 9) for _ in range(n_operations + 1))
-        problem = Problem(numbers, tuple(rng.choices(OPERATORS, (4, 2, 4), k=n_operations)))
+        problem = ArithmeticProblem(numbers, tuple(rng.choices(OPERATORS, (4, 2, 4), k=n_operations)))
         if problem.due > 0 and all(
             SMALLEST <= number <= LARGEST for stage in problem.stages for number in stage.numbers
         ):
             return problem
 
 
-def write_solution(problem: Problem, choices: list[int] | None = None) -> str:
+def write_solution(problem: ArithmeticProblem, choices: list[int] | None = None) -> str:
     """
     Write a solution.
 
     Args:
-        problem (`Problem`):
+        problem (`ArithmeticProblem`):
             The problem.
         choices (`list[int]`, *optional*):
             Index of the operator that each step works, defaults to the right ones.
@@ -215,7 +217,7 @@ def write_solution(problem: Problem, choices: list[int] | None = None) -> str:
     return OPENING + "".join(lines) + f"The answer is \\boxed{{{left.numbers[0]}}}."
 
 
-def split_steps(solution: str) -> list[str]:
+def split_labelled_steps(solution: str) -> list[str]:
     """
     Return the steps of a solution, each from behind its "Step k:" to the end of its line.
 
@@ -229,12 +231,12 @@ def split_steps(solution: str) -> list[str]:
     return [match[2] for match in _STEP.finditer(solution)]
 
 
-def is_right_step(problem: Problem, index: int, step: str) -> bool:
+def is_right_step(problem: ArithmeticProblem, index: int, step: str) -> bool:
     """
     Whether a step is what has to be done there, and done right.
 
     Args:
-        problem (`Problem`):
+        problem (`ArithmeticProblem`):
             The problem.
         index (`int`):
             Number of the step, from 1.
@@ -250,12 +252,12 @@ def is_right_step(problem: Problem, index: int, step: str) -> bool:
     return step.rstrip() == left.step(left.due)
 
 
-def first_wrong_step(problem: Problem, solution: str) -> int | None:
+def first_wrong_step(problem: ArithmeticProblem, solution: str) -> int | None:
     """
     Return where a solution first goes wrong.
 
     Args:
-        problem (`Problem`):
+        problem (`ArithmeticProblem`):
             The problem.
         solution (`str`):
             Text of the solution.
@@ -264,19 +266,19 @@ def first_wrong_step(problem: Problem, solution: str) -> int | None:
         `int` or `None`: Number of the first wrong step, from 1, where a missing or a superfluous step is a wrong one
         too; `None` if all steps are right.
     """
-    steps = split_steps(solution)
+    steps = split_labelled_steps(solution)
     for index, step in enumerate(steps, start=1):
         if not is_right_step(problem, index, step):
             return index
     return None if len(steps) == len(problem.operators) else len(steps) + 1
 
 
-def first_lost_step(problem: Problem, solution: str) -> int | None:
+def first_lost_step(problem: ArithmeticProblem, solution: str) -> int | None:
     """
     Return the step that loses the right answer. Unlike for [`first_wrong_step`], any order that keeps it will do.
 
     Args:
-        problem (`Problem`):
+        problem (`ArithmeticProblem`):
             The problem.
         solution (`str`):
             Text of the solution.
@@ -286,7 +288,7 @@ def first_lost_step(problem: Problem, solution: str) -> int | None:
         value of the rest; `None` if there is none.
     """
     left = problem
-    for number, step in enumerate(split_steps(solution), start=1):
+    for number, step in enumerate(split_labelled_steps(solution), start=1):
         ways = [index for index in range(len(left.operators)) if left.step(index) == step.rstrip()]
         if not ways or left.work(ways[0]).answer != problem.answer:
             return number
@@ -294,7 +296,7 @@ def first_lost_step(problem: Problem, solution: str) -> int | None:
     return None
 
 
-def final_answer(solution: str) -> str | None:
+def read_result(solution: str) -> str | None:
     r"""
     Return the final answer of a solution.
 

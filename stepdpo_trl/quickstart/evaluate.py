@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arithmetic import Problem, final_answer
+from .arithmetic import ArithmeticProblem, read_result
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def generate_solutions(
 def count_correct(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    problems: Sequence[ArithmeticProblem],
     temperature: float = 0.0,
     description: str | None = None,
 ) -> int:
@@ -96,7 +96,7 @@ def count_correct(
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
-        problems (`Sequence[Problem]`):
+        problems (`Sequence[ArithmeticProblem]`):
             The problems.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature, 0 for greedy decoding. Sampling draws from torch's global generator.
@@ -113,4 +113,4 @@ def count_correct(
         raise ValueError("There are no problems to measure the accuracy on. Give at least one.")
     texts = [problem.text for problem in problems]
     solutions = generate_solutions(model, tokenizer, texts, temperature=temperature, description=description)
-    return sum(final_answer(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True))
+    return sum(read_result(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True))

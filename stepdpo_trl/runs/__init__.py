@@ -1,0 +1,1 @@
+"""Work that survives a kill: run folders, records and the scheduler of tasks."""

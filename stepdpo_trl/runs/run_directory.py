@@ -134,7 +134,9 @@ class RunDirectory:
         if create:
             _make(self.path)
         if not self.path.is_dir():
-            raise RunError(f"{self.path} is not the folder of a run. Begin one: stepdpo collect --out {self.path} ...")
+            raise RunError(
+                f"{self.path} is not the folder of a run. Begin one: stepdpo collect --output-dir {self.path} ..."
+            )
         self._lock = (self.path / "lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +175,7 @@ class RunDirectory:
         """What each stage was run with."""
         return self.log("settings")
 
-    def keep_settings(self, stage: str, settings: Mapping[str, Any], free: Container[str] = ()) -> None:
+    def keep_settings(self, stage: str, settings: Mapping[str, Any], may_change: Container[str] = ()) -> None:
         """
         Write down what a stage is run with, or check that it is the same where it goes on.
 
@@ -182,7 +184,7 @@ class RunDirectory:
                 Name of the stage.
             settings (`Mapping[str, Any]`):
                 Its settings.
-            free (`Container[str]`, *optional*):
+            may_change (`Container[str]`, *optional*):
                 Those that may change: the parts belong together all the same.
 
         Raises:
@@ -192,7 +194,7 @@ class RunDirectory:
         settings = json.loads(json.dumps(settings))
         before = log.get(stage, settings)
         names = [*before, *(name for name in settings if name not in before)]
-        changed = [name for name in names if name not in free and before.get(name) != settings.get(name)]
+        changed = [name for name in names if name not in may_change and before.get(name) != settings.get(name)]
         if changed:
             named = ", ".join(f"{name}={before.get(name)!r} (now {settings.get(name)!r})" for name in changed)
             raise RunError(

@@ -31,13 +31,13 @@ class Ask:
     What a task asks.
 
     Args:
-        whom (`str`):
+        service (`str`):
             Name of a [`Service`].
         requests (`tuple`):
             The requests, each with a `key`.
     """
 
-    whom: str
+    service: str
     requests: tuple[Any, ...]
 
 
@@ -76,10 +76,12 @@ def run_tasks(tasks: Iterable[Task[T]], services: Mapping[str, Service]) -> Iter
                     yield stop.value
             asked: dict[str, dict[str, Any]] = defaultdict(dict)
             for _, ask in waiting:
-                asked[ask.whom].update({request.key: request for request in ask.requests})
-            answers = {whom: services[whom].answer(list(requests.values())) for whom, requests in asked.items()}
+                asked[ask.service].update({request.key: request for request in ask.requests})
+            answers = {
+                service: services[service].answer(list(requests.values())) for service, requests in asked.items()
+            }
             replies = [
-                (task, {request.key: answers[ask.whom][request.key] for request in ask.requests})
+                (task, {request.key: answers[ask.service][request.key] for request in ask.requests})
                 for task, ask in waiting
             ]
 

@@ -193,7 +193,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             write_report(self.trainer)
 
-    def tell_gamma(self, stage: Stage, gamma: np.ndarray) -> dict[str, float]:
+    def check_gamma(self, stage: Stage, gamma: np.ndarray) -> dict[str, float]:
         """Warn where the reference seems to have been trained on the stage's data; returns what is logged."""
         share = float((gamma > 0).mean())
         if share >= SEEN_SHARE and gamma.mean() >= SEEN_GAMMA:
@@ -205,7 +205,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
             )
         return {"sdpo/gamma_ref": float(gamma.mean()), "sdpo/ref_accuracy": share}
 
-    def tell_first_batch(self, trainer: Any, loss: float, margins: float, accuracies: float) -> dict[str, float]:
+    def check_first_batch(self, trainer: Any, loss: float, margins: float, accuracies: float) -> dict[str, float]:
         """Warn where policy and reference differ at the first batch of a stage; returns what is logged."""
         stage = trainer.stage
         plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting and trainer.args.loss_weights is None

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..shared_prefix.mixin import longest_first
 from .files import read_scores, scores_file, write_scores
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .stages import Stage, digest, row_digests
+from .stages import Stage, combined_digest, row_digests
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -45,7 +45,7 @@ class StageScoring(DPOTrainer):
 
     def _scores_id(self, stage: Stage, dataset: Dataset) -> str:
         """What tells a start of a stage and the rows that were scored from others."""
-        rows = stage.digest if dataset is stage.dataset else digest(row_digests(dataset))
+        rows = stage.digest if dataset is stage.dataset else combined_digest(row_digests(dataset))
         return f"{self._id(stage)}-{rows}"
 
     def _agree(self, decide: Callable[[], Any]) -> Any:

@@ -49,7 +49,7 @@ class Stage:
     @property
     def digest(self) -> str:
         """A hash of all rows in their order."""
-        return digest(self.digests)
+        return combined_digest(self.digests)
 
     @property
     def last_update(self) -> int:
@@ -62,7 +62,7 @@ class Stage:
         return {"rows": len(self.dataset), **{name: getattr(self, name) for name in names}}
 
 
-def digest(digests: list[bytes]) -> str:
+def combined_digest(digests: list[bytes]) -> str:
     """A hash of rows in their order."""
     return hashlib.blake2b(b"".join(digests), digest_size=8).hexdigest()
 

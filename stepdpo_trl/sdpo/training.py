@@ -201,7 +201,7 @@ class StagedTraining(StageScoring):
         gamma = self._score(stage)
         self._first_batch_is_due = True
         self._open_loader()
-        self._pending_logs = self.sdpo.tell_gamma(stage, gamma)
+        self._pending_logs = self.sdpo.check_gamma(stage, gamma)
 
     def _reopen(self, stage: Stage) -> None:
         """Restore the reference of a stage that a checkpoint was saved in."""
@@ -269,7 +269,7 @@ class StagedTraining(StageScoring):
             self._first_batch_is_due = False
             metrics = {name: self._metrics["train"][f"rewards/{name}"][-1] for name in ("margins", "accuracies")}
             loss_value = self.accelerator.gather(loss.detach().float().reshape(1)).mean().item()
-            self._pending_logs |= self.sdpo.tell_first_batch(self, loss_value, **metrics)
+            self._pending_logs |= self.sdpo.check_first_batch(self, loss_value, **metrics)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,1 @@
+"""Each token of a batch computed once, whatever sequences share it."""

@@ -1,0 +1,1 @@
+"""The trainer (Step-DPO, arXiv 2406.18629)."""

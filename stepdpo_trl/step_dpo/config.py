@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .tokenization import OVERLONG_PREFIX_CHOICES, check_options
+from .tokenization import OVERLONG_PREFIX_CHOICES, check_token_options
 
 # Options of StepDPOConfig that decide how step data becomes tokens
 STEP_OPTIONS = ("system_prompt", "prompt_suffix", "prompt_template", "overlong_prefix")
@@ -100,7 +100,7 @@ class StepDPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        check_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
+        check_token_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
         self._check_sharing()
         super().__post_init__()
 

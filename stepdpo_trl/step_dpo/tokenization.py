@@ -63,7 +63,7 @@ class StepTokenizer:
     overlong_prefix: str = "truncate"
 
     def __post_init__(self) -> None:
-        check_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
+        check_token_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
         if (
             self.system_prompt is not None
             and not self._uses_chat_template
@@ -317,7 +317,7 @@ def _normalize(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-def check_options(prompt_suffix: str | None, prompt_template: str | None, overlong_prefix: str) -> None:
+def check_token_options(prompt_suffix: str | None, prompt_template: str | None, overlong_prefix: str) -> None:
     """
     Check the options that decide how step data is tokenized; see [`StepTokenizer`] for their meaning.
 

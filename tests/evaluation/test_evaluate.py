@@ -41,11 +41,11 @@ def checker():
         yield session.checker
 
 
-def run(path, checker, *students, samples=3, problems=None, sampling=SAMPLING, seed=0):
+def run(path, checker, *students, num_samples=3, problems=None, sampling=SAMPLING, seed=0):
     session = Session(dict(zip((ONE, OTHER), students, strict=False)), checker)
     problems = problems or draw_records(40)
     models = [ONE, OTHER][: len(students)]
-    return evaluate(session, path, "drawn", problems, models, STEP_PROMPTS["plain"], sampling, samples, seed)
+    return evaluate(session, path, "drawn", problems, models, STEP_PROMPTS["plain"], sampling, num_samples, seed)
 
 
 def read(path):
@@ -119,7 +119,12 @@ def test_models_share_seeds_and_nothing_else(tmp_path, checker):
 def test_other_settings_are_refused(tmp_path, checker):
     run(tmp_path, checker, Student())
     before = contents(tmp_path)
-    for other in ({"samples": 2}, {"seed": 1}, {"problems": draw_records(39)}, {"sampling": Sampling(0.5, 1.0, 256)}):
+    for other in (
+        {"num_samples": 2},
+        {"seed": 1},
+        {"problems": draw_records(39)},
+        {"sampling": Sampling(0.5, 1.0, 256)},
+    ):
         with pytest.raises(RunError, match="another folder"):
             run(tmp_path, checker, Student(), **other)
     problems = draw_records(40)
@@ -161,7 +166,7 @@ def test_agreement_with_labels(tmp_path, checker):
             return Completion(solutions[request.key.partition("/")[0]], "stop", 1, 1)
 
     problems = [Problem(row["id"], row["id"], row["answer"]) for row in rows]
-    run(tmp_path, checker, Reciter(), samples=1, problems=problems, sampling=Sampling(0.0))
+    run(tmp_path, checker, Reciter(), num_samples=1, problems=problems, sampling=Sampling(0.0))
     found = {row["id"]: row["models"]["here/model"]["samples"][0] for row in read(tmp_path)[0]}
     disagreements = {
         row["id"]: (row["answer"], found[row["id"]]["answer"], row["is_correct"])
@@ -188,7 +193,7 @@ def quickstart():
 
 def test_accuracy_of_the_quickstart(tmp_path, quickstart, capsys):
     """Greedy answers and accuracy are those of the quickstart's own measurement."""
-    assert stepdpo(*COMMAND, "--problems", "arithmetic", "--limit", 60, "--out", tmp_path) == 0
+    assert stepdpo(*COMMAND, "--problems", "arithmetic", "--limit", 60, "--output-dir", tmp_path) == 0
     problems = make_problems(60, "held_out")
     accuracy = Accuracy(count_correct(*quickstart, problems), len(problems))
     rows, results = read(tmp_path)
@@ -213,8 +218,8 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
     (tmp_path / "problems.jsonl").write_text(
         "".join(json.dumps({"question": p.text, "answer": f"so #### {p.answer}"}) + "\n" for p in problems)
     )
-    compared = (*COMMAND, "--problems", tmp_path / "problems.jsonl", "--against", MODEL_PATH)
-    where = ("--out", tmp_path / "out", "--against-adapter", tmp_path / "adapter")
+    compared = (*COMMAND, "--problems", tmp_path / "problems.jsonl", "--baseline", MODEL_PATH)
+    where = ("--output-dir", tmp_path / "out", "--baseline-adapter", tmp_path / "adapter")
     assert stepdpo(*compared, *where) == 0
     rows, results = read(tmp_path / "out")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL_PATH), tmp_path / "adapter")
@@ -226,7 +231,14 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
     assert results["difference"]["accuracy"] == pytest.approx((first - second) / 24)
     assert f"{names[0]} less {names[1]}" in capsys.readouterr().out
     # Named as a model it is put on its base model
-    given = ("--model", tmp_path / "adapter", "--problems", tmp_path / "problems.jsonl", "--out", tmp_path / "same")
+    given = (
+        "--model",
+        tmp_path / "adapter",
+        "--problems",
+        tmp_path / "problems.jsonl",
+        "--output-dir",
+        tmp_path / "same",
+    )
     assert stepdpo("eval", *given, *COMMAND[3:]) == 0
     assert [row["models"][names[1]]["samples"][0]["text"] for row in read(tmp_path / "same")[0]] == texts[1]
     # Trained on since, it is another adapter
@@ -262,7 +274,7 @@ def test_known_sets(monkeypatch):
         load_problems("gsm8k")
 
 
-EVAL = ("eval", "--model", "./m", "--out", "out")
+EVAL = ("eval", "--model", "./m", "--output-dir", "out")
 ASKED = (*EVAL, "--problems", "p.jsonl")
 
 
@@ -272,28 +284,28 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         ((*EVAL, "--problems", "gms8k"), "Did you mean 'gsm8k'?"),
         ((*EVAL, "--problems", "q.jsonl"), "Did you mean p.jsonl?"),
         ((*EVAL, "--problems", "b.jsonl"), "has no `answer`"),
-        ((*ASKED, "--against", "./m"), "is the model itself"),
-        ((*ASKED, "--against", "./x/../m"), "is the model itself"),
-        ((*ASKED, "--against-backend", "vllm"), "not its name: --against."),
-        ((*ASKED, "--samples", 4), "at temperature 0"),
+        ((*ASKED, "--baseline", "./m"), "is the model itself"),
+        ((*ASKED, "--baseline", "./x/../m"), "is the model itself"),
+        ((*ASKED, "--baseline-backend", "vllm"), "not its name: --baseline."),
+        ((*ASKED, "--num-samples", 4), "at temperature 0"),
         ((*ASKED, "--temperature", -1), "must be finite and not negative"),
         ((*ASKED, "--prompt", "plan"), "Did you mean 'plain'?"),
         ((*ASKED, "--prompt", "t.jinja"), "does not contain the problem"),
         ((*ASKED, "--prompt", "u.jinja"), "u.jinja cannot be read (No such file"),
         ((*ASKED, "--top-p", 0.5), "--top-p 0.5 has no effect at temperature 0"),
-        ((*ASKED, "--against", "m", "--adapter", "a", "--against-adapter", "./a"), "is the model itself"),
+        ((*ASKED, "--baseline", "m", "--adapter", "a", "--baseline-adapter", "./a"), "is the model itself"),
         (
-            ("eval", "--model", MODEL_PATH, "--out", "p.jsonl", *ASKED[5:]),
+            ("eval", "--model", MODEL_PATH, "--output-dir", "p.jsonl", *ASKED[5:]),
             "The folder p.jsonl cannot be made (File ex",
         ),
         ((*EVAL, "--problems", "f.parquet"), "f.parquet is not a Parquet file that can be read"),
         ((*ASKED, "--adapter", "a", "--backend", "vllm"), "does not load the adapter"),
         (ASKED, "'./m' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
-        (("eval", "--model", MODEL_PATH, "--against", "./n", *ASKED[3:]), "'./n' cannot be loaded"),
+        (("eval", "--model", MODEL_PATH, "--baseline", "./n", *ASKED[3:]), "'./n' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, *EVAL[3:], "--problems", "g.jsonl"), "cannot be read as an answer"),
-        ((*EVAL, "--tasks", "h4", "--samples", 4), "--samples cannot go with --tasks"),
-        ((*EVAL, "--tasks", "h4", "--against", "n"), "--against cannot go with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--num-samples", 4), "--num-samples cannot go with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--baseline", "n"), "--baseline cannot go with --tasks"),
         ((*EVAL, "--tasks", "h4"), "pip install 'stepdpo_trl[lm-eval]'"),
     ],
 )

@@ -68,13 +68,13 @@ def test_a_model_without_chat_and_another_tokenizer(tmp_path, calls):
     shutil.copytree(MODEL_PATH, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     command = ("eval", "--tasks", "gsm8k", "gsm8k", "--model", tmp_path / "base", "--tokenizer", tmp_path / "base")
-    assert stepdpo(*command, "--out", tmp_path / "out") == 0
+    assert stepdpo(*command, "--output-dir", tmp_path / "out") == 0
     (call,) = calls
     assert call["model_args"]["tokenizer"] == str(tmp_path / "base")
 
 
 def test_h4_is_handed_over(tmp_path, calls, capsys):
-    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--limit", 8, "--out", tmp_path)
+    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--limit", 8, "--output-dir", tmp_path)
     assert stepdpo(*command) == 0
     model = {"model": "hf", "model_args": {"pretrained": str(MODEL_PATH), "dtype": "auto"}}
     model |= (
@@ -95,13 +95,13 @@ def test_h4_is_handed_over(tmp_path, calls, capsys):
     assert stepdpo(*command) == 0
     assert len(calls) == 4  # nothing anew
     assert contents(tmp_path) == before
-    assert stepdpo(*command[:-4], "--out", tmp_path) == 2
+    assert stepdpo(*command[:-4], "--output-dir", tmp_path) == 2
     assert "limit=8 (now None)" in capsys.readouterr().err
 
 
 def test_tasks_go_on(tmp_path, calls, monkeypatch):
     """What was done before a stop is not done again."""
-    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--out", tmp_path)
+    command = ("eval", "--tasks", "h4", "--model", MODEL_PATH, "--output-dir", tmp_path)
     answer = sys.modules["lm_eval"].simple_evaluate
 
     def stopped(**arguments):
@@ -119,7 +119,7 @@ def test_tasks_go_on(tmp_path, calls, monkeypatch):
 
 def test_a_metric_that_is_missing_is_said(tmp_path, calls, monkeypatch, capsys):
     monkeypatch.setitem(harness.HARNESS, "gsm8k", (harness.HarnessTask("mmlu", 5, ("acc_of_old,none",)),))
-    assert stepdpo("eval", "--tasks", "gsm8k", "--model", MODEL_PATH, "--out", tmp_path) == 2
+    assert stepdpo("eval", "--tasks", "gsm8k", "--model", MODEL_PATH, "--output-dir", tmp_path) == 2
     assert "0.4.11 does not report acc_of_old,none for mmlu" in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ def test_standard_mathematics_is_handed_over(tmp_path, calls, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     command = ("eval", "--tasks", "gsm8k", "math", "--model", MODEL_PATH, "--adapter", tmp_path / "adapter")
-    assert stepdpo(*command, "--batch-size", 4, "--out", tmp_path / "out") == 0
+    assert stepdpo(*command, "--batch-size", 4, "--output-dir", tmp_path / "out") == 0
     assert [(call["tasks"], call["num_fewshot"], call["batch_size"]) for call in calls] == [
         (["gsm8k"], 5, 4),
         (["minerva_math"], 4, 4),
@@ -156,11 +156,11 @@ def test_other_back_ends_are_handed_over():
         "batch_size": "auto",
     }
     with pytest.raises(RunError, match="OPENAI_API_KEY"):
-        harness.handed_over(ModelSpec("m", "openai", "http://h/v1", api_key_variable="KEY"), None)
+        harness.handed_over(ModelSpec("m", "openai", "http://h/v1", api_key_env="KEY"), None)
 
 
 def test_math_needs_its_grammar_before_anything_is_asked(tmp_path, calls, monkeypatch, capsys):
     monkeypatch.setattr(harness, "version", lambda name: "4.13.2")
-    assert stepdpo("eval", "--tasks", "h4", "math", "--model", MODEL_PATH, "--out", tmp_path / "out") == 2
+    assert stepdpo("eval", "--tasks", "h4", "math", "--model", MODEL_PATH, "--output-dir", tmp_path / "out") == 2
     assert "pip install 'lm-eval[math]'" in capsys.readouterr().err
     assert calls == []

@@ -210,7 +210,7 @@ def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
     from stepdpo_trl.runs.tasks import RecordedModel
 
     monkeypatch.setenv("OTHER_KEY", KEY)
-    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_variable="OTHER_KEY")
+    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_env="OTHER_KEY")
     with RunDirectory(tmp_path) as run:
         log = run.log("generations")
         RecordedModel(OpenAIGenerator(spec), Sampling(), log, "m", "collect").answer([Request("a", "text", 1)])

@@ -147,7 +147,7 @@ def run_folder(tmp_path):
     """A run with two solutions; the second goes wrong in step 2, of which there is a correction."""
     path = tmp_path / "run"
     with RunDirectory(path, create=True) as run:
-        prompt = {"user": "{{ problem }} Think.", "opening": ""}
+        prompt = {"user": "{{ problem }} Think.", "response_prefix": ""}
         run.settings().append("collect", {"prompt": prompt, "problems": "p", "shard": [0, 1]})
         run.log("problems").append("a", {"problem": "What is 7 + 2 * 4?", "answer": "15", "solution": ""})
         record = {"problem": "a", "finish_reason": "stop", "steps": 2}

@@ -16,7 +16,7 @@ def main(path: Path) -> None:
         problems, prompt = draw_records(36), STEP_PROMPTS["plain"]
         session.collect(path, problems, "drawn", model, prompt, Sampling(1.0, 1.0, 256), 3)
         session.localize(path, "rollout", JudgeOptions())
-        session.rectify(path, wanted=2)
+        session.rectify(path, num_corrections=2)
 
 
 if __name__ == "__main__":

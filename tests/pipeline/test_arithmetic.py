@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from stepdpo_trl.data.steps import split_steps
-from stepdpo_trl.pipeline.judges.arithmetic import evaluate, false_equations
+from stepdpo_trl.pipeline.judges.arithmetic import evaluate_expression, false_equations
 
 FALSE = [
     "5 + 3 = 9",
@@ -108,4 +108,4 @@ def test_what_is_left_of_an_expression():
     ],
 )
 def test_evaluate(expression, value):
-    assert evaluate(expression) == value
+    assert evaluate_expression(expression) == value

@@ -59,7 +59,7 @@ def judge_one(judge, item, services):
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 13])
 def test_rollouts_find_every_step(steps, luck):
     """Binary search names the step that a linear scan of all prefixes names, with k log2 M rollouts at most."""
-    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     for first_wrong in range(1, steps + 1):
         services = Rollouts(first_wrong, luck)
         verdict = judge_one(rollout_judge(policy, 8), solution(steps), {"policy": services, "check": services})
@@ -70,7 +70,7 @@ def test_rollouts_find_every_step(steps, luck):
 
 def test_rollouts_stop_early():
     """Prefixes that are not lost cost a sample each, the lost one all eight."""
-    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     services = Rollouts(first_wrong=8)
     verdict = judge_one(rollout_judge(policy, 8), solution(8), {"policy": services, "check": services})
     # 0 (the beginning), 4, 6, 7 steps are good; that all 8 are not is known
@@ -81,7 +81,7 @@ def test_rollouts_stop_early():
 
 
 def test_out_of_reach():
-    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, opening: opening, 0)
+    policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     services = Rollouts(first_wrong=0)
     verdict = judge_one(rollout_judge(policy, 8), solution(3), {"policy": services, "check": services})
     assert verdict.step is None
@@ -161,8 +161,8 @@ def test_strict_reading(reply, number):
 
 
 def test_expressions():
-    assert parse_judges("arithmetic > rollout+llm") == [["arithmetic"], ["rollout", "llm"]]
-    for wrong in ("", "arithmetic>", "rollout+", "gpt"):
+    assert parse_judges("arithmetic , rollout+llm") == [["arithmetic"], ["rollout", "llm"]]
+    for wrong in ("", "arithmetic,", "rollout+", "gpt"):
         with pytest.raises(RunError, match="is not known"):
             parse_judges(wrong)
 
@@ -179,11 +179,11 @@ def test_combinations():
         judge = combine(parse_judges(expression), {name: says(step) for name, step in steps.items()})
         return judge_one(judge, solution(3), {})
 
-    assert verdict("arithmetic>rollout", arithmetic=2, rollout=3).step == 2
-    assert verdict("arithmetic>rollout", arithmetic=None, rollout=3).step == 3
+    assert verdict("arithmetic,rollout", arithmetic=2, rollout=3).step == 2
+    assert verdict("arithmetic,rollout", arithmetic=None, rollout=3).step == 3
     assert verdict("arithmetic+rollout", arithmetic=2, rollout=3).step is None
     assert verdict("arithmetic+rollout", arithmetic=2, rollout=2).step == 2
-    combined = verdict("arithmetic+rollout>llm", arithmetic=2, rollout=3, llm=1)
+    combined = verdict("arithmetic+rollout,llm", arithmetic=2, rollout=3, llm=1)
     assert (combined.step, combined.judge) == (1, "llm")
     assert {name: evidence["step"] for name, evidence in combined.evidence.items()} == {
         "arithmetic": 2,

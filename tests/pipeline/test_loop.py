@@ -125,7 +125,7 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
         "loop",
         "--model",
         str(MODEL_PATH),
-        "--out",
+        "--output-dir",
         str(tmp_path / "out"),
         "--problems",
         str(tmp_path / "none.jsonl"),
@@ -140,18 +140,29 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("data", "training", "message"),
     [
-        (["--to", "x.jsonl"], [], "--to cannot be given"),
+        (["--output-file", "x.jsonl"], [], "--output-file cannot be given"),
         ([], ["--dataset_name", "x"], "--dataset_name cannot be given"),
         ([], ["--output_dir=x"], "--output_dir cannot be given"),
         ([], ["--prompt_suffix", "step-dpo", *CPU], "word for word"),
         ([], ["--learning_rat", "1", *CPU], "Did you mean --learning_rate?"),
-        (["--sampels", "3"], [], "--sampels is not a known argument. Did you mean --samples?"),
+        (["--num-sampels", "3"], [], "--num-sampels is not a known argument. Did you mean --num-samples?"),
         (["--stages", "0"], [], "at least 1"),
         (["--base-url", "http://localhost:1/v1"], [], "would go on answering with the model that it has loaded"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_done(data, training, message, tmp_path, capsys):
-    argv = ["loop", "--model", "M", "--out", str(tmp_path / "out"), "--problems", "p.jsonl", *data, "--", *training]
+    argv = [
+        "loop",
+        "--model",
+        "M",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--problems",
+        "p.jsonl",
+        *data,
+        "--",
+        *training,
+    ]
     try:
         status = main(argv)
     except SystemExit as stopped:  # of argparse
@@ -198,7 +209,7 @@ def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
         for problem in make_problems(24, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
     out = tmp_path / "loop"
-    command = ["loop", "--model", str(MODEL_PATH), "--out", str(out)]
+    command = ["loop", "--model", str(MODEL_PATH), "--output-dir", str(out)]
     command += ["--stages", "2", "--problems", str(tmp_path / "problems.jsonl"), "--judge", "arithmetic"]
     command += ["--prompt", "plain", "--temperature", "1", "--top-p", "1", "--max-new-tokens", "160"]
     command += ["--", "--use_peft", "--lora_r", "4", "--learning_rate", "1e-3", "--max_steps", "2", *CPU]

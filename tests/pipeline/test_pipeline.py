@@ -15,8 +15,7 @@ from stepdpo_trl.pipeline.localize import agreement, read_verdicts
 from stepdpo_trl.pipeline.records import read_problems
 from stepdpo_trl.pipeline.session import JudgeOptions, Session, corrections_name
 from stepdpo_trl.pipeline.summary import summarize
-from stepdpo_trl.quickstart import Problem as Sum
-from stepdpo_trl.quickstart import first_lost_step
+from stepdpo_trl.quickstart import ArithmeticProblem, first_lost_step
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
 from ..simulated import Student, draw_records
@@ -31,12 +30,14 @@ def checker():
         yield session.checker
 
 
-def run_all(path, checker, student=None, problems=None, way="arithmetic>rollout", shard=(0, 1), samples=3, **options):
+def run_all(
+    path, checker, student=None, problems=None, judge_name="arithmetic,rollout", shard=(0, 1), num_samples=3, **options
+):
     student = student or Student()
     session = Session({MODEL: student}, checker)
     problems = draw_records(30) if problems is None else problems
-    session.collect(path, problems, "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, samples, shard=shard)
-    session.localize(path, way, JudgeOptions())
+    session.collect(path, problems, "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, num_samples, shard=shard)
+    session.localize(path, judge_name, JudgeOptions())
     session.rectify(path, **options)
     return student
 
@@ -47,7 +48,7 @@ def records(path):
 
 def test_pairs(tmp_path, checker):
     """Every number of the run, against the truth."""
-    run_all(tmp_path, checker, way="rollout", wanted=2)
+    run_all(tmp_path, checker, judge_name="rollout", num_corrections=2)
     with RunDirectory(tmp_path) as run:
         solutions = list(read_solutions(run))
         wrong = wrong_solutions(run)
@@ -57,13 +58,17 @@ def test_pairs(tmp_path, checker):
         assert (solution.outcome == "right") == solution.text.endswith(f"boxed{{{solution.problem.answer}}}.")
     located = {s.key: (s, verdicts[s.key].step) for s in wrong if verdicts[s.key].step}
     assert len(located) > 30
-    right = sum(step == first_lost_step(Sum.parse(s.problem.problem), s.text) for s, step in located.values())
+    right = sum(
+        step == first_lost_step(ArithmeticProblem.parse(s.problem.problem), s.text) for s, step in located.values()
+    )
     assert right / len(located) > 0.95  # luck makes some wrong steps good
     rows, left_out = build([tmp_path])
     assert len(rows) > 30
     assert left_out["duplicate"] >= 0
     for row in rows:
-        assert first_lost_step(Sum.parse(row["prompt"]), row["initial_reason_steps"] + row["full_chosen"]) in (
+        assert first_lost_step(
+            ArithmeticProblem.parse(row["prompt"]), row["initial_reason_steps"] + row["full_chosen"]
+        ) in (
             None,
             *range(99),
         )
@@ -76,7 +81,7 @@ def test_pairs(tmp_path, checker):
 
 def test_a_prefix_is_sampled_once_in_all_stages(tmp_path, checker):
     """Samples of `collect` are rollouts from the beginning; rollouts of the last right prefix are corrections."""
-    student = run_all(tmp_path, checker, way="rollout")
+    student = run_all(tmp_path, checker, judge_name="rollout")
     assert len(student.asked) == len(set(student.asked))
     with RunDirectory(tmp_path) as run:
         asked = run.log("generations.policy")
@@ -100,7 +105,7 @@ def test_batches_are_those_of_an_unbroken_run(tmp_path, checker):
     def go(path):
         student = Batches()
         student.batches = []
-        run_all(path, checker, student, way="rollout", wanted=3)
+        run_all(path, checker, student, judge_name="rollout", num_corrections=3)
         return student.batches
 
     whole = go(tmp_path / "whole")
@@ -127,9 +132,9 @@ def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
 
 
 def test_more_samples_go_on(tmp_path, checker):
-    run_all(tmp_path, checker, samples=2)
-    student = run_all(tmp_path, checker, samples=3)
-    run_all(tmp_path / "whole", checker, samples=3)
+    run_all(tmp_path, checker, num_samples=2)
+    student = run_all(tmp_path, checker, num_samples=3)
+    run_all(tmp_path / "whole", checker, num_samples=3)
     assert student.asked
     assert build([tmp_path])[0] == build([tmp_path / "whole"])[0]
 
@@ -153,12 +158,12 @@ def test_judges_combined(tmp_path, checker):
     """`>` asks where the first is silent, `+` keeps what both say."""
     session = Session({MODEL: Student()}, checker)
     session.collect(tmp_path, draw_records(30), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
-    for way in ("arithmetic", "rollout", "arithmetic>rollout", "arithmetic+rollout"):
-        session.localize(tmp_path, way, JudgeOptions())
+    for judge_name in ("arithmetic", "rollout", "arithmetic,rollout", "arithmetic+rollout"):
+        session.localize(tmp_path, judge_name, JudgeOptions())
     with RunDirectory(tmp_path) as run:
         one, two, either, both = (
-            {key: verdict.step for key, verdict in read_verdicts(run, way)[1].items()}
-            for way in ("arithmetic", "rollout", "arithmetic>rollout", "arithmetic+rollout")
+            {key: verdict.step for key, verdict in read_verdicts(run, judge_name)[1].items()}
+            for judge_name in ("arithmetic", "rollout", "arithmetic,rollout", "arithmetic+rollout")
         )
         shared = agreement(run)["arithmetic", "rollout"]
     assert either == {key: one[key] or two[key] for key in one}
@@ -199,13 +204,13 @@ def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
         assert len(log) == sum(step is not None for step in truth.values())
     assert {key: verdict.step for key, verdict in verdicts.items()} == truth
     # The same judge says that the last step of every solution is wrong: no correction of a last step passes
-    counts = session.rectify(tmp_path, most=4, check="llm", options=JudgeOptions(model=judge))
+    counts = session.rectify(tmp_path, max_attempts=4, check="llm", options=JudgeOptions(model=judge))
     assert counts["dropped"] > 0
     assert counts["pairs"] == 0
 
 
 def test_wanted_and_most(tmp_path, checker):
-    student = run_all(tmp_path, checker, Student(mistakes=0.5), wanted=3, most=5)
+    student = run_all(tmp_path, checker, Student(mistakes=0.5), num_corrections=3, max_attempts=5)
     with RunDirectory(tmp_path) as run:
         log = next(iter(run.logs("corrections").values()))
     assert max(record["samples"] for record in log.values()) == 5
@@ -225,7 +230,7 @@ def test_rectified_by_another_model(tmp_path, checker):
         (log,) = (log for name, log in run.logs("generations").items() if name.startswith("rectifier-teacher-"))
         assert set(log) == set(teacher.asked)
     own, others = sorted(ways, key=len)
-    assert own == "arithmetic-then-rollout"
+    assert own == "arithmetic,rollout"
     assert others.startswith(f"{own}.by-teacher-")
     with pytest.raises(RunError, match="several kinds of corrections"):
         build([tmp_path])
@@ -253,7 +258,7 @@ def test_selection():
         row("b", "Step 1:", " x = 1", " x = 2"),
         row("c", "Step 1:", " x = 1", " x = 2"),
     ]
-    kept, left_out = select_pairs(rows, problems, ["what is  B ?"], per_problem=2)
+    kept, left_out = select_pairs(rows, problems, ["what is  B ?"], max_pairs_per_problem=2)
     assert kept == [rows[0], rows[3], rows[5]]
     assert left_out == {"duplicate": 1, "more than enough of a problem": 1, "in a test set": 1}
 
@@ -318,7 +323,7 @@ def test_a_server_that_does_not_sample(tmp_path, checker, caplog):
 def test_nothing_wrong(tmp_path, checker, caplog):
     session = Session({MODEL: Student(mistakes=0.0)}, checker)
     session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
-    assert "Give harder problems, or more --samples" in caplog.text
+    assert "Give harder problems, or more --num-samples" in caplog.text
     with pytest.raises(RunError, match="harder problems"):
         session.localize(tmp_path, "arithmetic", JudgeOptions())
 
@@ -342,34 +347,34 @@ def test_nothing_readable(tmp_path, checker, caplog):
 
 
 @pytest.mark.parametrize(
-    ("way", "options", "message"),
+    ("judge_name", "options", "message"),
     [
         ("roll-out", JudgeOptions(), "Did you mean 'rollout'"),
         ("rollout+rollout", JudgeOptions(), "stands twice"),
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
-        ("rollout", JudgeOptions(k=0), "k=0"),
+        ("rollout", JudgeOptions(num_rollouts=0), "num_rollouts=0"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "leaves the steps out"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
 )
-def test_judges_that_cannot_be_asked(tmp_path, checker, way, options, message):
+def test_judges_that_cannot_be_asked(tmp_path, checker, judge_name, options, message):
     with pytest.raises(RunError, match=message):
-        Session({}, checker).localize(tmp_path, way, options)
+        Session({}, checker).localize(tmp_path, judge_name, options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--dtype", "bfloat16", "--base-url", "http://localhost:1/v1"], "--dtype has no effect at a server"),
-        (["--api-key-variable", "KEY"], "--api-key-variable has no effect without a server"),
+        (["--api-key-env", "KEY"], "--api-key-env has no effect without a server"),
         (["--judge-dtype", "bfloat16", "--judge-base-url", "http://localhost:1/v1"], "--judge-dtype has no effect"),
     ],
 )
 def test_options_without_effect(tmp_path, capsys, options, message):
     (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
-    command = ["data", "--model", "m", "--problems", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run")]
-    assert main([*command, "--to", "x.jsonl", "--judge-model", "j", *options]) == 2
+    command = ["data", "--model", "m", "--problems", str(tmp_path / "p.jsonl"), "--output-dir", str(tmp_path / "run")]
+    assert main([*command, "--output-file", "x.jsonl", "--judge-model", "j", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -379,11 +384,11 @@ def test_names_of_corrections(tmp_path, checker):
     other = ModelSpec("there/other")
     session = Session({MODEL: Student(), other: Student()}, checker)
     session.collect(tmp_path, draw_records(10), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
-    for way in ("arithmetic", " arithmetic > rollout"):
-        session.localize(tmp_path, way, JudgeOptions())
+    for judge_name in ("arithmetic", " arithmetic , rollout"):
+        session.localize(tmp_path, judge_name, JudgeOptions())
         for rectifier in (None, other):
-            session.rectify(tmp_path, way.strip(), rectifier=rectifier)
-            assert build([tmp_path], corrections_name(way, rectifier))[0]
+            session.rectify(tmp_path, judge_name.strip(), rectifier=rectifier)
+            assert build([tmp_path], corrections_name(judge_name, rectifier))[0]
 
 
 def test_stages_out_of_order(tmp_path, checker):

@@ -12,7 +12,7 @@ from stepdpo_trl import StepDPOConfig, StepDPOTrainer
 from stepdpo_trl.cli.main import main
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.localize import read_verdicts
-from stepdpo_trl.quickstart import MODEL_PATH, Problem, first_lost_step, make_problems
+from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, first_lost_step, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory
 
 
@@ -28,15 +28,15 @@ def run(tmp_path_factory):
         for problem in make_problems(250, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
     (path / "test.jsonl").write_text((path / "problems.jsonl").read_text().split("\n")[0])
-    sampling = ("--prompt", "plain", "--temperature", 1, "--top-p", 1, "--max-new-tokens", 160, "--samples", 4)
+    sampling = ("--prompt", "plain", "--temperature", 1, "--top-p", 1, "--max-new-tokens", 160, "--num-samples", 4)
     model = ("--model", MODEL_PATH, "--batch-size", 64)
-    where = ("--problems", path / "problems.jsonl", "--out", path / "run")
+    where = ("--problems", path / "problems.jsonl", "--output-dir", path / "run")
     build = (
         "--judge",
-        "arithmetic>rollout",
+        "arithmetic,rollout",
         "--check",
         "arithmetic",
-        "--to",
+        "--output-file",
         path / "pairs.jsonl",
         "--exclude",
         path / "test.jsonl",
@@ -54,7 +54,10 @@ def test_localizers_against_the_truth(run):
         wrong = wrong_solutions(directory)
         for judge, least in (("arithmetic", 0.99), ("rollout", 0.95)):
             verdicts = read_verdicts(directory, judge)[1]
-            spoken = [(first_lost_step(Problem.parse(s.problem.problem), s.text), verdicts[s.key].step) for s in wrong]
+            spoken = [
+                (first_lost_step(ArithmeticProblem.parse(s.problem.problem), s.text), verdicts[s.key].step)
+                for s in wrong
+            ]
             spoken = [(truth, step) for truth, step in spoken if step]
             assert len(spoken) > 0.8 * len(wrong) > 100
             assert sum(truth == step for truth, step in spoken) >= least * len(spoken), judge
@@ -67,7 +70,7 @@ def test_pairs_against_the_truth(run):
     assert len(pairs) > 50
     right = wrong = 0
     for pair in pairs:
-        step, problem = pair["step_index"], Problem.parse(pair["prompt"])
+        step, problem = pair["step_index"], ArithmeticProblem.parse(pair["prompt"])
         chosen = first_lost_step(problem, pair["initial_reason_steps"] + pair["chosen"])
         rejected = first_lost_step(problem, pair["initial_reason_steps"] + pair["rejected"])
         right += chosen is None
@@ -107,7 +110,7 @@ def test_log_probabilities(run, tmp_path):
     import torch
 
     to = tmp_path / "pairs.parquet"
-    assert stepdpo("build", run / "run", "--to", to, "--per-problem", 1, "--logps", MODEL_PATH) == 0
+    assert stepdpo("build", run / "run", "--output-file", to, "--max-pairs-per-problem", 1, "--logps", MODEL_PATH) == 0
     pairs = load_dataset("parquet", data_files=str(to), split="train")
     assert len(set(pairs["prompt"])) == len(pairs)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
@@ -126,7 +129,7 @@ def test_log_probabilities(run, tmp_path):
 def test_report_and_card(run, capsys):
     assert stepdpo("report", run / "run") == 0
     printed = capsys.readouterr().out
-    for words in ("solutions, wrong", "localize arithmetic-then-rollout", "rectified", "model policy"):
+    for words in ("solutions, wrong", "localize arithmetic,rollout", "rectified", "model policy"):
         assert words in printed
     report = (run / "run" / "report.html").read_text()
     for words in ("Where errors lie", "Agreement of judges", "Cost", "arithmetic and rollout"):
@@ -139,31 +142,31 @@ def test_report_and_card(run, capsys):
     assert card.count("solutions, right") == 1
 
 
-COLLECT = ("collect", "--model", "m", "--problems", "p.jsonl", "--out", "run")
+COLLECT = ("collect", "--model", "m", "--problems", "p.jsonl", "--output-dir", "run")
 DATA = ("data", *COLLECT[1:])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["collect", "--model", "m", "--problems", "none.jsonl", "--out", "run"], "There is no file none.jsonl"),
+        (["collect", "--model", "m", "--problems", "none.jsonl", "--output-dir", "run"], "There is no file none.jsonl"),
         ([*COLLECT, "--prompt", "qwen-boxed"], "Did you mean"),
         ([*COLLECT, "--prompt", "t.jinja"], "does not contain"),
         ([*COLLECT, "--prompt", "b.jinja"], "cannot be filled"),
         ([*COLLECT, "--temperature", "-1"], "negative"),
         ([*COLLECT, "--backend", "openai"], "its address"),
-        (["collect", "--model", "./m", "--problems", "p.jsonl", "--out", "run"], "cannot be loaded"),
-        ([*DATA, "--to", "x.csv"], "--to 'x.csv'"),
-        ([*DATA, "--to", "x.jsonl", "--judge", "gold"], "Judge 'gold'"),
-        ([*DATA, "--to", "x.jsonl", "--judge", "llm"], "--judge-model"),
-        ([*DATA, "--to", "x.jsonl", "--judge", "arithmetic>human", "--engine", "ray"], "needs a person"),
+        (["collect", "--model", "./m", "--problems", "p.jsonl", "--output-dir", "run"], "cannot be loaded"),
+        ([*DATA, "--output-file", "x.csv"], "--output-file 'x.csv'"),
+        ([*DATA, "--output-file", "x.jsonl", "--judge", "gold"], "Judge 'gold'"),
+        ([*DATA, "--output-file", "x.jsonl", "--judge", "llm"], "--judge-model"),
+        ([*DATA, "--output-file", "x.jsonl", "--judge", "arithmetic,human", "--engine", "ray"], "needs a person"),
         (["localize", "nowhere", "--judge", "human", "--engine", "ray"], "needs a person"),
         (["rectify", "nowhere", "--check", "human", "--engine", "ray"], "cannot look at right solutions"),
         (["localize", "nowhere"], "is not the folder of a run"),
-        (["build", "nowhere", "--to", "x.jsonl"], "is not the folder of a run"),
+        (["build", "nowhere", "--output-file", "x.jsonl"], "is not the folder of a run"),
         (["rectify", "nowhere", "--check", "rollout"], "cannot look at right solutions"),
         (["rectify", "nowhere", "--judge-base-url", "http://h/v1"], "--judge-model"),
-        (["import", "prm800k", "none.jsonl", "--to", "x.jsonl"], "none.jsonl"),
+        (["import", "prm800k", "none.jsonl", "--output-file", "x.jsonl"], "none.jsonl"),
     ],
 )  # fmt: skip
 def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkeypatch, capsys):
@@ -180,9 +183,9 @@ def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkey
     [
         (["colect"], "collect"),
         (["collect", "--problem", "p.jsonl"], "--problem"),
-        (["collect", "--model", "m", "--problems", "p", "--out", "r", "--samples", "0"], "at least 1"),
-        (["collect", "--model", "m", "--problems", "p", "--out", "r", "--shard", "4/4"], "I/N"),
-        (["import", "prm900k", "f", "--to", "x.jsonl"], "prm800k"),
+        (["collect", "--model", "m", "--problems", "p", "--output-dir", "r", "--num-samples", "0"], "at least 1"),
+        (["collect", "--model", "m", "--problems", "p", "--output-dir", "r", "--shard", "4/4"], "I/N"),
+        (["import", "prm900k", "f", "--output-file", "x.jsonl"], "prm800k"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -194,7 +197,7 @@ def test_wrong_arguments(arguments, message, capsys):
 def test_import(tmp_path, capsys):
     case = {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": ["a", "b"], "final_answer_correct": False}
     (tmp_path / "gsm8k.json").write_text(json.dumps([{**case, "label": 1}, {**case, "id": "gsm8k-1", "label": -1}]))
-    assert stepdpo("import", "processbench", tmp_path / "gsm8k.json", "--to", tmp_path / "cases.jsonl") == 0
+    assert stepdpo("import", "processbench", tmp_path / "gsm8k.json", "--output-file", tmp_path / "cases.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
     assert [row["first_wrong"] for row in rows] == [2, None]
     assert "2 rows in" in capsys.readouterr().out

@@ -60,13 +60,13 @@ def test_the_command_line_on_ray(tmp_path, capfd):
     model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]
     collect = ["collect", *model, "--problems", str(tmp_path / "problems.jsonl")]
     ray = ["--engine", "ray", "--shards", "2"]
-    assert main([*collect, "--out", str(tmp_path / "parts"), *ray]) == 0
-    assert main([*collect, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray]) == 0
+    assert main([*collect, "--output-dir", str(tmp_path / "whole")]) == 0
     parts = [Log(folder / "solutions.jsonl") for folder, _ in shards(tmp_path / "parts")]
     assert [len(part) for part in parts] == [6, 6]
     assert {**parts[0], **parts[1]} == dict(Log(tmp_path / "whole" / "solutions.jsonl"))
     capfd.readouterr()
-    assert main([*collect, "--out", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
+    assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
     told = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
     assert told.startswith(f"`collect` in {tmp_path / 'parts'}/shard-0-of-2 was begun with seed=0 (now 1)")
     assert len(told.splitlines()) == 2  # one for each shard

@@ -12,21 +12,21 @@ from stepdpo_trl.evaluation.statistics import Accuracy
 from stepdpo_trl.quickstart import (
     MODEL_PATH,
     PAIRS_PATH,
-    Problem,
+    ArithmeticProblem,
     count_correct,
-    final_answer,
     first_lost_step,
     first_wrong_step,
     generate_solutions,
     is_right_step,
     make_problems,
-    split_steps,
+    read_result,
+    split_labelled_steps,
     write_solution,
 )
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 TEXT = "What is 7 + 3 * 4 - 5?"
-PROBLEM = Problem((7, 3, 4, 5), ("+", "*", "-"))
+PROBLEM = ArithmeticProblem((7, 3, 4, 5), ("+", "*", "-"))
 SOLUTION = (
     "Let's think step by step.\n"
     "Step 1: 3 * 4 = 12, leaving 7 + 12 - 5\n"
@@ -60,23 +60,23 @@ def pairs():
 
 def test_problem_and_solution_texts():
     assert PROBLEM.text == TEXT
-    assert Problem.parse(TEXT) == PROBLEM
+    assert ArithmeticProblem.parse(TEXT) == PROBLEM
     assert PROBLEM.answer == "14"
     assert write_solution(PROBLEM) == SOLUTION
     assert write_solution(PROBLEM, choices=[0, 0, 0]) == LEFT_TO_RIGHT
-    assert split_steps(SOLUTION) == [
+    assert split_labelled_steps(SOLUTION) == [
         " 3 * 4 = 12, leaving 7 + 12 - 5",
         " 7 + 12 = 19, leaving 19 - 5",
         " 19 - 5 = 14",
     ]
-    assert final_answer(SOLUTION) == "14"
-    assert final_answer("The answer is 14.") is None
+    assert read_result(SOLUTION) == "14"
+    assert read_result("The answer is 14.") is None
 
 
 @pytest.mark.parametrize("text", ["5 - 3", "What is 5?", "What is 5 / 3?", "What is 5 - 3", "What is 5.7 + 3?"])
 def test_other_problems_are_refused(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
-        Problem.parse(text)
+        ArithmeticProblem.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_first_wrong_step():
     # Two errors that cancel out leave the final answer right
     cancelled = wrong.replace("20 - 5 = 15", "20 - 5 = 14")
     assert first_wrong_step(PROBLEM, cancelled) == 2
-    assert final_answer(cancelled) == "14"
+    assert read_result(cancelled) == "14"
     assert first_wrong_step(PROBLEM, SOLUTION.replace("Step 3: 19 - 5 = 14\n", "")) == 3
     assert first_wrong_step(PROBLEM, SOLUTION.replace("The answer", "Step 4: 14 + 1 = 15\nThe answer")) == 4
     assert first_wrong_step(PROBLEM, "no steps") == 1
@@ -117,7 +117,7 @@ def test_first_lost_step():
     """As first_wrong_step, but for another order of the same value, and where solutions end early."""
     assert first_lost_step(PROBLEM, SOLUTION) is None
     assert first_lost_step(PROBLEM, LEFT_TO_RIGHT) == 1
-    problem = Problem((2, 3, 4, 5), ("*", "+", "*"))  # 2 * 3 + 4 * 5
+    problem = ArithmeticProblem((2, 3, 4, 5), ("*", "+", "*"))  # 2 * 3 + 4 * 5
     for choices, lost in (([0, 1, 0], None), ([1, 0, 0], 1), ([2, 0, 0], None), ([0, 0, 0], 2)):
         assert first_lost_step(problem, write_solution(problem, choices)) == lost
     assert first_lost_step(problem, "Step 1: 2 * 3 = 7, leaving 7 + 4 * 5") == 1
@@ -131,7 +131,7 @@ def test_problems_are_reproducible_distinct_and_within_bounds():
     assert len(set(problems)) == 200
     assert {len(problem.operators) for problem in problems} == set(range(2, 10))
     for problem in problems:
-        assert Problem.parse(problem.text) == problem
+        assert ArithmeticProblem.parse(problem.text) == problem
         assert problem.split == "held_out"
         assert all(2 <= number <= 9 for number in problem.numbers)
         assert all(0 <= number <= 60 for stage in problem.stages for number in stage.numbers)
@@ -171,7 +171,7 @@ def test_tokenizer_round_trip(tokenizer):
         solution = write_solution(problem)
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == solution
-        for index, step in enumerate(split_steps(solution), start=1):
+        for index, step in enumerate(split_labelled_steps(solution), start=1):
             prefix = solution[: solution.index(f"Step {index}:")] + f"Step {index}:"
             parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, step)]
             # Tokenized apart, prefix and step are the tokens of the whole text.
@@ -209,10 +209,10 @@ def test_pairs_are_what_they_claim(pairs):
             "full_rejected",
             "answer",
         ]
-        problem = Problem.parse(pair["prompt"])
+        problem = ArithmeticProblem.parse(pair["prompt"])
         prefix = pair["initial_reason_steps"]
         assert prefix.startswith("Let's think step by step.\nStep 1:")
-        *before, empty = split_steps(prefix)
+        *before, empty = split_labelled_steps(prefix)
         index = len(before) + 1
         assert empty == ""
         assert prefix.endswith(f"Step {index}:")
@@ -224,15 +224,15 @@ def test_pairs_are_what_they_claim(pairs):
         assert pair["answer"] == problem.answer
         chosen, rejected = (prefix + pair[column] for column in ("full_chosen", "full_rejected"))
         assert first_wrong_step(problem, chosen) is None
-        assert final_answer(chosen) == problem.answer
+        assert read_result(chosen) == problem.answer
         assert first_wrong_step(problem, rejected) == index
-        assert split_steps(chosen)[index - 1] == pair["chosen"]
-        assert split_steps(rejected)[index - 1] == pair["rejected"]
+        assert split_labelled_steps(chosen)[index - 1] == pair["chosen"]
+        assert split_labelled_steps(rejected)[index - 1] == pair["rejected"]
 
 
 def test_pairs_and_held_out_problems_are_disjoint(pairs):
     prompts = {pair["prompt"] for pair in pairs}
-    assert {Problem.parse(prompt).split for prompt in prompts} == {"pairs"}
+    assert {ArithmeticProblem.parse(prompt).split for prompt in prompts} == {"pairs"}
     texts = {split: {problem.text for problem in make_problems(1000, split)} for split in ("held_out", "corpus")}
     assert not texts["held_out"] & (prompts | texts["corpus"])
 

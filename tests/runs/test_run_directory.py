@@ -79,10 +79,10 @@ def test_two_processes(tmp_path):
 
 def test_settings(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 1}, free=("n",))
-        run.keep_settings("stage", {"a": 1, "b": (1, 2), "n": 2}, free=("n",))
+        run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 1}, may_change=("n",))
+        run.keep_settings("stage", {"a": 1, "b": (1, 2), "n": 2}, may_change=("n",))
         assert run.settings()["stage"]["n"] == 2
         with pytest.raises(RunError, match=r"begun with a=1 \(now 2\)"):
-            run.keep_settings("stage", {"a": 2, "b": [1, 2], "n": 2}, free=("n",))
+            run.keep_settings("stage", {"a": 2, "b": [1, 2], "n": 2}, may_change=("n",))
         with pytest.raises(RunError, match=r"begun with c=None \(now 3\)"):
-            run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 2, "c": 3}, free=("n",))
+            run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 2, "c": 3}, may_change=("n",))

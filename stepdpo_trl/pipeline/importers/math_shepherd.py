@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .published import LocalizationCase, Step, matched, pair, rows
+from .published import LocalizationCase, PublishedStep, matched, pair, rows
 
 
 class _Solution(NamedTuple):
@@ -41,14 +41,14 @@ def read_math_shepherd(path: str | Path, counts: Counter[str] | None = None) -> 
     """
     counts = Counter() if counts is None else counts
     for problem, solutions in _math_shepherd(path, counts).items():
-        places: dict[str, tuple[int, dict[str, Step], dict[str, Step]]] = {}
+        places: dict[str, tuple[int, dict[str, PublishedStep], dict[str, PublishedStep]]] = {}
         first_wrong: dict[str, tuple[str, str]] = {}
         for solution in solutions:
             lead = ""
             for index, (head, text) in enumerate(solution.steps):
                 lead += head
                 rest = "".join(h + t for h, t in solution.steps[index + 1 :])
-                step = Step(text, text + rest, not rest, solution.source)
+                step = PublishedStep(text, text + rest, not rest, solution.source)
                 _, right, wrong = places.setdefault(lead, (index, {}, {}))
                 if solution.labels[index] == "-":
                     wrong.setdefault(text, step)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .published import LocalizationCase, Row, Step, matched, pair, rows
+from .published import LocalizationCase, PublishedStep, Row, matched, pair, rows
 
 Rated = list[tuple[str, int | None]]  # the completions of a step, the chosen one first
 
@@ -46,13 +46,13 @@ def read_prm800k(path: str | Path, counts: Counter[str] | None = None) -> Iterat
         reason = "no step with both a +1 and a -1"
         for index, step in enumerate(steps):
             before = taken[:index]
-            sides: dict[int, dict[str, Step]] = {1: {}, -1: {}}
+            sides: dict[int, dict[str, PublishedStep]] = {1: {}, -1: {}}
             for text, rating in step:
                 if rating in sides and text.strip():
                     known = (whole for whole in (taken, generated) if whole[: index + 1] == [*before, text])
                     full = "\n".join(next(known, [*before, text])[index:])
                     ends = re.search("^# Answer$", text, re.MULTILINE) is not None
-                    sides[rating].setdefault(text, Step(text, full, ends, row.source))
+                    sides[rating].setdefault(text, PublishedStep(text, full, ends, row.source))
             for chosen, rejected in matched(sides[1], sides[-1]):
                 reason = "rows with pairs"
                 lead = "".join(f"{text}\n" for text in before)

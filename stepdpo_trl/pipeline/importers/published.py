@@ -154,7 +154,7 @@ class LocalizationCase:
     answer: str = ""
 
 
-class Step(NamedTuple):
+class PublishedStep(NamedTuple):
     """A step of a solution, as one side of a pair."""
 
     text: str
@@ -163,7 +163,9 @@ class Step(NamedTuple):
     source: str
 
 
-def matched(right: dict[str, Step], wrong: dict[str, Step]) -> Iterator[tuple[Step, Step]]:
+def matched(
+    right: dict[str, PublishedStep], wrong: dict[str, PublishedStep]
+) -> Iterator[tuple[PublishedStep, PublishedStep]]:
     """Each wrong step with a right one; the right ones take turns, and a step that is both is left out."""
     rights = [step for text, step in right.items() if text not in wrong]
     wrongs = [step for text, step in wrong.items() if text not in right]
@@ -171,7 +173,7 @@ def matched(right: dict[str, Step], wrong: dict[str, Step]) -> Iterator[tuple[St
 
 
 def pair(
-    dataset: str, prompt: str, lead: str, chosen: Step, rejected: Step, answer: str, index: int
+    dataset: str, prompt: str, lead: str, chosen: PublishedStep, rejected: PublishedStep, answer: str, index: int
 ) -> dict[str, Any]:
     """The row of a pair, for the step with this index from 0."""
     same = chosen.source == rejected.source

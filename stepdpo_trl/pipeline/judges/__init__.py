@@ -1,0 +1,1 @@
+"""One file per judge, and the expressions that combine them."""

@@ -75,13 +75,13 @@ def false_equations(problem: str, steps: Steps) -> list[str | None]:
     asked = _ASKED.fullmatch(_spell(problem))
     if asked is None:
         return found
-    left, value = asked[1], evaluate(asked[1])
+    left, value = asked[1], evaluate_expression(asked[1])
     for index, text in enumerate(texts):
         step = _LEAVING.search(text)
         if step:
             if not re.search(rf"(?<![\d.]){re.escape(step[1])}(?![\d.])", left):
                 found[index] = found[index] or f"{step[1]} is no part of {left}"
-            elif evaluate(step[2]) != value:  # or it is no expression at all
+            elif evaluate_expression(step[2]) != value:  # or it is no expression at all
                 found[index] = found[index] or f"{left} = {step[2]}"
             left = step[2]
     return found
@@ -106,13 +106,13 @@ def _false_equation(text: str) -> str | None:
 
 def _is_false(left: str, right: str) -> bool:
     """Whether an equation is false beyond doubt. "3 * 4 = 12 + 5 = 17" is read as it is meant."""
-    value = evaluate(left)
+    value = evaluate_expression(left)
     if value is None or not re.search(r"\d\s*[+\-*/]|[)%]", left):
         return False
     leading = re.match(rf"-?{_NUMBER}%?", right)
     claims = [right, *([leading[0]] if leading else [])]
-    values = [evaluate(claim) for claim in claims]
-    values += [evaluate(claim.rstrip("%")) for claim in claims if claim.endswith("%")]
+    values = [evaluate_expression(claim) for claim in claims]
+    values += [evaluate_expression(claim.rstrip("%")) for claim in claims if claim.endswith("%")]
     return not any(claim is None or _close(value, claim, left, right) for claim in values)
 
 
@@ -125,7 +125,7 @@ def _close(value: Fraction, claim: Fraction, left: str, right: str) -> bool:
     return abs(value - claim) <= max(rounding, taken_over)
 
 
-def evaluate(expression: str) -> Fraction | None:
+def evaluate_expression(expression: str) -> Fraction | None:
     """
     Work out an expression.
 

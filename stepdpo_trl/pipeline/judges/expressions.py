@@ -18,8 +18,8 @@ def parse_judges(expression: str) -> list[list[str]]:
 
     Args:
         expression (`str`):
-            Names, joined by `+` (what all agree on) and `>` (the next is asked where those before are silent); `+`
-            binds closer: `"arithmetic>rollout+llm"`.
+            Names, joined by `+` (what all agree on) and `,` (the next is asked where those before abstain); `+`
+            binds closer: `"arithmetic,rollout+llm"`.
 
     Returns:
         `list[list[str]]`: In the order in which they are asked, the judges that have to agree.
@@ -27,18 +27,23 @@ def parse_judges(expression: str) -> list[list[str]]:
     Raises:
         RunError: If a name is not known.
     """
-    groups = [[name.strip() for name in group.split("+")] for group in expression.split(">")]
+    groups = [[name.strip() for name in group.split("+")] for group in expression.split(",")]
     for name in (name for group in groups for name in group):
         if name not in JUDGES:
             near = get_close_matches(name, JUDGES, n=1, cutoff=0)[0]
             raise RunError(
                 f"Judge {name!r} in {expression!r} is not known. Did you mean {near!r}? Known: {', '.join(JUDGES)}, "
-                "joined by + (agree) and > (ask the next where the first is silent)."
+                "joined by + (agree) and , (ask the next where the first abstains)."
             )
     names = [name for group in groups for name in group]
     if len(set(names)) < len(names):
         raise RunError(f"A judge stands twice in {expression!r}. Name each once.")
     return groups
+
+
+def canonical(expression: str) -> str:
+    """Spell a judge expression without spaces, as in settings, file names and reports."""
+    return ",".join("+".join(group) for group in parse_judges(expression))
 
 
 def combine(groups: list[list[str]], judges: Mapping[str, Judge]) -> Judge:
@@ -67,6 +72,6 @@ def combine(groups: list[list[str]], judges: Mapping[str, Judge]) -> Judge:
                     break
             if len(steps) == 1 and None not in steps:
                 return Verdict(steps.pop(), "+".join(group), evidence)
-        return Verdict(None, ">".join("+".join(group) for group in groups), evidence)
+        return Verdict(None, ",".join("+".join(group) for group in groups), evidence)
 
     return judge

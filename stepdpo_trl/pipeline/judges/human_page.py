@@ -38,7 +38,7 @@ class ToLabel:
     steps: tuple[str, ...]
 
 
-class Answers(Protocol):
+class LabelStore(Protocol):
     """An append-only log. The last record of a key counts; each is on disk when `append` returns."""
 
     def __contains__(self, key: object) -> bool: ...
@@ -53,11 +53,11 @@ class Labelling:
     Args:
         items (`Sequence[ToLabel]`):
             The solutions.
-        answers (`Answers`):
+        answers (`LabelStore`):
             What was answered before, and where answers go.
     """
 
-    def __init__(self, items: Sequence[ToLabel], answers: Answers) -> None:
+    def __init__(self, items: Sequence[ToLabel], answers: LabelStore) -> None:
         self.items = {item.key: item for item in items}
         self.answers = answers
         self.history = [item.key for item in items if self.answered(item.key)]
@@ -116,7 +116,7 @@ footer {display: none !important}
 _LATEX = [{"left": r"\[", "right": r"\]", "display": True}, {"left": r"\(", "right": r"\)", "display": False}]
 
 
-def label(items: Sequence[ToLabel], answers: Answers, port: int | None = None, open_browser: bool = True) -> None:
+def label(items: Sequence[ToLabel], answers: LabelStore, port: int | None = None, open_browser: bool = True) -> None:
     """
     Serve the page until every solution has an answer, or until Ctrl-C.
 
@@ -125,7 +125,7 @@ def label(items: Sequence[ToLabel], answers: Answers, port: int | None = None, o
     Args:
         items (`Sequence[ToLabel]`):
             The solutions.
-        answers (`Answers`):
+        answers (`LabelStore`):
             What was answered before, and where answers go.
         port (`int`, *optional*):
             Port on 127.0.0.1. By default the first free one from 7860.

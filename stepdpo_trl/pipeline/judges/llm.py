@@ -11,7 +11,7 @@ from ...generation import Completion, Request
 from ...runs.run_directory import RunError
 from ...runs.tasks import Ask, Task, seed_of
 from ..policy import render_template
-from ..records import Solution, Verdict, digest
+from ..records import Solution, Verdict, text_digest
 from .protocol import Judge
 
 _BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}[\s.$*)]*$")
@@ -33,7 +33,7 @@ def check_judge_prompt(template: str) -> None:
 
 
 def llm_judge(
-    whom: str, seed: int, votes: int = 1, gold: bool = True, prompt: str | None = None, retry: bool = True
+    service: str, seed: int, votes: int = 1, gold: bool = True, prompt: str | None = None, retry: bool = True
 ) -> Judge:
     r"""
     What a language model says, by majority.
@@ -42,7 +42,7 @@ def llm_judge(
     as votes are wanted, if the judge is sampled.
 
     Args:
-        whom (`str`):
+        service (`str`):
             Name of the service.
         seed (`int`):
             Seed of the run.
@@ -69,11 +69,11 @@ def llm_judge(
         asked = 0
         most = 2 * votes if retry else votes
         while len(said) < votes and asked < most:
-            keys = [f"{solution.key}/{digest(text)}/{asked + i}" for i in range(votes - len(said))]
+            keys = [f"{solution.key}/{text_digest(text)}/{asked + i}" for i in range(votes - len(said))]
             keys = keys[: most - asked]
             messages = ({"role": "user", "content": text},)
-            requests = tuple(Request(key, messages, seed_of(seed, f"{whom}/{key}")) for key in keys)
-            replies: Mapping[str, Completion] = yield Ask(whom, requests)
+            requests = tuple(Request(key, messages, seed_of(seed, f"{service}/{key}")) for key in keys)
+            replies: Mapping[str, Completion] = yield Ask(service, requests)
             asked += len(keys)
             for key in keys:
                 whole = replies[key].finish_reason == "stop"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...data.steps import split_steps
 from ...runs.tasks import Ask, Task
-from ..records import Solution, Verdict, digest
+from ..records import Solution, Verdict, text_digest
 from .protocol import Judge
 
 
@@ -31,7 +31,7 @@ def prm_judge(threshold: float = 0.5) -> Judge:
 
     def judge(solution: Solution) -> Task[Verdict]:
         steps = split_steps(solution.text, solution.style).texts()
-        key = f"{solution.key}/{digest(*steps)}"
+        key = f"{solution.key}/{text_digest(*steps)}"
         replies = yield Ask("prm", (PRMRequest(key, solution.problem.problem, steps),))
         scores = replies[key]["scores"]
         step = next((number for number, score in enumerate(scores, start=1) if score < threshold), None)

@@ -8,18 +8,18 @@ from ..records import Solution, Verdict
 from .protocol import Judge
 
 
-def rollout_judge(policy: Policy, k: int = 8) -> Judge:
+def rollout_judge(policy: Policy, num_rollouts: int = 8) -> Judge:
     """
     The first step behind which the policy itself no longer reaches the answer (Monte-Carlo estimation).
 
-    A prefix is lost if none of `k` continuations is right. It is looked for by binary search between the beginning,
+    A prefix is lost if none of `num_rollouts` continuations is right. It is looked for by binary search between the beginning,
     which must not be lost, and the end, which is: about log2 M prefixes of M. Of each, 1, 1, 2, 4 ... continuations
     are sampled until one is right.
 
     Args:
         policy (`Policy`):
             The model that wrote the solutions.
-        k (`int`, *optional*, defaults to `8`):
+        num_rollouts (`int`, *optional*, defaults to `8`):
             Continuations of a prefix at most.
 
     Returns:
@@ -29,8 +29,8 @@ def rollout_judge(policy: Policy, k: int = 8) -> Judge:
     def reached(solution: Solution, steps: Steps, length: int, seen: dict[str, list[int]]) -> Task[bool]:
         prefix = steps.prefix(length + 1)
         tried, right = 0, 0
-        while tried < k and not right:
-            numbers = range(tried, min(k, max(1, 2 * tried)))
+        while tried < num_rollouts and not right:
+            numbers = range(tried, min(num_rollouts, max(1, 2 * tried)))
             sampled = yield from policy.sample(solution.problem, prefix, numbers)
             tried += len(sampled)
             right += sum(continuation.check.outcome == RIGHT for continuation in sampled)

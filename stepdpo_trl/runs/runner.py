@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stage:
+class TaskRunner:
     """
     The surroundings of a stage.
 
@@ -30,7 +30,7 @@ class Stage:
     name: str
     services: dict[str, Service] = field(default_factory=dict)
 
-    def go(self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
+    def results(self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
         """Run tasks, with a progress bar that shows `counts`: the yield so far."""
         with tqdm(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
             for result in run_tasks(tasks, self.services):
