@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import STEP_PROMPTS
-from ..evaluation.harness import HARNESS
 from ..evaluation.problems import PROBLEM_SETS, load_problems
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import adapter_base
@@ -32,13 +31,14 @@ def add_eval_command(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     sets = ", ".join(PROBLEM_SETS)
     what.add_argument("--problems", metavar="SET", help=f"{sets}, or JSON lines or Parquet: problem, answer")
-    what.add_argument("--tasks", nargs="+", choices=HARNESS, help="of lm-evaluation-harness, to which they are handed")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="h4, gsm8k, math, or tasks of lm-evaluation-harness")
     parser.add_argument(
         "--output-dir", required=True, metavar="FOLDER", help="for answers, results.json, records.jsonl"
     )
     parser.add_argument("--limit", type=positive, help="the first so many problems")
     _adapter(model_options(parser, "", "the model"), "")
     _adapter(model_options(parser, "baseline-", "another one to compare it with", flag="--baseline"), "baseline-")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="few-shot examples (with --tasks)")
     group = parser.add_argument_group("what it is asked (with --problems)")
     group.add_argument("--prompt", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template (qwen2-boxed)")
     group.add_argument(
@@ -82,11 +82,16 @@ def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | N
         )
     from ..evaluation.harness import evaluate_tasks, show_tasks
 
-    results = evaluate_tasks(Path(args.output_dir), args.tasks, model, args.batch_size, args.limit)
+    path = Path(args.output_dir)
+    results = evaluate_tasks(path, args.tasks, model, args.batch_size, args.limit, args.num_fewshot)
     print(f"{show_tasks(results)}\n\nResults and records: {args.output_dir}")
 
 
 def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
+    if args.num_fewshot is not None:
+        raise RunError(
+            f"--num-fewshot {args.num_fewshot} has no effect with --problems. Use it with --tasks, or remove it."
+        )
     options = {**DEFAULTS, "prompt": PROMPTS.get(args.problems, DEFAULTS["prompt"])}
     options |= {name: value for name, value in vars(args).items() if value is not None}
     if args.top_p is not None and not options["temperature"]:
