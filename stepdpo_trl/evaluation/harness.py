@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..generation import ModelSpec
+from ..generation.protocol import DEFAULT_CONCURRENT_REQUESTS
 from ..runs.run_directory import RunError
 
 
@@ -117,7 +118,8 @@ def handed_over(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
                 f"--api-key-env {model.api_key_env}: lm-evaluation-harness reads the key from "
                 "OPENAI_API_KEY. Set that."
             )
-        server = {"base_url": f"{str(model.base_url).rstrip('/')}/completions", "num_concurrent": model.batch_size}
+        server = {"base_url": f"{str(model.base_url).rstrip('/')}/completions"}
+        server["num_concurrent"] = model.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         arguments = {"model": model.model, **server, "tokenizer": model.tokenizer or model.model}
         return {"model": "local-completions", "model_args": arguments, "batch_size": 1}
     arguments = {"pretrained": model.model, "dtype": model.dtype}

@@ -41,11 +41,11 @@ def check_model(spec: ModelSpec, template: bool = True) -> None:
     Raises:
         GenerationError: If something is missing.
     """
-    load_tokenizer(spec.tokenizer or spec.model, template)
+    load_tokenizer(spec.tokenizer or spec.model, template, revision=spec.tokenizer_revision)
     what = f"model {spec.model!r}"
     try:
         if spec.backend != "openai":
-            AutoConfig.from_pretrained(spec.model)
+            AutoConfig.from_pretrained(spec.model, revision=spec.revision)
         if spec.adapter is not None:
             from peft import PeftConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .chat import load_tokenizer, render
-from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+from .protocol import DEFAULT_CONCURRENT_REQUESTS, Completion, GenerationError, ModelSpec, Request, Sampling
 
 TRIES = 8
 TIMEOUT = 600.0  # seconds for one answer
@@ -31,7 +31,7 @@ class OpenAIGenerator:
 
     Args:
         spec (`ModelSpec`):
-            The address and the model's name there. `batch_size` requests are on their way at a time.
+            The address and the model's name there. At most `max_concurrent_requests` are on their way at a time.
         tries (`int`, *optional*, defaults to `8`):
             How often a request is tried before the run ends: after 429, 5xx, a time-out, a broken connection, or a
             reply that is none. The first pause is half a second, each further one twice as long, at most a minute, or
@@ -60,6 +60,7 @@ class OpenAIGenerator:
             ) from error
         self._openai = openai
         self.spec, self.tries, self.sleep = spec, tries, sleep
+        self.concurrent = spec.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         self._stopping = threading.Event()
         self._key = os.environ.get(spec.api_key_env, "").strip()
         if not self._key.isascii() or not (self._key or "-").isprintable():
@@ -94,10 +95,10 @@ class OpenAIGenerator:
         failed: BaseException | None = None
         refused: list[tuple[Request, Completion]] = []  # until it is known that others are answered
         answered = asked_all = False
-        with ThreadPoolExecutor(self.spec.batch_size) as pool:
+        with ThreadPoolExecutor(self.concurrent) as pool:
             running: dict[Future[Completion], Request] = {}
             while True:
-                while failed is None and len(running) < self.spec.batch_size:
+                while failed is None and len(running) < self.concurrent:
                     request = next(todo, None)
                     asked_all = request is None
                     if request is None:
@@ -169,6 +170,8 @@ class OpenAIGenerator:
             "max_tokens": sampling.max_new_tokens,
             "seed": request.seed % 2**31,
         }
+        if sampling.top_k:  # not in OpenAI's own API, which refuses it
+            options["extra_body"] = {"top_k": sampling.top_k}
         reply: Any
         if isinstance(request.prompt, str):
             reply = self.client.completions.create(prompt=request.prompt, **options)

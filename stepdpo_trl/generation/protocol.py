@@ -64,7 +64,9 @@ class Sampling:
         top_p (`float`, *optional*, defaults to `0.95`):
             Share of the probability mass to sample from.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Where an answer is cut.
+            Maximum number of tokens of a completion.
+        top_k (`int`, *optional*, defaults to `0`):
+            Sample only from this many most likely tokens, before `top_p` is applied. 0 turns it off.
 
     Raises:
         ValueError: If a value is out of range.
@@ -73,6 +75,7 @@ class Sampling:
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int = 1024
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -83,6 +86,8 @@ class Sampling:
             raise ValueError(f"`top_p={self.top_p}` must be above 0 and at most 1.")
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens={self.max_new_tokens}` must be at least 1.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"`top_k={self.top_k}` must be a whole number of at least 0. Use 0 to turn it off.")
 
 
 class Generator(Protocol):
@@ -117,14 +122,19 @@ class ModelSpec:
             read from the environment variable `api_key_env`.
         tokenizer (`str`, *optional*):
             Tokenizer with the chat template for texts sent to a server, defaults to `model`.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Sequences at once (transformers), or requests on their way (server).
+        batch_size (`int`, *optional*):
+            Number of sequences per batch (transformers), defaults to 32.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable that holds the key.
         adapter (`str`, *optional*):
-            Adapter of PEFT's to load on top of the model (transformers).
+            PEFT adapter to load on top of the model (transformers).
+        revision (`str`, *optional*):
+            Branch, tag or commit of the model on the Hub, and of its tokenizer unless `tokenizer` names another
+            repository (transformers and vLLM).
+        max_concurrent_requests (`int`, *optional*):
+            Maximum number of requests that a server gets at the same time, defaults to 32.
 
     Raises:
         ValueError: If the values do not fit together.
@@ -134,10 +144,12 @@ class ModelSpec:
     backend: str = "transformers"
     base_url: str | None = None
     tokenizer: str | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     dtype: str = "auto"
     api_key_env: str = "OPENAI_API_KEY"
     adapter: str | None = None
+    revision: str | None = None
+    max_concurrent_requests: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -164,8 +176,33 @@ class ModelSpec:
                 f"Back end {self.backend!r} does not load the adapter {self.adapter!r}: take the back end "
                 "'transformers', or merge the adapter into the model, or have the server serve it under a name."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        if self.backend == "openai":
+            if self.batch_size is not None:
+                raise ValueError(
+                    f"batch_size={self.batch_size} has no effect on a server, which makes its own batches. Use "
+                    "max_concurrent_requests to limit how many requests it gets at the same time."
+                )
+            if self.revision is not None:
+                raise ValueError(
+                    f"revision={self.revision!r} has no effect on a server, which has loaded its model. Remove it and "
+                    "start the server with that revision."
+                )
+        elif self.max_concurrent_requests is not None:
+            raise ValueError(
+                f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
+                f"{self.backend!r}. It is for servers. Remove it."
+            )
+        for name in ("batch_size", "max_concurrent_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """Revision of the tokenizer: that of the model, unless the tokenizer comes from another repository."""
+        return self.revision if self.tokenizer in (None, self.model) else None
 
 
 BACKENDS = ("transformers", "vllm", "openai")
+DEFAULT_BATCH_SIZE = 32  # transformers
+DEFAULT_CONCURRENT_REQUESTS = 32  # servers

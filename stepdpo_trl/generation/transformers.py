@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from .chat import load_tokenizer, render
-from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+from .protocol import DEFAULT_BATCH_SIZE, Completion, GenerationError, ModelSpec, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ class SeededSampling(LogitsProcessor):
         """Leave one token of each row of `scores`, of shape `(batch, vocab)`."""
         probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
         # Sorting a whole vocabulary takes longer than a small model's forward pass
-        sorted_, order = probabilities.topk(min(MOST_LIKELY, probabilities.shape[-1]))
-        if (sorted_.sum(-1) < self.sampling.top_p).any():
+        sorted_, order = probabilities.topk(min(self.sampling.top_k or MOST_LIKELY, probabilities.shape[-1]))
+        if self.sampling.top_k:
+            sorted_ = sorted_ / sorted_.sum(-1, keepdim=True)
+        elif (sorted_.sum(-1) < self.sampling.top_p).any():
             sorted_, order = probabilities.sort(descending=True)
         cumulative = sorted_.cumsum(-1)
         kept = cumulative - sorted_ < self.sampling.top_p  # the token that crosses the line is kept
@@ -74,7 +76,9 @@ class TransformersGenerator:
             Sequences at once.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = DEFAULT_BATCH_SIZE
+    ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
@@ -88,16 +92,18 @@ class TransformersGenerator:
     @classmethod
     def load(cls, spec: ModelSpec) -> "TransformersGenerator":
         """Load the model, on a GPU if there is one."""
-        tokenizer = load_tokenizer(spec.tokenizer or spec.model)
+        tokenizer = load_tokenizer(spec.tokenizer or spec.model, revision=spec.tokenizer_revision)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "float32" if spec.dtype == "auto" and device == "cpu" else spec.dtype
         try:
-            model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, device_map=device)
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.model, revision=spec.revision, dtype=dtype, device_map=device
+            )
         except (OSError, ValueError) as error:
             raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
         if spec.adapter is not None:
             model = _adapt(model, spec)
-        return cls(model, tokenizer, spec.batch_size)
+        return cls(model, tokenizer, spec.batch_size or DEFAULT_BATCH_SIZE)
 
     def render(self, user: str, response_prefix: str) -> str:
         """Text of a conversation with one message of the user, to the end of the assistant's opening words."""

@@ -29,7 +29,7 @@ class VLLMGenerator:
 
     def __init__(self, spec: ModelSpec) -> None:
         gpus = _gpus()
-        self.tokenizer = load_tokenizer(spec.tokenizer or spec.model)
+        self.tokenizer = load_tokenizer(spec.tokenizer or spec.model, revision=spec.tokenizer_revision)
         # vLLM's own data parallelism wants a process a copy as well (`LLM` refuses it in one)
         context = multiprocessing.get_context("spawn")
         free = context.Queue()
@@ -84,19 +84,26 @@ def _start(free: Any, spec: ModelSpec) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
     import vllm
 
-    _engine = vllm.LLM(model=spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, enable_prefix_caching=True)
+    _engine = vllm.LLM(
+        model=spec.model,
+        tokenizer=spec.tokenizer,
+        revision=spec.revision,
+        tokenizer_revision=spec.tokenizer_revision,
+        dtype=spec.dtype,
+        enable_prefix_caching=True,
+    )
 
 
 def _answer(prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
     import vllm
 
-    # Each its own seed
-    parameters = [
-        vllm.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=seed
-        )
-        for seed in seeds
-    ]
+    options = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+    }
+    parameters = [vllm.SamplingParams(seed=seed, **options) for seed in seeds]
     outputs = _engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
     return [_completion(output) for output in outputs]
 

@@ -139,7 +139,7 @@ def test_standard_mathematics_is_handed_over(tmp_path, calls, capsys):
 
 
 def test_other_back_ends_are_handed_over():
-    server = ModelSpec("m", "openai", "http://localhost:8000/v1", batch_size=7)
+    server = ModelSpec("m", "openai", "http://localhost:8000/v1", max_concurrent_requests=7)
     assert harness.handed_over(server, None) == {
         "model": "local-completions",
         "model_args": {

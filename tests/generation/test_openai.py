@@ -114,14 +114,14 @@ def server():
     server.http.shutdown()
 
 
-def ask(server, count=6, batch_size=2, done=(), prompt="text", **options):
+def ask(server, count=6, concurrent=2, done=(), prompt="text", top_k=0, **options):
     pauses = []
-    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=batch_size)
+    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), max_concurrent_requests=concurrent)
     generator = OpenAIGenerator(spec, sleep=pauses.append, **options)
     requests = [Request(str(n), prompt, n) for n in range(count)]
     found = {}
     try:
-        for part in generator.generate(requests, Sampling(0.5, 0.9, 7), done):
+        for part in generator.generate(requests, Sampling(0.5, 0.9, 7, top_k), done):
             found.update({request.key: answer for request, answer in part})
     except GenerationError as error:
         return found, pauses, str(error)
@@ -141,10 +141,12 @@ def test_texts_and_messages(server):
     assert ask(server, 1, prompt=messages)[0]["0"].text == "to 0"
     path, body, _ = server.bodies[-1]
     assert (path, body["messages"]) == ("/v1/chat/completions", list(messages))
+    ask(server, 1, top_k=20)
+    assert server.bodies[-1][1]["top_k"] == 20
 
 
 def test_bounded_concurrency(server):
-    ask(server, 12, batch_size=3)
+    ask(server, 12, concurrent=3)
     assert server.most == 3
 
 
@@ -157,7 +159,7 @@ def test_what_is_done_is_not_asked(server):
 def test_trouble_that_passes(server, trouble):
     """Tried again after a pause, and nothing is lost or doubled."""
     server.script = [trouble, trouble]
-    found, pauses, error = ask(server, 5, batch_size=1)
+    found, pauses, error = ask(server, 5, concurrent=1)
     assert error is None
     assert {key: answer.text for key, answer in found.items()} == {str(n): f"to {n}" for n in range(5)}
     assert pauses == ([7.0, 7.0] if trouble == "429" else [0.5, 1.0])
@@ -167,7 +169,7 @@ def test_trouble_that_passes(server, trouble):
 def test_trouble_that_stays(server, trouble):
     """An end that says what happened; what had been answered is handed out."""
     server.script = ["ok", "ok"] + [trouble] * 50
-    found, pauses, error = ask(server, 5, batch_size=1, tries=4)
+    found, pauses, error = ask(server, 5, concurrent=1, tries=4)
     assert set(found) == {"0", "1"}
     assert len(pauses) == 3
     assert "did not answer '2' in 4 tries" in error
@@ -196,7 +198,7 @@ def test_ctrl_c_in_a_pause_sends_nothing_more(server):
 def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.script = ["401"]
-    found, pauses, error = ask(server, 3, batch_size=1)
+    found, pauses, error = ask(server, 3, concurrent=1)
     assert (found, pauses) == ({}, [])
     assert server.bodies[0][2] == f"Bearer {KEY}"
     assert "HTTP 401" in error
@@ -251,7 +253,7 @@ def test_what_is_on_its_way_is_kept_at_ctrl_c(server, monkeypatch):
         return waited(*args, **kwargs)
 
     monkeypatch.setattr(openai, "wait", wait)
-    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=2))
+    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), max_concurrent_requests=2))
     kept = []
 
     def keep():

@@ -27,6 +27,10 @@ def answers(generator, requests, sampling, done=()):
     return {request.key: answer for part in generator.generate(requests, sampling, done) for request, answer in part}
 
 
+def test_settings_stored_without_top_k_can_be_read():
+    assert Sampling(**{"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1024}).top_k == 0
+
+
 def test_an_answer_depends_on_its_seed_alone(quickstart):
     """Not on what else is in the batch, nor on the global generator."""
     one, many = TransformersGenerator(*quickstart, batch_size=1), TransformersGenerator(*quickstart, batch_size=16)
@@ -78,20 +82,26 @@ def test_batches_are_run_whole_and_handed_out_in_part(quickstart):
     assert rest == {key: whole[key] for key in order[5:]}
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)])
-def test_distribution(temperature, top_p):
-    """Frequencies of 20,000 seeds against the distribution, worked out here in plain Python."""
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.6, 0), (1.0, 1.0, 3), (0.7, 0.7, 2), (1.0, 0.9, 9)],
+)
+def test_sampled_frequencies_match_the_distribution(temperature, top_p, top_k):
+    """Frequencies of 20,000 seeds match the distribution, which is computed here in plain Python."""
     scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
     weights = [2.718281828459045 ** (s / temperature) for s in scores.tolist()]
     probabilities = {token: weight / sum(weights) for token, weight in enumerate(weights)}
+    ranked = sorted(probabilities, key=probabilities.get, reverse=True)[: top_k or None]
+    total = sum(probabilities[token] for token in ranked)
+    probabilities = {token: probabilities[token] / total for token in ranked}  # top-p applies to what top-k keeps
     nucleus, mass = {}, 0.0
-    for token in sorted(probabilities, key=probabilities.get, reverse=True):
+    for token in ranked:
         if mass >= top_p:
             break
         nucleus[token] = probabilities[token]
         mass += probabilities[token]
     count = 20_000
-    processor = SeededSampling(list(range(count)), Sampling(temperature, top_p, 1), prompt_length=1)
+    processor = SeededSampling(list(range(count)), Sampling(temperature, top_p, 1, top_k), prompt_length=1)
     chosen = processor(torch.zeros(count, 1, dtype=torch.long), scores.repeat(count, 1)).argmax(-1).tolist()
     found = Counter(chosen)
     assert set(found) == set(nucleus)
@@ -148,6 +158,11 @@ def test_bad_models(tmp_path):
         ({"backend": "openai", "base_url": "https://user:secret@host/v1"}, "would be written"),
         ({"backend": "openai", "base_url": "https://host/v1?key=secret"}, "would be written"),
         ({"batch_size": 0}, "at least 1"),
+        ({"backend": "openai", "base_url": "http://h/v1", "max_concurrent_requests": 0}, "at least 1"),
+        ({"backend": "openai", "base_url": "http://h/v1", "batch_size": 4}, "Use max_concurrent_requests"),
+        ({"backend": "openai", "base_url": "http://h/v1", "revision": "main"}, "revision='main' has no effect"),
+        ({"max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
+        ({"backend": "vllm", "max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
     ],
 )
 def test_bad_descriptions(spec, message):
@@ -156,10 +171,29 @@ def test_bad_descriptions(spec, message):
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("values", [(-1, 0.9, 1), (1, 0, 1), (1, 1.1, 1), (1, 0.9, 0)])
+@pytest.mark.parametrize("values", [(-1, 0.9, 1), (1, 0, 1), (1, 1.1, 1), (1, 0.9, 0), (1, 1, 1, -1), (1, 1, 1, 0.5)])
 def test_bad_sampling(values):
     with pytest.raises(ValueError, match="must"):
         Sampling(*values)
+
+
+def test_revision_of_model_and_tokenizer(monkeypatch):
+    loaded = []
+
+    def load(name, *args, revision=None, **kwargs):
+        loaded.append((name, revision))
+        raise OSError("not loaded in this test")
+
+    monkeypatch.setattr("stepdpo_trl.generation.transformers.load_tokenizer", load)
+    with pytest.raises(OSError, match="not loaded"):
+        make_generator(ModelSpec("org/model", revision="v1"))
+    with pytest.raises(OSError, match="not loaded"):
+        make_generator(ModelSpec("org/model", tokenizer="org/tokenizer", revision="v1"))
+    monkeypatch.setattr("stepdpo_trl.generation.transformers.load_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(GenerationError, match="cannot be loaded"):
+        make_generator(ModelSpec("org/model", revision="v1"))
+    assert loaded == [("org/model", "v1"), ("org/tokenizer", None), ("org/model", "v1")]
 
 
 def test_answers_beyond_the_context_are_warned_of_once(quickstart, caplog):
