@@ -350,11 +350,11 @@ def test_nothing_readable(tmp_path, checker, caplog):
     ("judge_name", "options", "message"),
     [
         ("roll-out", JudgeOptions(), "Did you mean 'rollout'"),
-        ("rollout+rollout", JudgeOptions(), "stands twice"),
+        ("rollout+rollout", JudgeOptions(), "contains a judge twice"),
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
         ("rollout", JudgeOptions(num_rollouts=0), "num_rollouts=0"),
-        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "leaves the steps out"),
+        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "does not contain the steps"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
 )
