@@ -47,7 +47,7 @@ class Log(Mapping[str, dict[str, Any]]):
         if complete < len(content):
             logger.warning(
                 f"{self.path} ends in the middle of a record, probably because a process was killed while writing. "
-                f"The last {len(content) - complete} bytes are removed. Their record will be computed again."
+                f"The last {len(content) - complete} bytes are removed, and their record will be computed again."
             )
             with self.path.open("r+b") as file:
                 file.truncate(complete)
@@ -259,8 +259,8 @@ class RunDirectory:
 
 
 def _lock_with_children(path: Path) -> IO[str]:
-    # filelock neither gives access to its file, which children have to inherit, nor leaves them the lock on release.
-    # This is the same lock as filelock's, so that both exclude each other.
+    # Children have to inherit the open file, which filelock does not expose, and keep the lock when this process
+    # releases it. It is the same kind of lock as filelock's, so that both exclude each other.
     import fcntl
 
     lock = path.open("a")

@@ -196,7 +196,7 @@ def test_revision_of_model_and_tokenizer(monkeypatch):
     assert loaded == [("org/model", "v1"), ("org/tokenizer", None), ("org/model", "v1")]
 
 
-def test_prompts_that_exceed_the_context_are_warned_of_once(quickstart, caplog):
+def test_a_warning_is_logged_once_if_the_context_is_too_short(quickstart, caplog):
     generator = TransformersGenerator(*quickstart)
     prompt = generator.render("What is 2 + 3?", "")
     for _ in range(2):

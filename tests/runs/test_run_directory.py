@@ -13,7 +13,7 @@ import pytest
 from stepdpo_trl.runs.run_directory import Log, RunDirectory, RunError
 
 
-def test_records_come_back(tmp_path):
+def test_records_are_read_back(tmp_path):
     log = Log(tmp_path / "a.jsonl")
     log.extend([("x", {"text": "a\u2028b\nc\r"}), ("y", {"n": 1})])
     log.append("x", {"text": "later"})
