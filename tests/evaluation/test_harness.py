@@ -151,7 +151,7 @@ def test_gsm8k_and_math(tmp_path, calls, capsys):
 
 
 def test_arguments_of_other_inference_backends():
-    server = ModelSpec("m", "openai", "http://localhost:8000/v1", batch_size=7)
+    server = ModelSpec("m", "openai", "http://localhost:8000/v1", max_concurrent_requests=7)
     assert harness.model_arguments(server, None) == {
         "model": "local-completions",
         "model_args": {
