@@ -6,7 +6,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
+
+from .forward import text_decoder
+from .vision import VISION_MODEL_TYPES
 
 # Model types that the tests compare with separate sequences
 TESTED_MODEL_TYPES = (
@@ -23,10 +26,15 @@ TESTED_MODEL_TYPES = (
     "olmo3",
     "phi3",
     "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
     "qwen3",
     "qwen3_moe",
+    "qwen3_vl_text",
     "smollm3",
 )
+# Collators whose batches are known. A subclass can add keys to a batch, and must be added here
+COLLATORS: list[type] = [DataCollatorForPreference, DataCollatorForVisionPreference]
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -46,9 +54,7 @@ def why_not_shared(trainer: DPOTrainer) -> str | None:
 
 def _trainer_reason(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
-    if trainer._is_vision_dataset:
-        return "the data has images"
-    if type(trainer.data_collator) is not DataCollatorForPreference:  # a subclass can add keys to a batch
+    if type(trainer.data_collator) not in COLLATORS:
         return f"the data collator is a {type(trainer.data_collator).__name__}, and only DPOTrainer's is supported"
     if accelerator.dataloader_config.dispatch_batches:
         return "`dispatch_batches=True` slices batches, and a prefix tree cannot be sliced"
@@ -78,16 +84,19 @@ def _model_reason(model: Any) -> str | None:
     model = decoder(model)
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not a Transformers model"
-    config = model.config
-    if config.get_text_config() is not config:
-        return f"{type(model).__name__} is not a pure text decoder"
+    config = model.config.get_text_config()
+    if config is not model.config and model.config.model_type not in VISION_MODEL_TYPES:
+        return f"it has not been tested for {model.config.model_type!r}, only for {', '.join(VISION_MODEL_TYPES)}"
+    if getattr(getattr(model.config, "vision_config", None), "model_type", None) == "pixtral":
+        return f"{type(model).__name__} has a Pixtral vision tower, which has not been tested"
+    text_model = text_decoder(model.base_model)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
-    if other or model._is_stateful or any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+    if other or model._is_stateful or any(isinstance(module, torch.nn.Conv1d) for module in text_model.modules()):
         kinds = ", ".join(other) or "state-space or convolution"
         return f"{type(model).__name__} has layers that carry a state from token to token ({kinds})"
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return f"{type(model).__name__} lets tokens attend to later tokens"
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+    if any(name.endswith("sinks") for name, _ in text_model.named_parameters()):
         return f"{type(model).__name__} has attention sinks"
     if config._attn_implementation == "flex_attention":
         return "`attn_implementation='flex_attention'` uses its own masks ('sdpa' is supported)"
