@@ -82,7 +82,9 @@ def _wrap_attention(backbone: Any) -> None:
 
 @dataclass
 class _Output(MoeModelOutputWithPast):
-    image_hidden_states: torch.Tensor | None = None  # read by the heads of some vision-language models
+    # The heads of some vision-language models read these
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> _Output:

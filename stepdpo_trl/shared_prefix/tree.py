@@ -67,6 +67,9 @@ class Pack(_Movable):
             Index of each token in the concatenation of all rows of the batch.
         images (`list[int]`):
             Images of the tokens in their order, as indices into the images of the tree.
+        blocks (`torch.LongTensor` of shape `(tokens,)`, *optional*):
+            Block of each token, -1 for none. The tokens of a block attend to all tokens of the block, also to later
+            ones. A block lies within a chain.
     """
 
     input_ids: torch.Tensor
@@ -77,6 +80,7 @@ class Pack(_Movable):
     lengths: list[tuple[int, int]]
     origins: torch.Tensor
     images: list[int] = field(default_factory=list)
+    blocks: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -181,8 +185,13 @@ def build_tree(
             input_ids[i, : len(positions) + 1] = row[[positions[0] - 1, *positions]]
             completion_mask[i, 1 : len(positions) + 1] = 1
     uses = np.bincount(np.concatenate(paths), minlength=1)[None]
-    tensors = (torch.from_numpy(array) for array in (sources, input_ids, completion_mask, uses))
-    return PrefixTree(packs, *tensors)
+    return PrefixTree(
+        packs=packs,
+        sources=torch.from_numpy(sources),
+        input_ids=torch.from_numpy(input_ids),
+        completion_mask=torch.from_numpy(completion_mask),
+        uses=torch.from_numpy(uses),
+    )
 
 
 def _lay_out(

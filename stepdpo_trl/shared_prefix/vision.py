@@ -24,7 +24,8 @@ from .tree import PrefixTree, build_tree
 PATCHES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 ANYRES = ("llava_onevision",)
 TILES = ("idefics3", "smolvlm")
-STACKED = ("internvl", "llava")
+STACKED = ("gemma3", "internvl", "llava")
+BLOCKS = ("gemma3",)  # the tokens of an image attend to all of its tokens
 VISION_MODEL_TYPES = tuple(sorted(PATCHES + ANYRES + TILES + STACKED))
 
 # Keys of a batch that describe images or the types of tokens
@@ -79,8 +80,8 @@ class ImageLayout:
     def build_tree(
         self,
         batch: dict[str, Any],
-        rows: Sequence[np.ndarray],
-        labels: Sequence[np.ndarray],
+        rows: Sequence[Any],
+        labels: Sequence[Any],
         max_tokens: int | None = None,
     ) -> PrefixTree:
         """
@@ -100,13 +101,15 @@ class ImageLayout:
         owners = self._owners(images, [int(mask.sum()) for mask in placeholders])
         different, indices = _different(images)
         # Negative numbers are not token ids
-        keys = [np.array(row, dtype=np.int64) for row in rows]
+        keys: list[Any] = [np.array(row, dtype=np.int64) for row in rows]
         for key, mask, own in zip(keys, placeholders, owners, strict=True):
             key[mask] = [-1 - indices[i] for i in own for _ in range(images[i].tokens)]
         tree = build_tree(rows, labels, max_tokens, keys)
         flat = np.concatenate(keys)
+        blocks = _blocks(flat, owners) if self.model_type in BLOCKS and "token_type_ids" in batch else None
         for pack in tree.packs:
             pack.images = _images_of(flat[pack.origins.numpy()], [image.tokens for image in different])
+            pack.blocks = None if blocks is None else blocks[pack.origins]
         tree.images = self._arguments(different)
         return tree
 
@@ -201,6 +204,18 @@ def _images_of(keys: np.ndarray, tokens: list[int]) -> list[int]:
         images.append(int(placeholders[position]))
         position += tokens[images[-1]]
     return images
+
+
+def _blocks(keys: np.ndarray, owners: list[list[int]]) -> torch.Tensor:
+    """Return a number for each token of the concatenated rows, equal for the tokens of an image and -1 for text."""
+    inside = keys < 0
+    starts = inside & ~np.concatenate([[False], inside[:-1]])
+    if starts.sum() != sum(map(len, owners)):
+        raise ValueError(
+            "Images follow each other without a token between them, so that their tokens attend to each other. Set "
+            "`shared_prefix='off'`."
+        )
+    return torch.from_numpy(np.where(inside, np.cumsum(starts), -1))
 
 
 class ImageFeatures:

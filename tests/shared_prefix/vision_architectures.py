@@ -1,16 +1,32 @@
 """Tiny vision-language models of many architectures, and batches for them as their processors create them."""
 
-
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+)
 
-from .architectures import SIZE, VOCABULARY
+from ..tiny import byte_level_tokenizer
+from .architectures import MIXED, SIZE, VOCABULARY
 
-IMAGE = VOCABULARY - 1  # id of the placeholder token
+PLACEHOLDER = VOCABULARY - 1  # id of the placeholder token
 TEXT = {**SIZE, "num_hidden_layers": 3}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-IDS = {"image_token_id": IMAGE, "video_token_id": IMAGE - 1, "vision_start_token_id": 3, "vision_end_token_id": 4}
-QWEN = {**IDS, "text_config": {**TEXT, "rope_parameters": ROPE}}
+IDS = {
+    "image_token_id": PLACEHOLDER,
+    "video_token_id": PLACEHOLDER - 1,
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+}
+QWEN = {
+    **IDS,
+    "text_config": {**TEXT, "rope_parameters": ROPE},
+}
 PATCH = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 ENCODER = {
     "hidden_size": 24,
@@ -21,9 +37,13 @@ ENCODER = {
     "patch_size": 4,
     "initializer_range": 0.2,
 }
-LLAVA = {"image_token_index": IMAGE, "image_token_id": IMAGE, "text_config": {**TEXT, "model_type": "llama"}}
+LLAVA = {
+    "image_token_index": PLACEHOLDER,
+    "image_token_id": PLACEHOLDER,
+    "text_config": {**TEXT, "model_type": "llama"},
+}
 TILES = {
-    "image_token_id": IMAGE,
+    "image_token_id": PLACEHOLDER,
     "scale_factor": 2,
     "text_config": {**TEXT, "model_type": "llama"},
     "vision_config": ENCODER,
@@ -72,10 +92,16 @@ VISION = {
         "vision_feature_select_strategy": "full",
         "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
     },
+    "gemma3": {
+        "image_token_index": PLACEHOLDER,
+        "mm_tokens_per_image": 4,
+        "text_config": {**TEXT, **MIXED, "layer_types": [*MIXED["layer_types"], "sliding_attention"]},
+        "vision_config": {"model_type": "siglip_vision_model", **ENCODER, "vision_use_head": False},
+    },
     "smolvlm": TILES,
     "idefics3": TILES,
     "internvl": {
-        "image_token_id": IMAGE,
+        "image_token_id": PLACEHOLDER,
         "text_config": {**TEXT, "model_type": "qwen2"},
         "vision_config": {**ENCODER, "image_size": [16, 16], "patch_size": [4, 4]},
         "vision_feature_layer": -1,
@@ -146,3 +172,64 @@ def count_tokens(model: torch.nn.Module, images: list[dict[str, torch.Tensor]]) 
     if model.config.model_type in ("smolvlm", "idefics3"):
         return [len(pooled[0]) // len(images)] * len(images)
     return [len(features) for features in pooled]
+
+
+VISION_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ImageTextProcessor(Qwen2_5_VLProcessor):
+    """Processor of Qwen2.5-VL without videos, whose processor needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def qwen_processor() -> ImageTextProcessor:
+    """Create a processor of Qwen2.5-VL for images of 16 to 256 patches of 4 x 4 pixels."""
+    tokenizer = byte_level_tokenizer(VISION_CHATML)
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    size = {"shortest_edge": 16 * 4**2, "longest_edge": 256 * 4**2}
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    return ImageTextProcessor(images, tokenizer, chat_template=VISION_CHATML)
+
+
+def qwen_model(processor: ImageTextProcessor, seed: int = 0) -> torch.nn.Module:
+    """Create a Qwen2.5-VL for the tokens of a processor."""
+    tokenizer = processor.tokenizer
+    text = {**QWEN["text_config"], "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    text |= {"max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    names = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names}
+    return tiny_vision_model("qwen2_5_vl", seed, text_config=text, **ids)
+
+
+def vision_rows(number: int = 6) -> list[dict]:
+    """Return preference pairs with zero to two images, where the first two pairs have the same problem."""
+    generator = np.random.default_rng(0)
+
+    def draw(width: int, height: int) -> Image.Image:
+        return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    images = [draw(16, 16), draw(32, 16), draw(16, 16), draw(24, 40)]
+    own = [[0], [0], [2], [], [1, 3], [3]]
+    rows = []
+    for i in range(number):
+        rows.append(
+            {
+                "images": [images[k] for k in own[i % 6]],
+                "prompt": [{"role": "user", "content": "What is this?" + " Please." * (i % 6 > 2)}],
+                "chosen": [{"role": "assistant", "content": f"The answer is {i}."}],
+                "rejected": [{"role": "assistant", "content": f"Step 1: 12 + {i}"}],
+            }
+        )
+    return rows
