@@ -167,7 +167,7 @@ def test_other_settings_are_rejected(tmp_path, checker):
             run(tmp_path, checker, Student(), **other)
     problems = draw_records(40)
     for first in (Problem("p0", "What is 1 + 1?", "2"), Problem("other", "What is 1 + 1?", "2")):
-        with pytest.raises(RunError, match=r'problems\.digest: \w+ in this run'):
+        with pytest.raises(RunError, match=r"problems\.digest: '\w+' in this run"):
             run(tmp_path, checker, Student(), problems=[first, *problems[1:]])
     assert contents(tmp_path) == before
     Session({ONE: Student()}, checker).collect(
