@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
-
+from .progress import progress_bar
 from .run_directory import RunDirectory
 from .tasks import Service, Task, run_tasks
 
@@ -32,7 +31,7 @@ class TaskRunner:
 
     def results(self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
         """Run tasks, with a progress bar that shows `counts`: the yield so far."""
-        with tqdm(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
+        with progress_bar(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
             for result in run_tasks(tasks, self.services):
                 yield result
                 bar.update(1)

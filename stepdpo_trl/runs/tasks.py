@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from tqdm.auto import tqdm
-
 from ..data.answers import AnswerChecker, Check
 from ..generation import Completion, Generator, Request, Sampling
+from .progress import progress_bar
 from .run_directory import Log
 
 T = TypeVar("T")
@@ -121,7 +120,7 @@ class RecordedModel:
         self.asked.update(request.key for request in requests)
         missing = sum(request.key not in self.log for request in anew)
         if missing:
-            with tqdm(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
+            with progress_bar(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
                 tokens = 0
                 for answered in self.generator.generate(anew, self.sampling, self.log):
                     records = ((request.key, {"stage": self.stage, **vars(answer)}) for request, answer in answered)

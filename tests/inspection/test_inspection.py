@@ -405,7 +405,7 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW], ["--model", "m", "--beta", "nan"], "--beta nan must be a number above 0"),
         ([STEP_ROW], ["--split", "test"], "has no splits"),
         ([STEP_ROW], ["--html", "."], "--html . is a folder"),
-        ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix decides on tokens"),
+        ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix changes tokens"),
         ([STEP_ROW], ["--solution", "a"], "--solution is for the folder of a run"),
         ([STEP_ROW], ["--html", "nowhere/page.html"], "there is no folder nowhere"),
         ([STEP_ROW], ["--tokenizer", "./nowhere"], "The tokenizer of './nowhere' cannot be loaded"),
