@@ -105,7 +105,7 @@ def _judges(args: argparse.Namespace) -> Any:
 def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
     judge_name, options = args.judge, _judges(args)
     if "human" in judge_name and args.engine == "ray":
-        raise RunError("Judge 'human' opens a page on this machine. Use --engine local.")
+        raise RunError("Judge 'human' needs a person at this machine. Use --engine local.")
     options.check([name for group in parse_judges(judge_name) for name in group])
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:

@@ -406,7 +406,7 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW], ["--split", "test"], "has no splits"),
         ([STEP_ROW], ["--html", "."], "--html . is a folder"),
         ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix changes tokens"),
-        ([STEP_ROW], ["--solution", "a"], "--solution is for the folder of a run"),
+        ([STEP_ROW], ["--solution", "a"], "--solution needs the folder of a run"),
         ([STEP_ROW], ["--html", "nowhere/page.html"], "there is no folder nowhere"),
         ([STEP_ROW], ["--tokenizer", "./nowhere"], "The tokenizer of './nowhere' cannot be loaded"),
         ([PLAIN_ROW], ["--tokenizer", "MODEL", "--max-length", "5"], "The prompt of row 0 of {} fills max_length=5"),
