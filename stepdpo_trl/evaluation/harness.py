@@ -118,7 +118,7 @@ def handed_over(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
                 f"--api-key-env {model.api_key_env}: lm-evaluation-harness reads the key from "
                 "OPENAI_API_KEY. Set that."
             )
-        server = {"base_url": f"{str(model.base_url).rstrip('/')}/completions"}
+        server: dict[str, Any] = {"base_url": f"{str(model.base_url).rstrip('/')}/completions"}
         server["num_concurrent"] = model.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         arguments = {"model": model.model, **server, "tokenizer": model.tokenizer or model.model}
         return {"model": "local-completions", "model_args": arguments, "batch_size": 1}

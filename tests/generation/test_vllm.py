@@ -1,4 +1,4 @@
-"""The vLLM back end against a stand-in for vLLM: what it is asked, on which device, and what comes back."""
+"""Generation with a fake vLLM, which returns its arguments and devices as text."""
 
 import os
 import sys
@@ -34,10 +34,10 @@ class LLM:
 """
 
 
-def test_a_copy_on_each_gpu(tmp_path, monkeypatch):
+def test_one_copy_per_gpu(tmp_path, monkeypatch):
     (tmp_path / "vllm.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))  # of the workers
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))  # for the worker processes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr(vllm, "BATCH", 2)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
@@ -58,12 +58,12 @@ def test_a_copy_on_each_gpu(tmp_path, monkeypatch):
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_missing(monkeypatch):
+def test_missing_package_or_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(GenerationError, match=r"stepdpo_trl\[vllm\]"):
         make_generator(ModelSpec(str(MODEL_PATH), "vllm"))
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(GenerationError, match="needs a GPU"):
+    with pytest.raises(GenerationError, match="needs a GPU, but no GPU was found"):
         make_generator(ModelSpec(str(MODEL_PATH), "vllm"))

@@ -77,7 +77,7 @@ def test_more_stages_later_and_other_settings_never(tmp_path):
     work = Work()
     work.run(tmp_path, stages=3, seed=0)
     assert work.asked == expected(tmp_path)[4:]
-    with pytest.raises(RunError, match=r"was begun with seed=0 \(now 1\)"):
+    with pytest.raises(RunError, match=r"was started with other settings:\n  seed: 0 in this run, 1 now\n"):
         Work().run(tmp_path, stages=3, seed=1)
 
 
@@ -109,7 +109,7 @@ def test_what_a_killed_loop_started_is_waited_for(tmp_path):
         time.sleep(1)  # for the orphan to be there
         process.kill()
         process.wait()
-        with pytest.raises(RunError, match=f"process {process.pid}, or what it started, on"):
+        with pytest.raises(RunError, match=f"process {process.pid} or its children on "):
             Work().run(tmp_path)
         process.stdin.close()  # which ends the orphan
         for _ in range(100):

@@ -350,11 +350,11 @@ def test_nothing_readable(tmp_path, checker, caplog):
     ("judge_name", "options", "message"),
     [
         ("roll-out", JudgeOptions(), "Did you mean 'rollout'"),
-        ("rollout+rollout", JudgeOptions(), "stands twice"),
+        ("rollout+rollout", JudgeOptions(), "contains a judge twice"),
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
         ("rollout", JudgeOptions(num_rollouts=0), "num_rollouts=0"),
-        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "leaves the steps out"),
+        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "does not contain the steps"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
 )
@@ -408,7 +408,7 @@ def test_other_settings(tmp_path, checker):
     session = Session({MODEL: Student()}, checker)
     arguments = (tmp_path, draw_records(5), "drawn", MODEL, STEP_PROMPTS["plain"])
     session.collect(*arguments, SAMPLING, 2)
-    with pytest.raises(RunError, match=r"begun with sampling=.*another folder"):
+    with pytest.raises(RunError, match=r"settings:\n  sampling.temperature: 1.0 in this run, 0.5 now\nUse .* folder"):
         session.collect(*arguments, Sampling(0.5, 1.0, 256), 2)
-    with pytest.raises(RunError, match=r"begun with seed=0 \(now 1\)"):
+    with pytest.raises(RunError, match=r"settings:\n  seed: 0 in this run, 1 now\n"):
         session.collect(*arguments, SAMPLING, 2, seed=1)
