@@ -1,16 +1,18 @@
 """Commands that make step pairs: collect, localize, rectify, build, data, report, import."""
 
 import argparse
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_atomically
 from ..generation import Sampling
 from ..pipeline.judges.expressions import parse_judges
 from ..pipeline.policy import resolve_step_prompt
-from ..pipeline.records import Problem, read_texts
+from ..pipeline.records import Problem, count_line, describe_source, read_texts
 from ..runs.run_directory import RunError
 from .data_options import add_build, add_collect, add_data, add_import, add_localize, add_rectify, add_report
 from .dry_run import estimate
@@ -63,7 +65,7 @@ def _each(args: argparse.Namespace, path: str, work: Callable[[Any, Path, tuple[
     with Session() as session:
         for folder, shard in folders:
             counts = work(session, folder, shard)
-            print(f"{folder}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
+            print(count_line(folder, counts))
 
 
 def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable[[Any, Path, tuple[int, int]], Any]:
@@ -76,9 +78,10 @@ def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable
     prompt = resolve_step_prompt(text_of(args.prompt), args.response_prefix)
     model = model_spec(args)
     name, samples, seed = Path(args.problems).stem, args.num_samples, args.seed
+    source = describe_source(args.problems)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        return session.collect(folder, problems, name, model, prompt, sampling, samples, seed, shard)
+        return session.collect(folder, problems, name, model, prompt, sampling, samples, seed, shard, source)
 
     return work
 
@@ -160,20 +163,33 @@ def _paths(args: argparse.Namespace, path: str) -> list[Path]:
 
 def _build(args: argparse.Namespace) -> None:
     from ..pipeline.build import build, check_target, run_directories, save
-    from ..pipeline.logps import add_logps
-    from ..pipeline.report import render_report, write_card
-    from ..pipeline.summary import summarize
+    from ..pipeline.build_record import make_record, write_build
+    from ..pipeline.data_card import write_card
+    from ..pipeline.report import render_report
+    from ..pipeline.summary import summarize, table_of
 
     check_target(args.output_file)
     paths = run_directories(args.run)
-    model = args.logps
-    score = (lambda rows: add_logps(rows, model)) if model else None
+    score = functools.partial(_score, args.logps) if args.logps else None
     rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem, score)
+    record = make_record(args.output_file, rows, left_out)
     summary = summarize(paths)
-    where = save(rows, args.output_file, write_card(summary, len(rows), left_out))
+    where = save(rows, args.output_file, write_card(summary, record, args.license))
+    write_build(args.run, record)
     report = Path(args.run) / "report.html"
-    report.write_text(render_report(summary, len(rows), left_out), encoding="utf-8")
-    print(f"{len(rows)} pairs in {where}. Left out: {dict(left_out) or 'none'}. Report: {report}")
+    write_atomically(report, render_report(summary, record))
+    print(f"{table_of(summary, record)}\nPairs: {where}\nReport: {report}")
+
+
+def _score(name: str, rows: list[dict[str, Any]]) -> None:
+    """Add log-probabilities to step pairs, with the tokens of the trainer."""
+    from ..generation import ModelSpec
+    from ..generation.transformers import TransformersGenerator
+    from ..pipeline.logps import add_logps
+    from ..step_dpo.tokenization import StepTokenizer
+
+    generator = TransformersGenerator.load(ModelSpec(name))
+    add_logps(rows, generator.model, StepTokenizer(generator.tokenizer))
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -195,9 +211,9 @@ def _data(args: argparse.Namespace) -> None:
         return
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        for stage in stages:
-            counts = stage(session, folder, shard)
-        return counts
+        for stage in stages[:-1]:
+            print(count_line(folder, stage(session, folder, shard)))
+        return stages[-1](session, folder, shard)
 
     _each(args, args.output_dir, work)
     if args.shard:
@@ -224,21 +240,20 @@ def _check_corrections(chosen: str | None, written: str, paths: list[Path]) -> N
 
 def _report(args: argparse.Namespace) -> None:
     from ..pipeline.build import run_directories
+    from ..pipeline.build_record import read_build
     from ..pipeline.report import render_report
-    from ..pipeline.summary import rows_of, summarize
+    from ..pipeline.summary import summarize, table_of
 
-    summary = summarize(run_directories(args.run))
-    for stage, what, count in rows_of(summary):
-        print(f"{stage:<32}{what:<48}{count:>12,}")
+    summary, record = summarize(run_directories(args.run)), read_build(args.run)
     report = Path(args.run) / "report.html"
-    report.write_text(render_report(summary), encoding="utf-8")
-    print(f"Report: {report}")
+    write_atomically(report, render_report(summary, record))
+    print(f"{table_of(summary, record)}\nReport: {report}")
 
 
 def _import(args: argparse.Namespace) -> None:
     from ..pipeline.build import check_target, save
+    from ..pipeline.data_card import write_import_card
     from ..pipeline.importers.formats import FORMATS
-    from ..pipeline.report import write_import_card
 
     check_target(args.output_file)
     reader = FORMATS[args.format.replace("-", "_")]

@@ -290,6 +290,7 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
         "--max-pairs-per-problem", type=positive, metavar="N", help="Maximum number of pairs per problem."
     )
     group.add_argument("--logps", metavar="MODEL", help="Add the log-probabilities of both steps under this model.")
+    group.add_argument("--license", metavar="ID", help="License to state in the data card, such as apache-2.0.")
 
 
 def _shard(text: str) -> tuple[int, int]:
