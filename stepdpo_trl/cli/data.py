@@ -87,7 +87,7 @@ def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable
 
 
 def _judges(args: argparse.Namespace) -> Any:
-    from ..pipeline.session import JudgeOptions
+    from ..pipeline.judge_options import JudgeOptions
 
     prompt = text_of(args.judge_prompt) if args.judge_prompt else None
     if args.judge_prompt and prompt == args.judge_prompt:
@@ -118,7 +118,7 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
 
 
 def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
-    from ..pipeline.session import check_rectify
+    from ..pipeline.judge_options import check_rectify
 
     judge_name, options = args.judge, _judges(args)
     num_corrections, max_attempts = args.num_corrections, args.max_attempts
@@ -194,7 +194,7 @@ def _score(name: str, rows: list[dict[str, Any]]) -> None:
 
 def _data(args: argparse.Namespace) -> None:
     from ..pipeline.build import check_target
-    from ..pipeline.session import corrections_name
+    from ..pipeline.names import corrections_name
 
     check_target(args.output_file)
     for test_set in args.exclude:

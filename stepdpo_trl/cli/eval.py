@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import STEP_PROMPTS
-from ..evaluation.harness import HARNESS
 from ..evaluation.problems import PROBLEM_SETS, load_problems
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import adapter_base
@@ -61,11 +60,19 @@ def add_eval_command(commands: Any) -> None:
         metavar="SET",
         help=f"One of {sets} (their test splits), or a .jsonl or .parquet file with the columns problem and answer.",
     )
-    what.add_argument("--tasks", nargs="+", choices=HARNESS, help="Tasks of lm-evaluation-harness.")
+    what.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="h4, gsm8k, math, or any tasks of lm-evaluation-harness."
+    )
     group.add_argument(
         "--output-dir", required=True, metavar="DIR", help="Folder for answers, results.json and records.jsonl."
     )
     group.add_argument("--limit", type=positive, metavar="N", help="Use the first N problems only.")
+    group.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="Examples before each problem (with --tasks). (default: that of the task)",
+    )
     _adapter(
         model_options(parser, "", "Model", "Model, or folder of a PEFT adapter on its base model.", required=True), ""
     )
@@ -122,28 +129,33 @@ def _on_base(spec: ModelSpec | None) -> ModelSpec | None:
 
 
 def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
-    said = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None] + ["baseline"] * bool(
-        other
-    )
-    if said:
-        named = ", ".join("--" + name.replace("_", "-") for name in said)
+    given = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None]
+    given += ["baseline"] if other else []
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
         raise RunError(
-            f"{named} cannot go with --tasks: "
-            "lm-evaluation-harness has its own prompts and sampling, and takes one model at a time. Leave them out."
+            f"{named} cannot be used with --tasks: lm-evaluation-harness has its own prompts and sampling, and "
+            "evaluates one model at a time. Remove it."
         )
     from ..evaluation.harness import evaluate_tasks, show_tasks
 
-    results = evaluate_tasks(Path(args.output_dir), args.tasks, model, args.batch_size, args.limit)
+    path = Path(args.output_dir)
+    results = evaluate_tasks(path, args.tasks, model, args.batch_size, args.limit, args.num_fewshot)
     print(f"{show_tasks(results)}\n\nResults and records: {args.output_dir}")
 
 
 def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
+    if args.num_fewshot is not None:
+        raise RunError(
+            f"--num-fewshot {args.num_fewshot} has no effect with --problems. Use it with --tasks, or remove it."
+        )
     options = {**DEFAULTS, "prompt": PROMPTS.get(args.problems, DEFAULTS["prompt"])}
     options |= {name: value for name, value in vars(args).items() if value is not None}
-    if args.top_p is not None and not options["temperature"]:
-        raise RunError(f"--top-p {args.top_p} has no effect at temperature 0. Remove it, or pass a --temperature.")
-    if args.top_k and not options["temperature"]:
-        raise RunError(f"--top-k {args.top_k} has no effect at temperature 0. Remove it, or pass a --temperature.")
+    for name in ("top_p", "top_k"):
+        value = getattr(args, name)
+        if value is not None and not options["temperature"]:
+            option = "--" + name.replace("_", "-")
+            raise RunError(f"{option} {value} has no effect at temperature 0. Remove it, or pass a --temperature.")
     sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"], options["top_k"])
     prompt = resolve_step_prompt(text_of(options["prompt"]), args.response_prefix)
     from ..evaluation.evaluate import check_comparison, evaluate

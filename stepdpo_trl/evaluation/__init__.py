@@ -1,1 +1,1 @@
-"""How good a model is, and which of two is better, on problems with known answers."""
+"""Accuracy of models on problems with known answers, and tests of whether two models differ."""

@@ -1,16 +1,17 @@
-"""Let models solve problems, and count. Every answer is on disk before it is used: a run that was killed goes on."""
+"""Accuracy of one or two models on a set of problems. Answers are stored before they are used, so runs can resume."""
 
 import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_atomically
 from ..data.prompts import StepPrompt
-from ..generation import ModelSpec, Sampling
+from ..generation import Completion, Generator, ModelSpec, Request, Sampling
 from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
@@ -23,6 +24,9 @@ from .majority import ProblemAnswers, vote
 from .results import compare, measure
 
 logger = logging.getLogger(__name__)
+
+# Fields of `ModelSpec` that answers do not depend on, so they may change when a run resumes
+_CONNECTION = ("base_url", "api_key_env", "batch_size", "max_concurrent_requests")
 
 
 def evaluate(
@@ -37,39 +41,39 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Measure the accuracy of one model, or of two and their difference.
+    Measure the accuracy of one model, or of two models and their difference.
 
     Args:
         session (`Session`):
-            Models that are loaded already, and the answer checker.
+            Session that holds the loaded models and the answer checker.
         path (`Path`):
-            Folder for the answers, `results.json`, and `records.jsonl` with what was made of each problem.
+            Output folder for the answers, `results.json`, and `records.jsonl` with the solutions of each problem.
         name (`str`):
-            Name of the problems.
+            Name of the problem set.
         problems (`Sequence[Problem]`):
             The problems.
         models (`Sequence[ModelSpec]`):
-            The model, or the two.
+            The model, or the model and its baseline.
         prompt (`StepPrompt`):
-            How they are asked.
+            Prompt and response prefix.
         sampling (`Sampling`):
-            How they are sampled.
+            Sampling parameters.
         num_samples (`int`, *optional*, defaults to `1`):
-            Solutions of each problem. The i-th sample of a problem has the same seed for both models.
+            Number of solutions per problem. The i-th sample of a problem has the same seed for both models.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
 
     Returns:
-        `dict[str, Any]`: What is in `results.json`.
+        `dict[str, Any]`: The content of `results.json`.
 
     Raises:
-        RunError: If the options do not fit together, or `path` holds another evaluation.
+        RunError: If the arguments contradict each other, or `path` holds an evaluation with other settings.
         GenerationError: If a model cannot be loaded.
     """
     check_comparison(models, sampling, num_samples)
     for model in models:
         if model not in session.generators:
-            from ..generation.chat import check_model  # loads transformers
+            from ..generation.chat import check_model  # slow: imports transformers
 
             check_model(model)
     settings = {
@@ -80,86 +84,137 @@ def evaluate(
         "num_samples": num_samples,
         "seed": seed,
     }
-    with begin(path, settings) as run:
+    with open_evaluation(path, settings) as run:
         session.check_golds(problems)
-        keep_problems(run, problems)
+
+        @cache
+        def keep() -> None:
+            run.keep_settings("eval", settings)
+            keep_problems(run, problems)
+
         answers = []
         for model in models:
-            answers.append(_answer(session, run, model, problems, prompt, sampling, num_samples, seed))
+            answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed))
             session.release(model)
         names = _names(models)
-        results = {**settings, "results": [measure(*each) for each in zip(names, answers, strict=True)]}
+        results = {**settings, "results": [measure(*pair) for pair in zip(names, answers, strict=True)]}
         if len(models) == 2:
             results["difference"] = compare(answers[0], answers[1], seed)
         rows = [
-            _record(problem, dict(zip(names, each, strict=True)))
-            for problem, *each in zip(problems, *answers, strict=True)
+            _record(problem, dict(zip(names, answered, strict=True)))
+            for problem, *answered in zip(problems, *answers, strict=True)
         ]
-        write_text(path / "records.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_text(path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path / "records.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomically(path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
 
 def check_comparison(models: Sequence[ModelSpec], sampling: Sampling, num_samples: int) -> None:
     """
-    Check that models can be compared, and samples differ.
+    Check that two models are not the same one, and that several samples of a problem can differ.
+
+    Args:
+        models (`Sequence[ModelSpec]`):
+            The model, or the model and its baseline.
+        sampling (`Sampling`):
+            Sampling parameters.
+        num_samples (`int`):
+            Number of solutions per problem.
 
     Raises:
-        RunError: If not.
+        RunError: If the models are the same, or if `num_samples` is above 1 at temperature 0.
     """
-    places = [
+    resolved = [
         {**identity(model), **{name: Path(getattr(model, name) or "").resolve() for name in ("model", "adapter")}}
         for model in models
     ]
-    if len(models) == 2 and places[0] == places[1]:
+    if len(models) == 2 and resolved[0] == resolved[1]:
         raise RunError(
-            f"--baseline {models[1].model!r} is the model itself: there is nothing to compare. Name another model or "
-            "adapter; a server has to serve it under another name."
+            f"--baseline {models[1].model!r} is the model itself, so there is nothing to compare. Pass another model "
+            "or adapter. If both are on servers, serve them under different names."
         )
     if num_samples > 1 and not sampling.temperature:
         raise RunError(
-            f"--num-samples {num_samples} at temperature 0 are {num_samples} times the same answer. Give a --temperature, such as "
-            "0.7, or leave --num-samples out."
+            f"--num-samples {num_samples} at temperature 0 would give the same answer {num_samples} times. Set "
+            "--temperature, for example to 0.7, or remove --num-samples."
         )
 
 
-def begin(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
+def open_evaluation(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
     """
-    Open the folder of an evaluation, with settings that belong to it.
+    Open the output folder of an evaluation, and check the settings of an evaluation that it already holds.
+
+    The settings of a new evaluation are not written yet. The caller writes them with the first answer, so that a
+    first attempt with a wrong model does not lock the folder.
+
+    Args:
+        path (`Path`):
+            The folder. It is created if needed.
+        settings (`Mapping[str, Any]`):
+            Settings of the evaluation.
+
+    Returns:
+        `RunDirectory`: The open folder.
 
     Raises:
-        RunError: If it belongs to something else.
+        RunError: If the folder holds something else, or an evaluation with other settings.
     """
     run = RunDirectory(path, create=True)
     try:
-        others = [stage for stage in run.settings() if stage != "eval"]
+        kept = run.settings()
+        others = [stage for stage in kept if stage != "eval"]
         if others:
-            raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Take another --output-dir.")
-        run.keep_settings("eval", settings)
+            raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Pass another --output-dir.")
+        if "eval" in kept:
+            run.keep_settings("eval", settings)
     except RunError:
         run.__exit__(None, None, None)
         raise
     return run
 
 
+def identity(spec: ModelSpec) -> dict[str, Any]:
+    """Return what the answers of a model depend on, with a fingerprint of its local files."""
+    named = {name: value for name, value in asdict(spec).items() if name not in _CONNECTION}
+    return {**named, "weights": fingerprint([spec.model, spec.adapter, spec.tokenizer])}
+
+
+def answers_name(spec: ModelSpec) -> str:
+    """Return the name of a model in the files that hold its answers."""
+    return model_file_name(spec.adapter or spec.model, *identity(spec).values())
+
+
 def _names(models: Sequence[ModelSpec]) -> list[str]:
-    """What models are called in tables: with their settings, if they are the same otherwise."""
+    """Names of the models in the results, with their settings where the names alone are the same."""
     names = [f"{spec.model} + {spec.adapter}" if spec.adapter else spec.model for spec in models]
     if len(set(names)) == len(names):
         return names
     settings = [f"{spec.backend}, {spec.dtype}, {spec.tokenizer or 'own tokenizer'}" for spec in models]
-    return [f"{name} ({each})" for name, each in zip(names, settings, strict=True)]
+    return [f"{name} ({setting})" for name, setting in zip(names, settings, strict=True)]
 
 
-def identity(spec: ModelSpec) -> dict[str, Any]:
-    """What answers depend on. A server may move."""
-    named = {name: getattr(spec, name) for name in ("model", "adapter", "backend", "tokenizer", "dtype")}
-    return {**named, "weights": fingerprint([spec.model, spec.adapter, spec.tokenizer])}
+@dataclass(frozen=True)
+class _KeepingGenerator:
+    """Generator that calls `keep` before it returns its first answers."""
+
+    generator: Generator
+    keep: Callable[[], None]
+
+    def render(self, user: str, response_prefix: str) -> str:
+        return self.generator.render(user, response_prefix)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
+    ) -> Iterator[list[tuple[Request, Completion]]]:
+        for answered in self.generator.generate(requests, sampling, done):
+            self.keep()
+            yield answered
 
 
 def _answer(
     session: Session,
     run: RunDirectory,
+    keep: Callable[[], None],
     model: ModelSpec,
     problems: Sequence[Problem],
     prompt: StepPrompt,
@@ -167,9 +222,9 @@ def _answer(
     num_samples: int,
     seed: int,
 ) -> list[ProblemAnswers]:
-    """Let a model solve the problems; its answers are its own, whoever else answers in this folder."""
-    name = model_file_name(model.adapter or model.model, *identity(model).values())
-    generator = session.generator(model)
+    """Sample solutions of all problems from one model, into files that are named after the model."""
+    name = answers_name(model)
+    generator = _KeepingGenerator(session.generator(model), keep)
     runner = TaskRunner(run, f"eval {name}")
     runner.services["model"] = RecordedModel(generator, sampling, run.log(f"answers.{name}"), name, runner.name)
     runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
@@ -182,31 +237,26 @@ def _answer(
 
     counts: Counter[str] = Counter()
     answers: dict[str, ProblemAnswers] = {}
-    for problem, answered in runner.results(map(task, problems), len(problems), "problems", counts):
+    for problem_id, answered in runner.results(map(task, problems), len(problems), "problems", counts):
         counts.update(sample.check.outcome for sample in answered.samples)
-        answers[problem] = answered
-    if num_samples > 1 and all(len({sample.text for sample in each.samples}) == 1 for each in answers.values()):
+        answers[problem_id] = answered
+    if num_samples > 1 and all(
+        len({sample.text for sample in answered.samples}) == 1 for answered in answers.values()
+    ):
         logger.warning(not_sampled(num_samples))
     return [answers[problem.id] for problem in problems]
 
 
 def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:
-    """What the models made of a problem."""
+    """Row of `records.jsonl`: a problem and the solutions of each model."""
     models = {
         name: {
-            **({"majority": asdict(each.majority)} if len(each.samples) > 1 else {}),
+            **({"majority": asdict(answered.majority)} if len(answered.samples) > 1 else {}),
             "samples": [
                 {"outcome": s.check.outcome, "answer": s.check.answer, "reason": s.check.reason, "text": s.text}
-                for s in each.samples
+                for s in answered.samples
             ],
         }
-        for name, each in answers.items()
+        for name, answered in answers.items()
     }
     return {"id": problem.id, "problem": problem.problem, "gold": problem.answer, "models": models}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -1,4 +1,4 @@
-"""The answer that most samples give."""
+"""Majority vote over several samples of a problem."""
 
 import re
 from collections import Counter
@@ -13,21 +13,21 @@ from ..pipeline.policy import Continuation
 from ..pipeline.records import text_digest
 from ..runs.tasks import Ask, CheckRequest, Task
 
-Key = Fraction | str  # plain numbers are compared as such, and need no checker
+Key = Fraction | str  # plain numbers are compared by value, without the answer checker
 
 
 @dataclass(frozen=True)
 class Vote:
     """
-    What most samples say.
+    Result of a majority vote.
 
     Args:
         outcome (`str`):
-            `"right"`, `"wrong"`, or `"unreadable"` where no sample can be read.
+            `"right"`, `"wrong"`, or `"unreadable"` if no sample has a readable answer.
         answer (`str`, *optional*):
-            The answer, as the first of them writes it.
+            The winning answer, as its first sample writes it.
         votes (`int`, *optional*, defaults to `0`):
-            Samples that give it.
+            Number of samples with this answer.
     """
 
     outcome: str
@@ -38,13 +38,13 @@ class Vote:
 @dataclass(frozen=True)
 class ProblemAnswers:
     """
-    What a model made of a problem.
+    Answers of one model to one problem.
 
     Args:
         samples (`list[Continuation]`):
-            Its solutions.
+            The sampled solutions.
         majority (`Vote`):
-            What most of them say.
+            Their majority vote.
     """
 
     samples: list[Continuation]
@@ -53,18 +53,26 @@ class ProblemAnswers:
 
 def vote(samples: Sequence[Continuation]) -> Task[Vote]:
     """
-    Find the answer that most samples give, of equally many the one that was given first.
+    Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
-    ProblemAnswers are one if they are right, or if the answer checker takes one for the other. Unreadable ones have no vote.
+    Two answers count as the same if both are right, or if the answer checker says that they are equal. Samples without
+    a readable answer have no vote.
+
+    Args:
+        samples (`Sequence[Continuation]`):
+            The sampled solutions of a problem, with checked answers.
+
+    Returns:
+        `Vote`: The winning answer.
     """
-    read = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
-    if not read:
+    checks = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
+    if not checks:
         return Vote(UNREADABLE)
-    keys = [None if check.outcome == RIGHT else _key(check.answer or "") for check in read]
-    firsts = yield from _same([key for key in dict.fromkeys(keys) if key is not None])
-    groups = [key if key is None else firsts[key] for key in keys]
+    keys = [None if check.outcome == RIGHT else _key(check.answer or "") for check in checks]
+    first_equal = yield from _first_equal([key for key in dict.fromkeys(keys) if key is not None])
+    groups = [None if key is None else first_equal[key] for key in keys]
     winner, votes = Counter(groups).most_common(1)[0]
-    check = read[groups.index(winner)]
+    check = checks[groups.index(winner)]
     return Vote(check.outcome, check.answer, votes)
 
 
@@ -73,15 +81,15 @@ def _key(answer: str) -> Key:
     return Fraction(answer) if re.fullmatch(r"-?\d+(?:\.\d+)?", answer) else answer
 
 
-def _same(keys: Sequence[Key]) -> Task[dict[Key, Key]]:
-    """For each answer the first one that says the same."""
-    pairs = [pair for pair in combinations(keys, 2) if str in map(type, pair)]
+def _first_equal(keys: Sequence[Key]) -> Task[dict[Key, Key]]:
+    """Map each answer to the first answer that is equal to it."""
+    pairs = [pair for pair in combinations(keys, 2) if any(isinstance(key, str) for key in pair)]
     requests = {
         pair: CheckRequest(f"same/{text_digest(*pair)}", str(pair[0]), f"\\boxed{{{pair[1]}}}") for pair in pairs
     }
     checks: Mapping[str, Check] = (yield Ask("check", tuple(requests.values()))) if pairs else {}
-    same = {pair for pair, request in requests.items() if checks[request.key].outcome == RIGHT}
-    firsts: dict[Key, Key] = {}
+    equal = {pair for pair, request in requests.items() if checks[request.key].outcome == RIGHT}
+    first_equal: dict[Key, Key] = {}
     for key in keys:
-        firsts[key] = next((first for first in firsts.values() if (first, key) in same), key)
-    return firsts
+        first_equal[key] = next((first for first in first_equal.values() if (first, key) in equal), key)
+    return first_equal

@@ -1,4 +1,4 @@
-"""Problems to evaluate on: known sets by name, or files."""
+"""Problems to evaluate on: data sets with a name, or files."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -9,26 +9,28 @@ from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
 
-ARITHMETIC = 1000  # problems, as in the quickstart
+NUM_ARITHMETIC_PROBLEMS = 1000  # as in the quickstart
 
 
 def _arithmetic(limit: int | None) -> list[Problem]:
-    drawn = make_problems(limit or ARITHMETIC, "held_out")
-    return [Problem(text_digest(one.text), one.text, one.answer, write_solution(one)) for one in drawn]
+    drawn = make_problems(limit or NUM_ARITHMETIC_PROBLEMS, "held_out")
+    return [
+        Problem(text_digest(problem.text), problem.text, problem.answer, write_solution(problem)) for problem in drawn
+    ]
 
 
 def _published(*name: str) -> Callable[[int | None], list[Problem]]:
-    """The test split of a data set of the hub."""
+    """Return a function that loads the test split of a data set from the Hub."""
 
     def load(limit: int | None) -> list[Problem]:
         from datasets import load_dataset
 
         try:
             rows: Any = load_dataset(*name, split="test")
-        except Exception as error:  # of the hub's client, of what it connects through, of the disk
+        except Exception as error:  # raised by the Hub client, the network or the disk
             raise RunError(
-                f"The data set {name[0]!r} cannot be loaded ({type(error).__name__}: {error}). Without a network give "
-                "a file instead: --problems FILE.jsonl with `problem` and `answer`."
+                f"The data set {name[0]!r} cannot be loaded ({type(error).__name__}: {error}). Without a network, "
+                "pass a file: --problems FILE.jsonl with `problem` and `answer`."
             ) from error
         return problems_of(list(rows), name[0], limit)
 
@@ -44,26 +46,26 @@ PROBLEM_SETS: dict[str, Callable[[int | None], list[Problem]]] = {
 
 def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     """
-    Load problems.
+    Load a problem set by name, or problems from a file.
 
     Args:
         name (`str`):
             A name in [`PROBLEM_SETS`], or a file as for [`~stepdpo_trl.pipeline.records.read_problems`].
         limit (`int`, *optional*):
-            Take the first so many.
+            Number of problems to load, from the first.
 
     Returns:
         `list[Problem]`: The problems.
 
     Raises:
-        RunError: If there are none of that name, or they cannot be used.
+        RunError: If there is no such problem set or file, or its rows are not valid problems.
     """
     if name in PROBLEM_SETS:
         return PROBLEM_SETS[name](limit)
     if not Path(name).suffix and not Path(name).exists():
-        near = get_close_matches(name.lower(), PROBLEM_SETS, n=1, cutoff=0)[0]
+        nearest = get_close_matches(name.lower(), PROBLEM_SETS, n=1, cutoff=0)[0]
         raise RunError(
-            f"--problems {name!r} is neither a file nor a known set. Did you mean {near!r}? Known: "
-            f"{sorted(PROBLEM_SETS)}; files end in .jsonl or .parquet."
+            f"--problems {name!r} is neither a file nor a known problem set. Did you mean {nearest!r}? Pass one of "
+            f"{sorted(PROBLEM_SETS)}, or a file that ends in .jsonl or .parquet."
         )
     return read_problems(name, limit)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, and how they are printed."""
+"""Counts, accuracies and comparisons of an evaluation, and the table that is printed."""
 
 import math
 from collections import Counter
@@ -14,30 +14,30 @@ OUTCOMES = (RIGHT, WRONG, UNREADABLE)
 
 def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
     """
-    Count what a model made of the problems.
+    Count the outcomes of a model and compute its accuracy.
 
     Args:
         model (`str`):
-            Its name.
+            Name of the model.
         answers (`Sequence[ProblemAnswers]`):
-            One for each problem.
+            Answers to each problem.
 
     Returns:
-        `dict[str, Any]`: Solutions by outcome, why some are unreadable, the mean accuracy with its interval, and with
-        several samples the same of the majority.
+        `dict[str, Any]`: Number of solutions by outcome, reasons of unreadable ones, and the mean accuracy with its
+        95% interval. With several samples per problem also the outcomes and the accuracy of the majority vote.
     """
-    samples = len(answers[0].samples)
-    checks = [sample.check for each in answers for sample in each.samples]
-    shares = [_share(each) for each in answers]
+    num_samples = len(answers[0].samples)
+    checks = [sample.check for answered in answers for sample in answered.samples]
+    shares = [_share_right(answered) for answered in answers]
     measured: dict[str, Any] = {
         "model": model,
-        "solutions": _outcomes([check.outcome for check in checks]),
+        "solutions": _count_outcomes([check.outcome for check in checks]),
         "unreadable": dict(Counter(check.reason for check in checks if check.outcome == UNREADABLE).most_common()),
         "accuracy": math.fsum(shares) / len(shares),
-        "interval": clustered(shares, samples),
+        "interval": clustered(shares, num_samples),
     }
-    if samples > 1:
-        outcomes = _outcomes([each.majority.outcome for each in answers])
+    if num_samples > 1:
+        outcomes = _count_outcomes([answered.majority.outcome for answered in answers])
         majority = Accuracy(outcomes[RIGHT], len(answers))
         measured["majority"] = {"problems": outcomes, "accuracy": majority.value, "interval": majority.interval}
     return measured
@@ -45,76 +45,90 @@ def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
 
 def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], seed: int = 0) -> dict[str, Any]:
     """
-    Compare two models on the same problems, of which each is its own control.
+    Compare two models on the same problems, in pairs.
 
     Args:
         first (`Sequence[ProblemAnswers]`):
-            One for each problem.
+            Answers of the first model to each problem.
         second (`Sequence[ProblemAnswers]`):
-            The same of the other model.
+            Answers of the second model, in the same order.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
 
     Returns:
-        `dict[str, Any]`: Accuracy of the first less that of the second, with its bootstrap interval, and McNemar's
-        test on the problems that they solve (with several samples by majority).
+        `dict[str, Any]`: Accuracy of the first model minus that of the second, its bootstrap interval, and McNemar's
+        test on the problems that each model solves (with several samples, by majority vote).
     """
-    differences = [_share(one) - _share(other) for one, other in zip(first, second, strict=True)]
+    differences = [_share_right(one) - _share_right(other) for one, other in zip(first, second, strict=True)]
     solved = Counter(
         (one.majority.outcome == RIGHT, other.majority.outcome == RIGHT)
         for one, other in zip(first, second, strict=True)
     )
-    only = {"only_first": solved[True, False], "only_second": solved[False, True]}
+    discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
     return {
         "accuracy": math.fsum(differences) / len(differences),
         "interval": bootstrap(differences, seed),
-        "mcnemar": {"both": solved[True, True], **only, "neither": solved[False, False], "p": mcnemar(**only)},
+        "mcnemar": {
+            "both": solved[True, True],
+            **discordant,
+            "neither": solved[False, False],
+            "p": mcnemar(**discordant),
+        },
     }
 
 
-def _share(answers: ProblemAnswers) -> float:
+def _share_right(answers: ProblemAnswers) -> float:
     return sum(sample.check.outcome == RIGHT for sample in answers.samples) / len(answers.samples)
 
 
-def _outcomes(found: Sequence[str]) -> dict[str, int]:
-    return {outcome: found.count(outcome) for outcome in OUTCOMES}
+def _count_outcomes(outcomes: Sequence[str]) -> dict[str, int]:
+    return {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures, to be printed."""
-    samples, temperature = results["num_samples"], results["sampling"]["temperature"]
-    how = "greedy" if not temperature else f"{samples} samples each at temperature {temperature:g}"
-    heads = ("right", "wrong", "unreadable", "accuracy, with 95 % interval")
+    """
+    Format the results of an evaluation for printing.
+
+    Args:
+        results (`dict[str, Any]`):
+            The content of `results.json`.
+
+    Returns:
+        `str`: A table of all models, followed by their difference if there are two.
+    """
+    num_samples, temperature = results["num_samples"], results["sampling"]["temperature"]
+    decoding = "greedy" if not temperature else f"{num_samples} samples each at temperature {temperature:g}"
+    header = ("right", "wrong", "unreadable", "accuracy (95% interval)")
     rows = []
-    for each in results["results"]:
-        rows.append((each["model"], each["solutions"], show(each["accuracy"], each["interval"])))
-        if "majority" in each:
-            majority = each["majority"]
+    for measured in results["results"]:
+        rows.append((measured["model"], measured["solutions"], show(measured["accuracy"], measured["interval"])))
+        if "majority" in measured:
+            majority = measured["majority"]
             rows.append(("  majority", majority["problems"], show(majority["accuracy"], majority["interval"])))
     width = max(len(row[0]) for row in rows) + 2
-    lines = [f"{results['problems']['count']} problems of {results['problems']['name']}, {how}", ""]
-    lines.append(f"{'':<{width}}{heads[0]:>8}{heads[1]:>8}{heads[2]:>12}   {heads[3]}")
+    lines = [f"{results['problems']['count']} problems of {results['problems']['name']}, {decoding}", ""]
+    lines.append(f"{'':<{width}}{header[0]:>8}{header[1]:>8}{header[2]:>12}   {header[3]}")
     for name, counts, accuracy in rows:
         lines.append(f"{name:<{width}}{counts[RIGHT]:>8}{counts[WRONG]:>8}{counts[UNREADABLE]:>12}   {accuracy}")
-    for each in results["results"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in each["unreadable"].items())
-        lines += [f"Unreadable, {each['model']}: {reasons}"] if reasons else []
+    for measured in results["results"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in measured["unreadable"].items())
+        lines += [f"Unreadable, {measured['model']}: {reasons}"] if reasons else []
     if "difference" in results:
         lines += ["", *_difference(results)]
     return "\n".join(lines)
 
 
 def _difference(results: dict[str, Any]) -> list[str]:
-    first, second = (each["model"] for each in results["results"])
+    first, second = (measured["model"] for measured in results["results"])
     difference, test = results["difference"], results["difference"]["mcnemar"]
-    interval, accuracy = difference["interval"], 100 * difference["accuracy"]
-    bootstrapped = f"{accuracy:+.1f} percentage points (no interval: it is the same on every problem)"
+    points, interval = 100 * difference["accuracy"], difference["interval"]
+    shown = f"{points:+.1f} percentage points (no interval: it is the same on every problem)"
     if interval:
         low, high = interval
-        bootstrapped = f"{show(accuracy, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
-    solved = "solved by majority" if results["num_samples"] > 1 else "solved"
+        shown = f"{show(points, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
+    solved = "solved by majority vote" if results["num_samples"] > 1 else "solved"
     return [
-        f"{first} less {second}: {bootstrapped}",
-        f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first alone {test['only_first']}, by the second "
-        f"alone {test['only_second']}, by both {test['both']}, by neither {test['neither']}",
+        f"{first} minus {second}: {shown}",
+        f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first only {test['only_first']}, by the second "
+        f"only {test['only_second']}, by both {test['both']}, by neither {test['neither']}",
     ]

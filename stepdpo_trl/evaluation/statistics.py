@@ -1,10 +1,10 @@
-"""Accuracies with 95 % intervals, and what tells two of them apart. Standard library, and numpy for the bootstrap."""
+"""Accuracies with 95% intervals, and paired tests. Needs the standard library, and numpy for the bootstrap."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Z = 1.959964  # of 95 %
+Z = 1.959964  # 97.5% quantile of the standard normal distribution
 RESAMPLES = 10_000
 
 Interval = tuple[float, float]
@@ -12,61 +12,61 @@ Interval = tuple[float, float]
 
 def wilson(share: float, total: float) -> Interval:
     """
-    The 95 % Wilson score interval of a share.
+    Compute the 95% Wilson score interval of a proportion.
 
     Args:
         share (`float`):
-            The share, from 0 to 1.
+            The proportion, from 0 to 1.
         total (`float`):
-            Independent observations that it was seen in.
+            Number of independent observations.
 
     Returns:
-        `tuple[float, float]`: From 0 to 1.
+        `tuple[float, float]`: Lower and upper bound, from 0 to 1.
     """
     spread = Z**2 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    center = (share + spread / 2) / (1 + spread)
+    half_width = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def clustered(shares: Sequence[float], samples: int) -> Interval:
     """
-    The 95 % interval of a mean over problems, of each of which several answers were sampled.
+    Compute the 95% interval of a mean accuracy over problems with several samples each.
 
-    Answers to one problem are alike, so `samples` times as many answers tell less than as many problems. The interval
-    is Wilson's, with the number of independent answers that would vary as the mean over problems does (Korn and
-    Graubard 1998). With one sample it is Wilson's itself.
+    Samples of one problem are correlated, so they count less than samples of different problems. The interval is
+    Wilson's with an effective sample size: the number of independent observations whose mean has the same variance as
+    the mean over problems (Korn and Graubard, 1998). With one sample per problem it is the plain Wilson interval.
 
     Args:
         shares (`Sequence[float]`):
             Share of right answers to each problem.
         samples (`int`):
-            Answers to each problem.
+            Number of samples per problem.
 
     Returns:
-        `tuple[float, float]`: From 0 to 1.
+        `tuple[float, float]`: Lower and upper bound, from 0 to 1.
     """
-    problems = len(shares)
-    mean = math.fsum(shares) / problems
-    variance = math.fsum((share - mean) ** 2 for share in shares) / problems**2
+    num_problems = len(shares)
+    mean = math.fsum(shares) / num_problems
+    variance = math.fsum((share - mean) ** 2 for share in shares) / num_problems**2
     if mean in (0, 1):
-        return wilson(mean, problems)  # nothing says that the answers to a problem are not all one
-    most = problems * samples
-    return wilson(mean, min(mean * (1 - mean) / variance, most) if variance else most)
+        return wilson(mean, num_problems)  # no variation, so assume that all samples of a problem are the same
+    num_answers = num_problems * samples
+    return wilson(mean, min(mean * (1 - mean) / variance, num_answers) if variance else num_answers)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """
-    Exact McNemar test, two-sided.
+    Compute the two-sided p-value of McNemar's exact test.
 
     Args:
         only_first (`int`):
-            Problems that the first model solves and the second does not.
+            Number of problems that only the first model solves.
         only_second (`int`):
-            Problems that the second model solves and the first does not.
+            Number of problems that only the second model solves.
 
     Returns:
-        `float`: Probability of such a difference, or a greater one, between models that are equally good.
+        `float`: Probability of a difference at least this large between two models that are equally good.
     """
     total = only_first + only_second
     tail = sum(math.comb(total, count) for count in range(min(only_first, only_second) + 1))
@@ -75,23 +75,23 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval | None:
     """
-    The 95 % percentile interval of the mean of paired differences, by resampling problems.
+    Compute the 95% percentile interval of a mean of paired differences by resampling problems.
 
     Args:
         differences (`Sequence[float]`):
-            Of each problem.
+            Difference of each problem.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the resampling.
         resamples (`int`, *optional*, defaults to `10000`):
-            Resamples.
+            Number of resamples.
 
     Returns:
-        `tuple[float, float]`: The interval, or `None` where all differences are equal: resamples are then, too, and
-        say nothing of other problems.
+        `tuple[float, float]` or `None`: Lower and upper bound. `None` if all differences are equal, because then all
+        resamples are equal too.
     """
     import numpy as np
 
-    # Drawing problems with replacement is drawing how often each different value comes up
+    # Resampling problems is a multinomial draw of the counts of each distinct difference, which is much faster
     values, counts = np.unique(np.asarray(differences, dtype=float), return_counts=True)
     if len(values) == 1:
         return None
@@ -103,13 +103,13 @@ def bootstrap(differences: Sequence[float], seed: int = 0, resamples: int = RESA
 @dataclass(frozen=True)
 class Accuracy:
     """
-    Share of problems solved.
+    Share of problems with a right answer.
 
     Args:
         right (`int`):
-            Problems whose final answer is right.
+            Number of problems with a right final answer.
         total (`int`):
-            All problems.
+            Number of problems.
     """
 
     right: int
@@ -122,7 +122,7 @@ class Accuracy:
 
     @property
     def interval(self) -> Interval:
-        """The 95 % interval (Wilson score), from 0 to 1."""
+        """95% Wilson score interval, from 0 to 1."""
         return wilson(self.value, self.total)
 
     def __str__(self) -> str:
@@ -130,6 +130,6 @@ class Accuracy:
 
 
 def show(value: float, interval: Interval, form: str = ".1%") -> str:
-    """A value with its interval, such as `"76.0% (73.3% to 78.5%)"`."""
+    """Format a value with its interval, such as `"76.0% (73.3% to 78.5%)"`."""
     low, high = interval
     return f"{value:{form}} ({low:{form}} to {high:{form}})"

@@ -1,1 +1,1 @@
-"""Looking at a pair or a solution: its steps, their tokens, and what each is worth to policy and reference."""
+"""Show pairs and solutions step by step, with the log-probabilities of their tokens."""

@@ -1,27 +1,28 @@
-"""What is looked at: a pair or a solution in parts, and their tokens with log-probabilities. Standard library only."""
+"""Pairs and solutions as parts, with tokens and log-probabilities. Standard library only."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CHOSEN, REJECTED = "chosen", "rejected"  # kinds of parts: those of a pair,
-STEP, WRONG = "step", "wrong"  # and those of a solution
+# Kinds of parts: of a pair, and of a solution
+CHOSEN, REJECTED = "chosen", "rejected"
+STEP, FIRST_WRONG_STEP = "step", "first-wrong-step"
 
 
 @dataclass(frozen=True)
 class Token:
     """
-    A token of a step.
+    Token of a step.
 
     Args:
         id (`int`):
-            Its number in the vocabulary.
+            Token id.
         text (`str`):
-            What it adds to the text. Nothing where it ends within a character.
+            Text that the token adds. Empty if the token ends inside a character.
         policy (`float`, *optional*):
-            Its log-probability under the policy, in nats.
+            Log-probability under the policy, in nats.
         reference (`float`, *optional*):
-            The same under the reference.
+            Log-probability under the reference model, in nats.
     """
 
     id: int
@@ -31,30 +32,30 @@ class Token:
 
     @property
     def ratio(self) -> float | None:
-        """log pi - log pi_ref, where both are known."""
+        """Log-ratio, log π - log π_ref. `None` if either is missing."""
         return None if self.policy is None or self.reference is None else self.policy - self.reference
 
 
 @dataclass(frozen=True)
 class Part:
     """
-    A step, with what it continues.
+    Step or answer, with the prefix that it continues.
 
     Args:
         kind (`str`):
-            `"chosen"`, `"rejected"`, `"step"` or `"wrong"`.
+            `"chosen"` or `"rejected"` in a pair; `"step"` or `"first-wrong-step"` in a solution.
         title (`str`):
-            What to call it.
+            Heading.
         text (`str`):
-            The step.
+            Text of the step.
         lead (`str`, *optional*, defaults to `""`):
-            What stands between it and the part before, such as "Step 2:".
+            Text between the previous part and this one, such as "Step 2:".
         ends (`bool`, *optional*, defaults to `False`):
-            Whether the solution ends with it.
+            Whether the solution ends with this step.
         prefix_ids (`list[int]`, *optional*):
-            Tokens of all that stands before it, as the model reads them.
+            Token ids of everything before the step, as the model reads them.
         tokens (`tuple[Token, ...]`, *optional*):
-            Its tokens, where a tokenizer is known.
+            Tokens of the step. Empty without a tokenizer.
     """
 
     kind: str
@@ -67,38 +68,38 @@ class Part:
 
     @property
     def policy(self) -> float | None:
-        """Log-probability of the step under the policy: `logps/chosen`, `logps/rejected` of the trainer."""
+        """Log-probability of the step under the policy: `logps/chosen` or `logps/rejected` of the trainer."""
         return _sum(token.policy for token in self.tokens)
 
     @property
     def reference(self) -> float | None:
-        """The same under the reference."""
+        """Log-probability of the step under the reference model."""
         return _sum(token.reference for token in self.tokens)
 
     @property
     def ratio(self) -> float | None:
-        """The log-ratio of the step."""
+        """Log-ratio of the step."""
         return _sum(token.ratio for token in self.tokens)
 
 
 @dataclass(frozen=True)
 class Example:
     """
-    A pair or a solution.
+    Pair or solution.
 
     Args:
         name (`str`):
-            Such as "row 3".
+            Short name, such as "row 3".
         where (`str`):
-            The same for errors, such as "row 3 of pairs.jsonl".
+            Full name for headings and errors, such as "row 3 of pairs.jsonl".
         context (`tuple[tuple[str, str], ...]`):
-            Titles and texts of what stands before the steps.
+            Titles and texts of everything before the steps.
         parts (`tuple[Part, ...]`):
-            The two steps of a pair, or the steps of a solution.
+            Both steps of a pair, or all steps of a solution.
         facts (`tuple[tuple[str, str], ...]`, *optional*):
-            What else is known of it.
+            Names and values of other information, such as the outcome.
         row (`Mapping[str, Any]`, *optional*):
-            The row of the data set; of a solution `prompt`, and `prefixes` of its steps.
+            Row of the data set. For a solution, its `prompt` and the `prefixes` of its steps.
     """
 
     name: str
@@ -110,11 +111,11 @@ class Example:
 
     @property
     def is_pair(self) -> bool:
-        """Whether it has a preferred and an undesirable side."""
+        """`True` for a preference pair, `False` for a solution."""
         return self.parts[0].kind == CHOSEN
 
     def margin(self, beta: float) -> float | None:
-        """Implicit reward margin of a pair, `rewards/margins` of the trainer, where there is a reference."""
+        """Return the implicit reward margin, `rewards/margins` of the trainer. `None` without both log-ratios."""
         ratios = [part.ratio for part in self.parts]
         return beta * (ratios[0] - ratios[1]) if self.is_pair and None not in ratios else None  # type: ignore[operator]
 
@@ -122,13 +123,13 @@ class Example:
 @dataclass(frozen=True)
 class Scoring:
     """
-    What log-probabilities are of.
+    Models that computed the log-probabilities.
 
     Args:
         policy (`str`, *optional*):
-            The policy, where there is one.
+            Name of the policy. `None` without log-probabilities.
         reference (`str`, *optional*):
-            The reference, where there is one.
+            Name of the reference model. `None` without log-ratios.
         beta (`float`, *optional*, defaults to `0.1`):
             Factor of the implicit reward.
     """
@@ -139,7 +140,7 @@ class Scoring:
 
 
 def strongest_ratio(examples: Iterable[Example]) -> float:
-    """The largest |log-ratio| of a token, 0 where there are none: what colours are measured by."""
+    """Return the largest absolute log-ratio of a token, which scales the colors. 0 if no token has one."""
     tokens = (token for example in examples for part in example.parts for token in part.tokens)
     return max((abs(token.ratio) for token in tokens if token.ratio is not None), default=0.0)
 

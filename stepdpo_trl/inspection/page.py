@@ -1,4 +1,4 @@
-"""The same as a page of HTML: one file that needs no network, for light and dark screens."""
+"""Pairs and solutions as an HTML page: one file without external resources, for light and dark screens."""
 
 import re
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from .text import (
     PART_OF_CHARACTER,
     SPACE,
     TAB,
+    count_tokens,
+    format_value,
     ratio_digits,
     shorten,
-    show_figure,
     split_marks,
     visible_text,
     visible_token,
@@ -33,9 +34,10 @@ font-variant-numeric:tabular-nums;white-space:nowrap}td.name{text-align:left;whi
 pre{font:14px/1.9 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
 background:var(--box);padding:.6rem .9rem;border-radius:6px;border-left:4px solid var(--line)}
 pre.context{color:var(--soft);line-height:1.5}.lead{color:var(--soft)}
-pre.chosen{border-color:var(--good)}pre.rejected,pre.wrong{border-color:var(--bad)}
+pre.chosen{border-color:var(--good)}pre.rejected,pre.first-wrong-step{border-color:var(--bad)}
 h3.chosen,td.chosen,pre.chosen{color:var(--good)}
-h3.rejected,td.rejected,pre.rejected,h3.wrong,td.wrong,pre.wrong{color:var(--bad)}
+h3.rejected,td.rejected,pre.rejected{color:var(--bad)}
+h3.first-wrong-step,td.first-wrong-step,pre.first-wrong-step{color:var(--bad)}
 pre.tokens{color:var(--ink)}
 .t{border-radius:3px;padding:.12em 0;box-shadow:inset 0 0 0 1px var(--line)}.t i{font-style:normal;opacity:.45}
 .up{background:rgb(var(--up)/var(--a))}.down{background:rgb(var(--down)/var(--a))}
@@ -43,30 +45,30 @@ pre.tokens{color:var(--ink)}
 .bar{display:inline-block;width:8rem;height:.8rem;border-radius:3px;margin:0 .5rem;vertical-align:-.05rem;
 background:linear-gradient(90deg,rgb(var(--down)/.7),transparent,rgb(var(--up)/.7))}
 """
-_STRONGEST = 0.7  # opacity of the strongest colour, through which the text stays readable
+_MAX_OPACITY = 0.7  # of the strongest color, low enough to keep the text readable
 
 
 def write_page(examples: Sequence[Example], scoring: Scoring, short: bool = False) -> str:
     """
-    Write the page.
+    Render examples as an HTML page.
 
     Args:
         examples (`Sequence[Example]`):
-            What to show.
+            Pairs or solutions.
         scoring (`Scoring`):
-            What log-probabilities are of.
+            Models that computed the log-probabilities.
         short (`bool`, *optional*, defaults to `False`):
             Whether to leave out the middle of long texts before the steps.
 
     Returns:
-        `str`: HTML.
+        `str`: The page.
     """
     strongest = strongest_ratio(examples)
-    what = "Pairs" if examples[0].is_pair else "Solutions"
-    body = [f"<h1>{what}</h1>", _legend(examples, scoring, strongest), _table(examples, scoring)]
-    whole = "".join([*body, *(_example(example, strongest, short) for example in examples)])
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{what}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{whole}</body></html>\n"
+    title = "Pairs" if examples[0].is_pair else "Solutions"
+    body = [f"<h1>{title}</h1>", _legend(examples, scoring, strongest), _table(examples, scoring)]
+    content = "".join([*body, *(_example(example, strongest, short) for example in examples)])
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{content}</body></html>\n"
 
 
 def _legend(examples: Sequence[Example], scoring: Scoring, strongest: float) -> str:
@@ -74,19 +76,19 @@ def _legend(examples: Sequence[Example], scoring: Scoring, strongest: float) -> 
     if scoring.policy is not None:
         lines.append(f"log π: log-probability under the policy, {escape(scoring.policy)}, in nats.")
     if scoring.reference is not None:
-        low, high = (show_figure(bound, ratio_digits(strongest), sign=True) for bound in (-strongest, strongest))
-        lines.append(f"log π<sub>ref</sub>: under the reference, {escape(scoring.reference)}.")
+        low, high = (format_value(bound, ratio_digits(strongest), sign=True) for bound in (-strongest, strongest))
+        lines.append(f"log π<sub>ref</sub>: log-probability under the reference model, {escape(scoring.reference)}.")
         lines.append(f"Ratio, log π - log π<sub>ref</sub>: {low}<span class=bar></span>{high}")
     if examples[0].margin(scoring.beta) is not None:
-        lines.append(f"Margin: {scoring.beta:g} x difference of the ratios, the implicit reward margin.")
+        lines.append(f"Margin: implicit reward margin, {scoring.beta:g} x difference of the ratios.")
     if any(part.tokens for example in examples for part in example.parts):
         marks = f"{SPACE} space, {NEWLINE} end of line, {TAB} tab, {PART_OF_CHARACTER} part of a character."
-        lines.append(f"Each box is a token: point at it for its figures. {marks}")
+        lines.append(f"Each box is a token. Point at it to see its values. {marks}")
     return f"<p class=legend>{'<br>'.join(lines)}</p>" if lines else ""
 
 
 def _table(examples: Sequence[Example], scoring: Scoring) -> str:
-    """Sums of each step, with links."""
+    """Table of the sums of all steps, with links to the examples."""
     names = ["tokens"] if any(part.tokens for part in examples[0].parts) else []
     names += ["log π"] if scoring.policy is not None else []
     names += ["log π<sub>ref</sub>", "ratio"] if scoring.reference is not None else []
@@ -97,14 +99,14 @@ def _table(examples: Sequence[Example], scoring: Scoring) -> str:
         for number, part in enumerate(example.parts):
             link = "" if number else f'<a href="#{_anchor(example)}">{escape(example.name)}</a>'
             margin = None if number else example.margin(scoring.beta)
-            figures = {
+            values = {
                 "tokens": str(len(part.tokens)),
-                "log π": show_figure(part.policy, 4),
-                "log π<sub>ref</sub>": show_figure(part.reference, 4),
-                "ratio": show_figure(part.ratio, 4, sign=True),
-                "margin": "" if margin is None else show_figure(margin, 4, sign=True),
+                "log π": format_value(part.policy, 4),
+                "log π<sub>ref</sub>": format_value(part.reference, 4),
+                "ratio": format_value(part.ratio, 4, sign=True),
+                "margin": "" if margin is None else format_value(margin, 4, sign=True),
             }
-            cells = "".join(f"<td>{figures[name]}</td>" for name in names)
+            cells = "".join(f"<td>{values[name]}</td>" for name in names)
             title = f"<td class='name {part.kind}'>{escape(part.title)}</td>"
             lines.append(f"<tr><td class=name>{link}</td>{title}{cells}</tr>")
     return f"<div class=scroll><table>{''.join(lines)}</table></div>"
@@ -122,11 +124,11 @@ def _example(example: Example, strongest: float, short: bool) -> str:
 
 
 def _part(part: Part, strongest: float) -> str:
-    said = [f"{len(part.tokens)} tokens"] if part.tokens else []
-    said += [f"log π {show_figure(part.policy, 4)}"] if part.policy is not None else []
-    said += [f"ratio {show_figure(part.ratio, 4, sign=True)}"] if part.ratio is not None else []
-    said += ["ends the solution"] if part.ends else []
-    title = f"<h3 class={part.kind}>{escape(part.title)} <small>{', '.join(said)}</small></h3>"
+    notes = [count_tokens(part.tokens)] if part.tokens else []
+    notes += [f"log π {format_value(part.policy, 4)}"] if part.policy is not None else []
+    notes += [f"ratio {format_value(part.ratio, 4, sign=True)}"] if part.ratio is not None else []
+    notes += ["ends the solution"] if part.ends else []
+    title = f"<h3 class={part.kind}>{escape(part.title)} <small>{', '.join(notes)}</small></h3>"
     lead = f"<span class=lead>{escape(visible_text(part.lead.strip(chr(10))))}</span> " if part.lead.strip() else ""
     if not part.tokens:
         return f"{title}<pre class={part.kind}>{lead}{escape(visible_text(part.text))}</pre>"
@@ -138,15 +140,15 @@ def _token(token: Token, strongest: float) -> str:
     pieces = [escape(piece) for piece in split_marks(visible_token(token.text))]
     pieces[1::2] = [f"<i>{piece}</i>" for piece in pieces[1::2]]
     text = "".join(pieces).replace(NEWLINE, f"{NEWLINE}\n")
-    figures = [f"token {token.id}"]
-    figures += [f"log π {show_figure(token.policy, 4)}"] if token.policy is not None else []
+    values = [f"token {token.id}"]
+    values += [f"log π {format_value(token.policy, 4)}"] if token.policy is not None else []
     style, kind = "", "t"
     if token.ratio is not None:
-        figures += [f"log π_ref {show_figure(token.reference, 4)}", f"ratio {show_figure(token.ratio, 4, sign=True)}"]
-        opacity = _STRONGEST * abs(token.ratio) / strongest if strongest else 0.0
+        values += [f"log π_ref {format_value(token.reference, 4)}", f"ratio {format_value(token.ratio, 4, sign=True)}"]
+        opacity = _MAX_OPACITY * abs(token.ratio) / strongest if strongest else 0.0
         style = f" style='--a:{opacity:.2f}'"
         kind = "t up" if token.ratio > 0 else "t down"
-    return f"<span class='{kind}'{style} title='{', '.join(figures)}'>{text}</span>"
+    return f"<span class='{kind}'{style} title='{', '.join(values)}'>{text}</span>"
 
 
 def _anchor(example: Example) -> str:

@@ -1,4 +1,4 @@
-"""The tokens that the trainer makes of a row, and their log-probabilities in a plain forward pass."""
+"""Tokens of a row as the trainer makes them, and their log-probabilities in a plain forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,19 +15,20 @@ from ..generation.model_folders import adapter_base
 from ..step_dpo.config import StepDPOConfig
 from ..step_dpo.trainer import StepDPOTrainer, make_step_tokenizer
 from .example import Example, Part, Token
+from .text import count_tokens
 
-_BROKEN = "\ufffd"  # what tokenizers write for bytes that are not yet a character
+_BROKEN = "\ufffd"  # decoded in place of an incomplete character
 
 
 class RowEncoder:
     """
-    Tokenizes as the trainer does.
+    Tokenizer of examples that gives the same tokens as the trainer.
 
     Args:
         processing_class (`Any`):
             Tokenizer or processor of the policy.
         args ([`StepDPOConfig`]):
-            The configuration of the training.
+            Training configuration.
     """
 
     def __init__(self, processing_class: Any, args: StepDPOConfig) -> None:
@@ -37,10 +38,17 @@ class RowEncoder:
 
     def __call__(self, example: Example) -> Example:
         """
-        Add tokens, and the context as the model reads it.
+        Add the tokens of each part, and replace the context by the text that the model reads.
+
+        Args:
+            example (`Example`):
+                Pair or solution.
+
+        Returns:
+            `Example`: The example with tokens.
 
         Raises:
-            ValueError: If the row cannot be tokenized, or the trainer leaves it out.
+            ValueError: If the row cannot be tokenized, or the trainer drops it.
         """
         if not example.is_pair:
             parts, cut = self._solution(example)
@@ -52,39 +60,42 @@ class RowEncoder:
             return self._plain(example)
         facts = example.facts
         if cut:
-            note = f"{cut} tokens from the left of the prefix, as in training (max_length={self.args.max_length})"
+            note = f"{cut} tokens from the start of the prefix, as in training (max_length={self.args.max_length})"
             facts = (*facts, ("left out", note))
         return self._with_context(replace(example, parts=tuple(parts), facts=facts))
 
     def _solution(self, example: Example) -> tuple[list[Part], int]:
-        """Each step as it would be in a pair: behind its prefix, no token shared with it."""
-        parts, most = [], 0
+        """Parts of a solution, each tokenized after its prefix as in a pair, and the most tokens cut from a prefix."""
+        parts, max_cut = [], 0
         for part, prefix in zip(example.parts, example.row["prefixes"], strict=True):
-            where = f"{part.title} of {example.where}"
+            where = f"{_short_title(part)} of {example.where}"
             prefix_ids, ids, cut = self.encode_steps.encode_steps(
                 example.row["prompt"], prefix, {part.kind: (part.text, part.ends)}, where
             )
             parts.append(self._tokens(part, prefix_ids, ids[part.kind]))
-            most = max(most, cut)
-        return parts, most
+            max_cut = max(max_cut, cut)
+        return parts, max_cut
 
     def _plain(self, example: Example) -> Example:
-        """An ordinary preference pair is DPOTrainer's, which cuts its end."""
-        most: Any = self.args.max_length
+        """Ordinary preference pair with the tokens of DPOTrainer, which truncates the end."""
+        max_length: Any = self.args.max_length
         prepared = _Preparer(self.tokenizer)._prepare_dataset(
             Dataset.from_list([dict(example.row)]), self.processing_class, self.args, example.where
         )
         ids = prepared[0] if len(prepared) else None
-        room = None if most is None or ids is None else most - len(ids["prompt_ids"])
+        room = None if max_length is None or ids is None else max_length - len(ids["prompt_ids"])
         if ids is None or (room is not None and room <= 0):
-            raise ValueError(f"The prompt of {example.where} fills max_length={most}: the trainer leaves the row out.")
+            raise ValueError(
+                f"The prompt of {example.where} fills max_length={max_length}, so the trainer drops the row. Increase "
+                "max_length."
+            )
         parts, facts = [], list(example.facts)
         for part in example.parts:
             step_ids = ids[f"{part.kind}_ids"]
             parts.append(self._tokens(part, ids["prompt_ids"], step_ids[:room]))
             if room is not None and len(step_ids) > room:
                 note = f"{len(step_ids) - room} tokens from the end of the {part.title}, as in training"
-                facts.append(("left out", f"{note} (max_length={most})"))
+                facts.append(("left out", f"{note} (max_length={max_length})"))
         return self._with_context(replace(example, parts=tuple(parts), facts=tuple(facts)))
 
     def _tokens(self, part: Part, prefix_ids: list[int], ids: list[int]) -> Part:
@@ -93,21 +104,21 @@ class RowEncoder:
         return replace(part, prefix_ids=prefix_ids, tokens=tokens)
 
     def _texts(self, prefix_ids: list[int], ids: list[int]) -> list[str]:
-        """What each token adds to the text; some tokenizers drop the space that begins a text."""
+        """Text that each token adds, decoded after a token of the prefix: some tokenizers drop the first space."""
         before = prefix_ids[-1:]
-        texts, whole = [], self._decode(before)
+        texts, decoded = [], self._decode(before)
         for end in range(1, len(ids) + 1):
             longer = self._decode(before + ids[:end])
             if longer.endswith(_BROKEN) and end < len(ids):
                 texts.append("")
             else:
-                texts.append(longer[len(whole) :])
-                whole = longer
+                texts.append(longer[len(decoded) :])
+                decoded = longer
         return texts
 
     def _with_context(self, example: Example) -> Example:
         ids = example.parts[0].prefix_ids
-        title = f"prefix as the model reads it, {len(ids)} tokens"
+        title = f"prefix as the model reads it, {count_tokens(ids)}"
         return replace(example, context=((title, self._decode(ids)),))
 
     def _decode(self, ids: list[int]) -> str:
@@ -115,8 +126,12 @@ class RowEncoder:
         return str(text)
 
 
+def _short_title(part: Part) -> str:
+    return part.title.partition(",")[0]
+
+
 class _Preparer(StepDPOTrainer):
-    """What the trainer makes of rows, without a model."""
+    """Trainer without a model, to prepare rows."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -124,10 +139,18 @@ class _Preparer(StepDPOTrainer):
 
 def load_processing_class(name: str) -> Any:
     """
-    Load the tokenizer or processor that the trainer would take; that of the base model where an adapter has none.
+    Load the tokenizer or processor that the trainer would load.
+
+    Args:
+        name (`str`):
+            Id or folder of a model, or folder of an adapter. An adapter without a tokenizer uses that of its base
+            model.
+
+    Returns:
+        `Any`: Tokenizer or processor.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it cannot be loaded.
     """
     base = adapter_base(name)
     if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
@@ -140,7 +163,7 @@ def load_processing_class(name: str) -> Any:
 
 def score(examples: Sequence[Example], model: str, role: str, dtype: str = "float32") -> list[Example]:
     """
-    Add log-probabilities of all tokens under a model, which is in memory meanwhile.
+    Add the log-probabilities of all tokens under a model. The model is in memory only during the call.
 
     Args:
         examples (`Sequence[Example]`):
@@ -173,7 +196,7 @@ def _load_model(name: str, dtype: str) -> Any:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, name)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an adapter of other shapes
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes of the adapter do not match
         raise ValueError(f"The model {name!r} cannot be loaded: {error}") from error
     return model.eval()
 
@@ -182,7 +205,10 @@ def _load_model(name: str, dtype: str) -> Any:
 def _score_part(part: Part, model: Any, role: str, where: str) -> Part:
     step = [token.id for token in part.tokens]
     if not part.prefix_ids:
-        raise ValueError(f"No token stands before the {part.title} of {where}, so its first one has no probability.")
+        raise ValueError(
+            f"There is no token before {_short_title(part)} of {where}, so its first token has no probability. Use a "
+            "tokenizer with a chat template or a BOS token."
+        )
     ids = torch.tensor([part.prefix_ids + step], device=model.device)
     # (tokens, vocab): the token at position t is predicted at t - 1
     logits = model(input_ids=ids).logits[0, len(part.prefix_ids) - 1 : -1].float()

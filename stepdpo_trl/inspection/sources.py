@@ -1,4 +1,4 @@
-"""Where pairs and solutions come from: files, data sets of the Hub, and folders of runs."""
+"""Pairs from files and data sets of the Hub, and solutions from run folders."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
 from ..runs.run_directory import RunDirectory, RunError
-from .example import CHOSEN, REJECTED, STEP, WRONG, Example, Part
+from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, STEP, Example, Part
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Found = tuple[Solution, dict[str, Verdict], str]  # a solution, what judges say of it, and what was asked
+Found = tuple[Solution, dict[str, Verdict], str]  # a solution, its verdicts by judge, and its prompt
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the folder of a run of the pipeline, or of its shards."""
+    """Return whether a path is the folder of a pipeline run, or of its shards."""
     return path.is_dir() and any(found for name in ("settings.jsonl", "shard-*-of-*") for found in path.glob(name))
 
 
@@ -36,15 +36,15 @@ def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]
         source (`str`):
             A file that ends in `.jsonl`, `.json` or `.parquet`, or what `datasets.load_dataset` takes.
         split (`str`):
-            Split of a data set that is no file.
+            Split of a data set that is not a single file.
         numbers (`Sequence[int]`):
-            Which rows, from 0; the first if none is named.
+            Row numbers, from 0. Empty for the first row.
 
     Returns:
         `list[Example]`: The pairs.
 
     Raises:
-        ValueError: If the data cannot be read, or a row is not there or not a pair.
+        ValueError: If the data cannot be read, or a row does not exist or is not a pair.
     """
     dataset = _load(source, split)
     rows = _choose(len(dataset), numbers or [0], source, "rows")
@@ -53,45 +53,47 @@ def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]
 
 def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list[Example]:
     """
-    Read solutions of a run, with the verdicts on them.
+    Read solutions of a run, with their verdicts.
 
     Args:
         path (`Path`):
-            The folder.
+            Folder of the run.
         numbers (`Sequence[int]`):
-            Which solutions, from 0. If none is named, the first with a first wrong step, else the first.
+            Numbers of the solutions, from 0. If empty, the first solution with a located wrong step, or else the
+            first solution.
         key (`str`, *optional*):
-            Name of the solution instead.
+            Key of one solution. Replaces `numbers`.
 
     Returns:
         `list[Example]`: The solutions.
 
     Raises:
-        RunError: If the run holds no such solution.
-        ValueError: If there are not so many.
+        RunError: If the run has no solutions, or none with this key.
+        ValueError: If a number is too large.
     """
     found = [item for folder in run_directories(path) for item in _solutions(folder)]
     if not found:
         if (path / "results.json").exists():
             raise RunError(
-                f"{path} is the folder of an evaluation; its solutions stand in {path / 'records.jsonl'}. Here are "
-                "shown runs of `stepdpo collect`, and pairs."
+                f"{path} is the folder of an evaluation, which cannot be shown. Its solutions are in "
+                f"{path / 'records.jsonl'}. Pass a run of `stepdpo collect`, or a file of pairs."
             )
-        raise RunError(f"{path} holds no solutions yet. Run `stepdpo collect` first.")
+        raise RunError(f"{path} has no solutions yet. Run `stepdpo collect` first.")
     if key is not None:
         keys = [solution.key for solution, _, _ in found]
         if key not in keys:
-            raise RunError(f"{path} has {len(keys)} solutions, none with the key {key!r}. The first is {keys[0]!r}.")
+            nearest = (*get_close_matches(key, keys, n=1), keys[0])[0]
+            raise RunError(f"{path} has no solution {key!r}. It has {len(keys)} solutions, such as {nearest!r}.")
         numbers = [keys.index(key)]
-    located = (n for n, (_, verdicts, _) in enumerate(found) if any(v.step for v in verdicts.values()))
+    located = (n for n, (_, verdicts, _) in enumerate(found) if any(verdict.step for verdict in verdicts.values()))
     numbers = _choose(len(found), numbers or [next(located, 0)], str(path), "solutions")
     return [_solution(*found[number], f"solution {number}", f"solution {number} of {path}") for number in numbers]
 
 
-def _choose(count: int, numbers: Sequence[int], source: str, what: str) -> list[int]:
+def _choose(count: int, numbers: Sequence[int], source: str, unit: str) -> list[int]:
     for number in numbers:
         if number >= count:
-            raise ValueError(f"--row {number}: {source} has {count} {what}, from 0 to {count - 1}.")
+            raise ValueError(f"--row {number}: {source} has {count} {unit}, numbered from 0 to {count - 1}.")
     return list(dict.fromkeys(numbers))
 
 
@@ -109,29 +111,29 @@ def _load(source: str, split: str) -> "Dataset":
         data = load_dataset(source)
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-        kind = "read" if is_file else "found as a file, as the folder of a run or as a data set of the Hub"
+        kind = "read" if is_file else "loaded as a file, a run folder or a data set of the Hub"
         raise ValueError(f"{source} cannot be {kind} ({reason}).{_nearest(path)}") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
-        raise ValueError(f"{source} has no split {split!r}, only {', '.join(data)}. Choose one with --split.")
+        raise ValueError(f"{source} has no split {split!r}, only {', '.join(data)}. Pass one of them with --split.")
     if not len(data[split]):
-        raise ValueError(f"The split {split!r} of {source} is empty.")
+        raise ValueError(f"The split {split!r} of {source} is empty. Pass another one with --split.")
     return data[split]
 
 
 def _check_file(path: Path) -> None:
     if path.suffix not in DATA_FILES:
-        raise ValueError(f"{path} is not of a known kind: pairs are read from {', '.join(DATA_FILES)}.")
+        raise ValueError(f"{path} is not a supported file. Pass a file that ends in {', '.join(DATA_FILES)}.")
     if not path.is_file():
         raise ValueError(f"There is no file {path}.{_nearest(path)}")
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty: it has no rows to look at.")
+        raise ValueError(f"{path} is empty. Pass a file with at least one row.")
 
 
 def _nearest(path: Path) -> str:
-    beside = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near and not path.exists() else ""
+    siblings = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
+    nearest = get_close_matches(path.name, siblings, n=1)
+    return f" Did you mean {path.parent / nearest[0]}?" if nearest and not path.exists() else ""
 
 
 def _pair(row: dict[str, Any], name: str, where: str) -> Example:
@@ -150,7 +152,7 @@ def _pair(row: dict[str, Any], name: str, where: str) -> Example:
 
 
 def _step_number(pair: StepPreference) -> int:
-    """Which step of the solution is preferred and undesirable: the one that the first line of the preferred is in."""
+    """Number of the step that the pair is about: the one with the first line of the preferred step."""
     step = pair.chosen.lstrip()
     space = pair.chosen[: len(pair.chosen) - len(step)]
     return len(split_steps(pair.initial_reason_steps + space + step.partition("\n")[0]))
@@ -161,8 +163,8 @@ def _plain_pair(row: dict[str, Any], name: str, where: str) -> Example:
     missing = [column for column in (CHOSEN, REJECTED) if not row.get(column)]
     if missing:
         raise ValueError(
-            f"`{missing[0]}` of {where} is missing or empty. It has {sorted(row)}; step pairs have `prompt`, "
-            f"`{PREFIX_COLUMN}`, `chosen` and `rejected`, ordinary preference pairs `prompt`, `chosen` and `rejected`."
+            f"`{missing[0]}` of {where} is missing or empty. Its columns are {sorted(row)}. Step pairs need `prompt`, "
+            f"`{PREFIX_COLUMN}`, `chosen` and `rejected`; ordinary preference pairs need `chosen` and `rejected`."
         )
     parts = (
         Part(CHOSEN, "preferred answer", _conversation(row[CHOSEN])),
@@ -173,7 +175,7 @@ def _plain_pair(row: dict[str, Any], name: str, where: str) -> Example:
 
 
 def _conversation(text: str | Sequence[Mapping[str, Any]]) -> str:
-    """A text, or messages with their roles."""
+    """Text of a string, or of messages with their roles."""
     if isinstance(text, str):
         return text
     contents = ((m["role"], m.get("content")) for m in text)
@@ -200,19 +202,19 @@ def _solutions(folder: Path) -> list[Found]:
 def _solution(solution: Solution, verdicts: Mapping[str, Verdict], prompt: str, name: str, where: str) -> Example:
     steps = split_steps(solution.text, solution.style)
     if not len(steps):
-        raise ValueError(f"{where} is blank.")
+        raise ValueError(f"{where} is blank, so it has no steps. Pass another --row or --solution.")
     parts = []
     for number, span in enumerate(steps.spans, start=1):
         judges = [judge_name for judge_name, verdict in verdicts.items() if verdict.step == number]
-        title = f"step {number}" + (f", the first wrong one by {', '.join(judges)}" if judges else "")
+        title = f"step {number}" + (f", first wrong step according to {', '.join(judges)}" if judges else "")
         lead = solution.text[steps.spans[number - 2].end : span.begin] if number > 1 else ""
         ends = number == len(steps) and solution.finish_reason == "stop"
-        parts.append(Part(WRONG if judges else STEP, title, steps.step(number), lead, ends))
-    facts = [("solution", solution.key), ("outcome", f"{solution.outcome}, finished by {solution.finish_reason}")]
-    facts += [("answer", f"{solution.answer}; right is {solution.problem.answer}")]
+        parts.append(Part(FIRST_WRONG_STEP if judges else STEP, title, steps.step(number), lead, ends))
+    facts = [("solution", solution.key), ("outcome", f"{solution.outcome}, finish reason: {solution.finish_reason}")]
+    facts += [("answer", f"{solution.answer}, gold answer: {solution.problem.answer}")]
     for judge_name, verdict in verdicts.items():
-        facts.append((f"verdict of {judge_name}", f"step {verdict.step}" if verdict.step else "none"))
+        facts.append((f"verdict of {judge_name}", f"step {verdict.step}" if verdict.step else "abstained"))
         facts.append(("evidence", json.dumps(verdict.evidence, ensure_ascii=False)))
-    context = [("prompt", prompt)] + ([("opening", steps.prefix(1))] if steps.prefix(1) else [])
+    context = [("prompt", prompt)] + ([("before step 1", steps.prefix(1))] if steps.prefix(1) else [])
     row = {"prompt": prompt, "prefixes": [steps.prefix(number + 1) for number in range(len(steps))]}
     return Example(name, where, tuple(context), tuple(parts), tuple(facts), row)

@@ -1,4 +1,4 @@
-"""A pair or a solution in the terminal: figures stand below their tokens, colour repeats what they say."""
+"""Pairs and solutions on a terminal, with the values of each token below it. Colors show the same values."""
 
 import math
 import os
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from .example import CHOSEN, REJECTED, WRONG, Example, Part, Scoring, Token, strongest_ratio
+from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, Example, Part, Scoring, Token, strongest_ratio
 from .text import (
     NEWLINE,
     PART_OF_CHARACTER,
     SPACE,
     TAB,
     columns,
+    count_tokens,
+    format_value,
     ratio_digits,
     shorten,
-    show_figure,
     split_marks,
     visible_text,
     visible_token,
@@ -23,27 +24,35 @@ from .text import (
 )
 
 _DIM, _BOLD, _GREEN, _RED = "2", "1", "32", "31"
-_INK = {CHOSEN: _GREEN, REJECTED: _RED, WRONG: _RED}
-# Backgrounds of the 256 colours with white on them, from greyish to bright: weak to strong on any terminal
+_INK = {CHOSEN: _GREEN, REJECTED: _RED, FIRST_WRONG_STEP: _RED}
+# Backgrounds under white text, from weak to strong. These of the 256 colors look alike on all terminals
 _RAISED, _LOWERED = ("65", "28", "34"), ("95", "124", "160")
-_LEAST = 0.05  # share of the strongest ratio from which there is a background
+_MIN_SHARE = 0.05  # of the strongest ratio, below which a token has no background
 _NAMES = ("log π", "ratio")
-_GUTTER = 8  # columns for these names
+_GUTTER = 8  # columns of these names
 
 
 @dataclass(frozen=True)
 class _Cell:
     text: str
     token: Token
-    figures: tuple[str, ...]
+    values: tuple[str, ...]
 
     @property
     def size(self) -> int:
-        return max(columns(self.text), *map(len, self.figures), 1)
+        return max(columns(self.text), *map(len, self.values), 1)
 
 
 def wants_color(choice: str, stream: TextIO) -> bool:
-    """Whether to colour: as said, and otherwise on a terminal unless NO_COLOR is set (https://no-color.org)."""
+    """
+    Return whether to use colors.
+
+    Args:
+        choice (`str`):
+            `"always"`, `"never"`, or `"auto"`: on a terminal, unless `NO_COLOR` is set (https://no-color.org).
+        stream (`TextIO`):
+            The output.
+    """
     if choice == "auto":
         return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return choice == "always"
@@ -51,15 +60,15 @@ def wants_color(choice: str, stream: TextIO) -> bool:
 
 class Terminal:
     """
-    Writes examples as lines of text.
+    Renderer of examples as lines of text.
 
     Args:
         scoring (`Scoring`):
-            What log-probabilities are of.
+            Models that computed the log-probabilities.
         width (`int`):
-            Columns.
+            Width of the terminal, in columns.
         color (`bool`):
-            Whether to use ANSI colours.
+            Whether to use ANSI colors.
         short (`bool`, *optional*, defaults to `False`):
             Whether to leave out the middle of long texts before the steps.
     """
@@ -68,7 +77,7 @@ class Terminal:
         self.scoring, self.width, self.color, self.short = scoring, max(width, 30), color, short
 
     def write(self, examples: Sequence[Example]) -> str:
-        """The examples, one below the other, and what the figures mean."""
+        """Render examples, followed by a legend."""
         strongest = strongest_ratio(examples)
         blocks = ["\n".join(self._example(example, strongest)) for example in examples]
         legend = [self._paint(line, _DIM) for line in self._legend(examples, strongest)]
@@ -85,13 +94,13 @@ class Terminal:
             lines += ["", *self._part(part, strongest)]
         margin = example.margin(self.scoring.beta)
         if margin is not None:
-            chosen, rejected = (show_figure(part.ratio, 4, sign=True) for part in example.parts)
-            reward = f"{self.scoring.beta:g} x ({chosen} - {rejected}) = {show_figure(margin, 4, sign=True)}"
+            chosen, rejected = (format_value(part.ratio, 4, sign=True) for part in example.parts)
+            reward = f"{self.scoring.beta:g} x ({chosen} - {rejected}) = {format_value(margin, 4, sign=True)}"
             lines += ["", *wrap(f"implicit reward margin: {reward}", self.width)]
         return lines
 
     def _part(self, part: Part, strongest: float) -> list[str]:
-        count = f", {len(part.tokens)} tokens" if part.tokens else ""
+        count = f", {count_tokens(part.tokens)}" if part.tokens else ""
         title = f"{part.title}{count}{', ends the solution' if part.ends else ''}"
         lines = [self._paint(line, _INK.get(part.kind, ""), _BOLD) for line in wrap(title, self.width)]
         if part.lead.strip():
@@ -99,31 +108,31 @@ class Terminal:
         if not part.tokens:
             return lines + self._text(visible_text(part.text), _INK.get(part.kind, ""))
         lines += self._tokens(part, strongest)
-        sums = [f"log π {show_figure(part.policy, 4)}"] if part.policy is not None else []
+        sums = [f"log π {format_value(part.policy, 4)}"] if part.policy is not None else []
         if part.reference is not None:
-            sums += [f"log π_ref {show_figure(part.reference, 4)}", f"ratio {show_figure(part.ratio, 4, sign=True)}"]
+            sums += [f"log π_ref {format_value(part.reference, 4)}", f"ratio {format_value(part.ratio, 4, sign=True)}"]
         return lines + (self._text(f"sum: {', '.join(sums)}") if sums else [])
 
     def _text(self, text: str, *codes: str) -> list[str]:
         return ["  " + self._paint(line, *codes) for line in wrap(text, self.width - 2)]
 
     def _tokens(self, part: Part, strongest: float) -> list[str]:
-        """Lines of tokens, each with its figures below."""
+        """Lines of tokens, each followed by the lines of their values."""
         scored = part.policy is not None
         indent, separator = (" " * _GUTTER, " ") if scored else ("  ", self._paint("|", _DIM))
         lines = []
         for row in _rows([_cell(token, strongest) for token in part.tokens], self.width - len(indent)):
             texts = (self._token(cell, part, strongest) + " " * (cell.size - columns(cell.text)) for cell in row)
             lines.append(indent + separator.join(texts).rstrip())
-            for number, name in enumerate(_NAMES[: len(row[0].figures)]):
-                below = " ".join(f"{cell.figures[number]:<{cell.size}}" for cell in row)
+            for number, name in enumerate(_NAMES[: len(row[0].values)]):
+                below = " ".join(f"{cell.values[number]:<{cell.size}}" for cell in row)
                 lines.append(self._paint(f"  {name:<{_GUTTER - 2}}", _DIM) + below.rstrip())
         return lines
 
     def _token(self, cell: _Cell, part: Part, strongest: float) -> str:
         ratio = cell.token.ratio or 0.0
         share = abs(ratio) / strongest if strongest else 0.0
-        if share >= _LEAST:
+        if share >= _MIN_SHARE:
             background = (_RAISED if ratio > 0 else _LOWERED)[math.ceil(share * len(_RAISED)) - 1]
             return self._paint(cell.text, f"38;5;231;48;5;{background}")
         pieces = split_marks(cell.text)
@@ -132,8 +141,8 @@ class Terminal:
         return "".join(pieces)
 
     def _paint(self, text: str, *codes: str) -> str:
-        said = ";".join(code for code in codes if code)
-        return f"\x1b[{said}m{text}\x1b[0m" if self.color and said and text else text
+        code = ";".join(filter(None, codes))
+        return f"\x1b[{code}m{text}\x1b[0m" if self.color and code and text else text
 
     def _legend(self, examples: Sequence[Example], strongest: float) -> list[str]:
         policy, reference = self.scoring.policy, self.scoring.reference
@@ -141,27 +150,27 @@ class Terminal:
         if policy is not None:
             lines.append(f"log π: log-probability of the token under {policy}, in nats")
         if reference is not None:
-            lines.append(f"ratio: log π - log π_ref, the reference is {reference}")
+            lines.append(f"ratio: log π - log π_ref, under the reference model {reference}")
         if reference is not None and self.color:
-            lines.append(f"background: green where the ratio is above 0, red below; strongest at {strongest:.4f}")
+            lines.append(f"background: green for a ratio above 0, red below 0, brightest at ±{strongest:.4f}")
         tokens = any(part.tokens for example in examples for part in example.parts)
         return [part for line in lines for part in wrap(line, self.width)] if tokens else []
 
 
 def _cell(token: Token, strongest: float) -> _Cell:
-    figures = () if token.policy is None else (show_figure(token.policy),)
+    values = () if token.policy is None else (format_value(token.policy),)
     if token.ratio is not None:
-        figures = (*figures, show_figure(token.ratio, ratio_digits(strongest), sign=True))
-    return _Cell(visible_token(token.text), token, figures)
+        values = (*values, format_value(token.ratio, ratio_digits(strongest), sign=True))
+    return _Cell(visible_token(token.text), token, values)
 
 
 def _rows(cells: Sequence[_Cell], width: int) -> list[list[_Cell]]:
-    """Rows of cells that fit; the end of a line ends a row too."""
+    """Rows of cells that fit the width. A line break in the text also ends a row."""
     rows: list[list[_Cell]] = [[]]
     used = 0
     for cell in cells:
-        ended = rows[-1] and rows[-1][-1].text.endswith(NEWLINE)
-        if rows[-1] and (ended or used + 1 + cell.size > width):
+        line_ended = rows[-1] and rows[-1][-1].text.endswith(NEWLINE)
+        if rows[-1] and (line_ended or used + 1 + cell.size > width):
             rows.append([])
             used = 0
         used += cell.size + bool(rows[-1])

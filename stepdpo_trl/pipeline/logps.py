@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from ..runs.progress import progress_bar
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def add_logps(
     jobs.sort(key=lambda job: len(job[2]) + len(job[3]))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # nearly all models
     device = model.device
-    for start in tqdm(range(0, len(jobs), batch_size), "log-probabilities", unit=" batches"):
+    for start in progress_bar(range(0, len(jobs), batch_size), "log-probabilities", unit=" batches"):
         part = jobs[start : start + batch_size]
         width = max(len(prefix) + len(step) for _, _, prefix, step in part)
         tokens = [prefix + step + [0] * (width - len(prefix) - len(step)) for _, _, prefix, step in part]

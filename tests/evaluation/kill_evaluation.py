@@ -1,7 +1,7 @@
 """
-Kills evaluations with SIGKILL and starts them again: python -m tests.evaluation.kill_evaluation FOLDER
+Kill evaluations with SIGKILL and restart them: python -m tests.evaluation.kill_evaluation FOLDER
 
-A script, started by the tests: it imports everything once and forks a process for each life.
+The tests start this script. It imports everything once and forks a process for each run.
 """
 
 import json
@@ -24,13 +24,13 @@ KILLS = 5
 
 
 class Checker:
-    """In this process: a forked one cannot have workers."""
+    """Answer checker without worker processes, which a forked process cannot have."""
 
     def check(self, answers):
         return [check_answer(*pair) for pair in answers]
 
 
-def live(path):
+def run(path):
     models = [ModelSpec("one/model"), ModelSpec("other/model")]
     students = [Student(0.1, delay=0.002), Student(0.3, delay=0.002, unreadable=0.1)]
     session = Session(dict(zip(models, students, strict=True)), Checker())
@@ -43,11 +43,11 @@ def size(path):
 
 
 def fork(path, kill_at=None):
-    """One life, killed when it has written so much. Returns whether it was killed."""
+    """Run in a forked process, and kill it once it has written `kill_at` bytes. Returns whether it was killed."""
     pid = os.fork()
     if pid == 0:
         try:
-            live(path)
+            run(path)
         except BaseException:
             import traceback
 
@@ -67,12 +67,12 @@ def fork(path, kill_at=None):
 
 
 def main(folder):
-    check_answer("\\pi", "\\boxed{3}")  # loads math-verify
-    fork(folder / "unbroken")
-    whole = size(folder / "unbroken")
+    check_answer("\\pi", "\\boxed{3}")  # imports math-verify
+    fork(folder / "uninterrupted")
+    total = size(folder / "uninterrupted")
     rng = random.Random(0)
     path = folder / "killed"
-    kills = sum(fork(path, (moment + rng.random()) / KILLS * whole) for moment in range(KILLS))
+    kills = sum(fork(path, (number + rng.random()) / KILLS * total) for number in range(KILLS))
     fork(path)
     print(json.dumps({"kills": kills}))
 

@@ -1,4 +1,4 @@
-"""Accuracy of models: figures against other computations, kills, labelled solutions, errors."""
+"""Evaluation: results against independent computations, kills, labeled solutions, errors."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.evaluation.problems import load_problems
 from stepdpo_trl.evaluation.results import table
 from stepdpo_trl.evaluation.statistics import Accuracy, bootstrap, clustered, mcnemar
-from stepdpo_trl.generation import Completion, ModelSpec, Sampling
+from stepdpo_trl.generation import Completion, GenerationError, ModelSpec, Sampling
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, count_correct, generate_solutions, make_problems
@@ -41,10 +41,10 @@ def checker():
         yield session.checker
 
 
-def run(path, checker, *students, num_samples=3, problems=None, sampling=SAMPLING, seed=0):
+def run(path, checker, *students, num_samples=3, problems=None, sampling=SAMPLING, seed=0, num_models=None):
     session = Session(dict(zip((ONE, OTHER), students, strict=False)), checker)
     problems = problems or draw_records(40)
-    models = [ONE, OTHER][: len(students)]
+    models = [ONE, OTHER][: num_models or len(students)]
     return evaluate(session, path, "drawn", problems, models, STEP_PROMPTS["plain"], sampling, num_samples, seed)
 
 
@@ -57,66 +57,104 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_two_models(tmp_path, checker):
-    """Every figure, from the records alone; the truth of each record, from its text alone."""
+def test_results_match_the_records(tmp_path, checker):
+    """Recompute every number from the records, and every outcome from its text."""
     results = run(tmp_path, checker, Student(0.1), Student(0.3, unreadable=0.2))
     rows, written = read(tmp_path)
     assert written == json.loads(json.dumps(results))
     gold = {problem.id: problem.answer for problem in draw_records(40)}
     assert [row["id"] for row in rows] == list(gold)
     shares, majorities = {}, {}
-    for place, model in enumerate(("here/model", "there/model")):
-        made = [row["models"][model] for row in rows]
+    for index, model in enumerate(("here/model", "there/model")):
+        answered = [row["models"][model] for row in rows]
         outcomes = []
-        for row, each in zip(rows, made, strict=True):
-            for sample in each["samples"]:
+        for row, answers in zip(rows, answered, strict=True):
+            for sample in answers["samples"]:
                 boxed = sample["text"].partition("\\boxed{")[2].rstrip("}.")
                 right = "right" if boxed == gold[row["id"]] else "wrong" if boxed else "unreadable"
                 assert sample["outcome"] == right
                 outcomes.append(right)
-        measured = results["results"][place]
+        measured = results["results"][index]
         assert measured["model"] == model
         assert measured["solutions"] == {**dict.fromkeys(("right", "wrong", "unreadable"), 0), **Counter(outcomes)}
         assert sum(measured["unreadable"].values()) == outcomes.count("unreadable")
         assert measured["accuracy"] == pytest.approx(outcomes.count("right") / 120)
-        shares[place] = [sum(s["outcome"] == "right" for s in each["samples"]) / 3 for each in made]
-        assert measured["interval"] == clustered(shares[place], 3)
-        majorities[place] = [each["majority"]["outcome"] == "right" for each in made]
-        assert measured["majority"]["accuracy"] == sum(majorities[place]) / 40
+        shares[index] = [sum(s["outcome"] == "right" for s in answers["samples"]) / 3 for answers in answered]
+        assert measured["interval"] == clustered(shares[index], 3)
+        majorities[index] = [answers["majority"]["outcome"] == "right" for answers in answered]
+        assert measured["majority"]["accuracy"] == sum(majorities[index]) / 40
     difference = results["difference"]
     assert difference["accuracy"] == pytest.approx(np.mean(shares[0]) - np.mean(shares[1]))
     assert difference["interval"] == bootstrap([a - b for a, b in zip(shares[0], shares[1], strict=True)])
-    alone = [sum(majorities[i][n] and not majorities[1 - i][n] for n in range(40)) for i in (0, 1)]
+    only = [sum(majorities[i][n] and not majorities[1 - i][n] for n in range(40)) for i in (0, 1)]
     test = difference["mcnemar"]
-    assert (test["only_first"], test["only_second"], test["p"]) == (*alone, mcnemar(*alone))
-    assert test["both"] + test["neither"] + sum(alone) == 40
+    assert (test["only_first"], test["only_second"], test["p"]) == (*only, mcnemar(*only))
+    assert test["both"] + test["neither"] + sum(only) == 40
     printed = table(results)
     assert f"{outcomes.count('unreadable')} no final answer" in printed
-    assert f"here/model less there/model: {100 * difference['accuracy']:+.1f}" in printed
-    assert f"p = {test['p']:.2g}; solved by majority by the first alone {alone[0]}" in printed
+    assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in printed
+    assert f"p = {test['p']:.2g}; solved by majority vote by the first only {only[0]}" in printed
 
 
-def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
+def test_a_rerun_samples_nothing_and_changes_no_file(tmp_path, checker):
     run(tmp_path, checker, Student(), Student(0.4))
     before = contents(tmp_path)
-    again = Student(), Student(0.4)
-    run(tmp_path, checker, *again)
-    assert again[0].asked == again[1].asked == []
+    students = Student(), Student(0.4)
+    run(tmp_path, checker, *students)
+    assert students[0].asked == students[1].asked == []
     assert contents(tmp_path) == before
 
 
-def test_models_share_seeds_and_nothing_else(tmp_path, checker):
-    """Two that are the same differ in nothing, and each is asked for itself though both are called `model`."""
+def test_models_share_seeds_but_not_answers(tmp_path, checker):
+    """Two equal models give the same answers. Each is sampled itself, although both names end in `model`."""
     students = Student(), Student()
     results = run(tmp_path, checker, *students)
     assert students[0].asked == students[1].asked
     assert len(students[0].asked) == 120
-    assert results["difference"]["interval"] is None  # resamples of nothing but zeros tell nothing
+    assert results["difference"]["interval"] is None  # all differences are 0
     assert "+0.0 percentage points (no interval" in table(results)
     assert results["difference"]["mcnemar"]["p"] == 1.0
 
 
-def test_other_settings_are_refused(tmp_path, checker):
+class UnreachableStudent(Student):
+    """Model that is loaded, but fails on the first request, as an unreachable server does."""
+
+    def generate(self, requests, sampling, done):
+        raise GenerationError("The server does not answer.")
+        yield
+
+
+def test_a_failed_first_attempt_does_not_lock_the_folder(tmp_path, checker, monkeypatch):
+    monkeypatch.setattr("stepdpo_trl.pipeline.session.make_generator", lambda spec: 1 / 0)
+    problems = [Problem(problem.id, problem.problem + " ", problem.answer) for problem in draw_records(40)]
+    with pytest.raises(GenerationError):
+        run(tmp_path, checker, UnreachableStudent(), seed=1, problems=problems)
+    monkeypatch.setattr("stepdpo_trl.generation.chat.check_model", lambda spec: None)
+    with pytest.raises(ZeroDivisionError):  # while the model is loaded
+        run(tmp_path, checker, seed=2, num_models=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]
+    run(tmp_path, checker, Student())
+    assert json.loads((tmp_path / "results.json").read_text())["seed"] == 0
+
+
+def test_settings_are_kept_with_the_first_answer(tmp_path, checker):
+    class StoppedStudent(Student):
+        def generate(self, *arguments):
+            yield next(super().generate(*arguments))
+            raise KeyboardInterrupt
+
+    student = StoppedStudent()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, checker, student)
+    assert len(student.asked) == 1
+    with pytest.raises(RunError, match="another folder"):
+        run(tmp_path, checker, Student(), seed=1)
+    student = Student()
+    run(tmp_path, checker, student)
+    assert len(student.asked) == 119
+
+
+def test_other_settings_are_rejected(tmp_path, checker):
     run(tmp_path, checker, Student())
     before = contents(tmp_path)
     for other in (
@@ -140,21 +178,21 @@ def test_other_settings_are_refused(tmp_path, checker):
 
 
 def test_kills(tmp_path):
-    """Killed at any moment and started again: the same files, byte for byte."""
+    """An evaluation that is killed at any time and restarted writes the same files, byte for byte."""
     command = [sys.executable, "-m", "tests.evaluation.kill_evaluation", str(tmp_path)]
     process = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     assert json.loads(process.stdout)["kills"] >= 3
-    assert len(contents(tmp_path / "unbroken")) == 9
-    assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
+    assert len(contents(tmp_path / "uninterrupted")) == 9
+    assert contents(tmp_path / "killed") == contents(tmp_path / "uninterrupted")
 
 
-# Graded otherwise than labelled, with the reason; none so far
+# Solutions whose grade differs from the label, with the reason. None so far
 EXPLAINED: dict[str, str] = {}
 
 
 def test_agreement_with_labels(tmp_path, checker):
-    """Right and falsified solutions of GSM8K, labelled by how they were made (make_labelled_solutions.py)."""
+    """Right and falsified solutions of GSM8K, labeled by how they were made (make_labelled_solutions.py)."""
     rows = [
         json.loads(line)
         for line in (HERE.parent / "data" / "labelled_solutions.jsonl").read_text("utf-8").splitlines()
@@ -181,7 +219,7 @@ def test_agreement_with_labels(tmp_path, checker):
     assert cut == ["unreadable"] * 15
 
 
-# The command, with the quickstart's model
+# The command, with the model of the quickstart
 
 COMMAND = ("eval", "--model", MODEL_PATH, "--prompt", "plain", "--max-new-tokens", 256)
 
@@ -191,8 +229,8 @@ def quickstart():
     return AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
-def test_accuracy_of_the_quickstart(tmp_path, quickstart, capsys):
-    """Greedy answers and accuracy are those of the quickstart's own measurement."""
+def test_accuracy_of_the_quickstart_model(tmp_path, quickstart, capsys):
+    """Greedy answers and accuracy match the measurement of the quickstart."""
     assert stepdpo(*COMMAND, "--problems", "arithmetic", "--limit", 60, "--output-dir", tmp_path) == 0
     problems = make_problems(60, "held_out")
     accuracy = Accuracy(count_correct(*quickstart, problems), len(problems))
@@ -205,11 +243,11 @@ def test_accuracy_of_the_quickstart(tmp_path, quickstart, capsys):
     assert 30 < accuracy.right < 55
 
 
-def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
+def test_base_model_and_adapter(tmp_path, quickstart, capsys, caplog):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), quickstart[1]
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    with torch.no_grad():  # so that it goes wrong more often, and not always
+    with torch.no_grad():  # makes more mistakes, but some answers stay right
         for name, weights in adapted.named_parameters():
             if "lora_B" in name:
                 weights.mul_(0.35)
@@ -229,9 +267,9 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
     first, second = (each["solutions"]["right"] for each in results["results"])
     assert first != second
     assert results["difference"]["accuracy"] == pytest.approx((first - second) / 24)
-    assert f"{names[0]} less {names[1]}" in capsys.readouterr().out
-    # Named as a model it is put on its base model
-    given = (
+    assert f"{names[0]} minus {names[1]}" in capsys.readouterr().out
+    # An adapter passed as --model is loaded on its base model
+    command = (
         "--model",
         tmp_path / "adapter",
         "--problems",
@@ -239,20 +277,20 @@ def test_base_against_adapter(tmp_path, quickstart, capsys, caplog):
         "--output-dir",
         tmp_path / "same",
     )
-    assert stepdpo("eval", *given, *COMMAND[3:]) == 0
+    assert stepdpo("eval", *command, *COMMAND[3:]) == 0
     assert [row["models"][names[1]]["samples"][0]["text"] for row in read(tmp_path / "same")[0]] == texts[1]
-    # Trained on since, it is another adapter
+    # After more training it is another adapter
     adapted.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight.data.zero_()
     adapted.save_pretrained(tmp_path / "adapter")
     assert stepdpo(*compared, *where) == 2
     assert "weights" in capsys.readouterr().err
 
 
-def test_known_sets(monkeypatch):
-    asked = []
+def test_problem_sets(monkeypatch):
+    loaded = []
 
     def load_dataset(*name, split):
-        asked.append((*name, split))
+        loaded.append((*name, split))
         if "gsm8k" in name[0]:
             return [{"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}] + [
                 {"question": f"{n}?", "answer": "#### 1"} for n in range(5)
@@ -265,7 +303,7 @@ def test_known_sets(monkeypatch):
     assert len(rest) == 2
     (only,) = load_problems("math-500")
     assert (only.problem, only.answer) == ("x?", "\\frac12")
-    assert asked == [("openai/gsm8k", "main", "test"), ("HuggingFaceH4/MATH-500", "test")]
+    assert loaded == [("openai/gsm8k", "main", "test"), ("HuggingFaceH4/MATH-500", "test")]
     problems = load_problems("arithmetic")
     assert len(problems) == 1000
     assert load_problems("arithmetic", 20) == problems[:20]
@@ -287,7 +325,9 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         ((*ASKED, "--baseline", "./m"), "is the model itself"),
         ((*ASKED, "--baseline", "./x/../m"), "is the model itself"),
         ((*ASKED, "--baseline-backend", "vllm"), "not its name: --baseline."),
-        ((*ASKED, "--num-samples", 4), "at temperature 0"),
+        ((*ASKED, "--num-samples", 4), "would give the same answer 4 times"),
+        ((*ASKED, "--num-fewshot", 4), "--num-fewshot 4 has no effect with --problems"),
+        ((*EVAL, "--tasks", "gsm8k", "--num-fewshot", -1), "--num-fewshot -1 must be at least 0"),
         ((*ASKED, "--temperature", -1), "must be finite and not negative"),
         ((*ASKED, "--prompt", "plan"), "Did you mean 'plain'?"),
         ((*ASKED, "--prompt", "t.jinja"), "does not contain the problem"),
@@ -304,8 +344,8 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--baseline", "./n", *ASKED[3:]), "'./n' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, *EVAL[3:], "--problems", "g.jsonl"), "cannot be read as an answer"),
-        ((*EVAL, "--tasks", "h4", "--num-samples", 4), "--num-samples cannot go with --tasks"),
-        ((*EVAL, "--tasks", "h4", "--baseline", "n"), "--baseline cannot go with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--num-samples", 4), "--num-samples cannot be used with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--baseline", "n"), "--baseline cannot be used with --tasks"),
         ((*EVAL, "--tasks", "h4"), "pip install 'stepdpo_trl[lm-eval]'"),
     ],
 )
@@ -326,7 +366,6 @@ def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkey
     ("arguments", "message"),
     [
         ((*ASKED, "--sample", 4), "--sample"),
-        ((*EVAL, "--tasks", "h5"), "h4"),
         (EVAL, "one of the arguments --problems --tasks is required"),
         ((*ASKED, "--tasks", "h4"), "not allowed with"),
         ((*ASKED, "--limit", 0), "at least 1"),

@@ -1,4 +1,4 @@
-"""Intervals, tests and votes against other computations."""
+"""Intervals, tests and majority votes against independent computations."""
 
 import numpy as np
 import pytest
@@ -37,23 +37,23 @@ def test_wilson_and_clustered_intervals():
     expected = pytest.approx((0.6954052216266475, 0.74380084961182), abs=1e-8)
     assert wilson(950 / 1319, 1319) == expected
     assert clustered([1.0] * 950 + [0.0] * 369, 1) == expected
-    # Ten answers that are always the same tell no more than one; ten that are independent as much as ten problems
+    # Ten equal answers count as one, ten independent answers as ten
     assert clustered([1.0] * 950 + [0.0] * 369, 10) == expected
     assert clustered([0.5] * 100, 10) == pytest.approx(wilson(0.5, 1000))
     assert clustered([1.0] * 20, 8) == wilson(1.0, 20)
 
 
-def test_clustered_intervals_hold_the_truth_as_often_as_they_say():
-    """Problems of different difficulty, eight samples each: where intervals of independent answers fail."""
+def test_coverage_of_clustered_intervals():
+    """With problems of different difficulty and eight samples each, the plain Wilson interval is far too narrow."""
     rng = np.random.default_rng(0)
-    truth, held, naive = 0.8, 0, 0
+    truth, covered, naive = 0.8, 0, 0
     for _ in range(1000):
         shares = rng.binomial(8, rng.beta(0.8, 0.2, size=60)) / 8
         low, high = clustered(list(shares), 8)
-        held += low <= truth <= high
+        covered += low <= truth <= high
         low, high = wilson(shares.mean(), 8 * 60)
         naive += low <= truth <= high
-    assert 930 <= held <= 970
+    assert 930 <= covered <= 970
     assert naive < 700
 
 
@@ -64,7 +64,7 @@ def test_bootstrap():
     assert (low, high) == pytest.approx((0.09 - 1.96 * error, 0.09 + 1.96 * error), abs=0.002)
     assert bootstrap(differences) == (low, high) != bootstrap(differences, seed=1)
     assert bootstrap([0.5] * 9) is None
-    # Resampled one problem at a time
+    # Against resampling one problem at a time
     rng = np.random.default_rng(0)
     shares = [0.25, -0.5, 0.75, 0.0, 1.0, 0.25]
     drawn = rng.choice(shares, size=(20_000, len(shares))).mean(1)
@@ -76,7 +76,7 @@ def test_bootstrap():
     [
         (["right 4", "wrong 5", "wrong 5"], ("wrong", "5", 2)),
         (["wrong 5", "right 4", "right 8/2"], ("right", "4", 2)),
-        (["right 4", "wrong 5"], ("right", "4", 1)),  # of equally many the first
+        (["right 4", "wrong 5"], ("right", "4", 1)),  # a tie goes to the first
         (["wrong 5", "right 4"], ("wrong", "5", 1)),
         (["right 4", "right 4", "wrong 0.5", "wrong \\frac{1}{2}", "wrong 50\\%"], ("wrong", "0.5", 3)),
         (["right 4", "right 4", "wrong 1,200", "wrong 1200", "wrong 1200.0"], ("wrong", "1,200", 3)),

@@ -1,4 +1,4 @@
-"""What `stepdpo inspect` shows: the trainer's tokens and sums, and nothing that a terminal or a browser would obey."""
+"""`stepdpo inspect`: tokens and sums as in the trainer, and no control characters or markup from the data."""
 
 import io
 import json
@@ -72,13 +72,13 @@ def inspect(capsys, monkeypatch, *argv, width="80"):
         (PLAIN_CONVERSATION, {}),
     ],
 )
-def test_sums_are_those_that_the_trainer_logs(row, options, chat_model, other_model, tmp_path, capsys, monkeypatch):
+def test_sums_match_the_logs_of_the_trainer(row, options, chat_model, other_model, tmp_path, capsys, monkeypatch):
     reference = AutoModelForCausalLM.from_pretrained(chat_model)
     trainer = make_trainer(other_model, tmp_path / "out", [row], ref_model=reference, max_steps=1, **options)
     trainer.train()
     argv = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
     argv += ["--model", other_model, "--reference", chat_model, "--beta", BETA]
-    # Behind another row, so that the number counts
+    # After another row, so that a wrong row is noticed
     path = write_rows(tmp_path / "pairs.jsonl", {**row, "prompt": "Another"} if "role" not in str(row) else row, row)
     status, out, _ = inspect(capsys, monkeypatch, path, "--row", 1, *argv)
     assert status == 0
@@ -90,7 +90,7 @@ def test_sums_are_those_that_the_trainer_logs(row, options, chat_model, other_mo
     assert ("left out: " in out) == ("max_length" in options)
 
 
-def test_an_adapter_is_held_against_its_base(chat_model, tmp_path, capsys, monkeypatch):
+def test_the_reference_of_an_adapter_is_its_base_model(chat_model, tmp_path, capsys, monkeypatch):
     rows = [step_rows()[5]]
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     options = {"peft_config": lora, "eval_dataset": Dataset.from_list(rows), "max_steps": 3, "learning_rate": 1.0}
@@ -104,26 +104,26 @@ def test_an_adapter_is_held_against_its_base(chat_model, tmp_path, capsys, monke
     ids = trainer.train_dataset[0]
     for name, (policy, reference, _) in zip(("chosen", "rejected"), SUMS.findall(out), strict=True):
         assert float(policy) == pytest.approx(expected[f"eval_logps/{name}"], abs=1e-4)
-        in_plain_torch = step_log_prob(base, ids["prompt_ids"], ids[f"{name}_ids"]).item()
-        assert float(reference) == pytest.approx(in_plain_torch, abs=1e-4)
-        assert abs(float(policy) - float(reference)) > 0.1  # it has learnt something
+        expected_reference = step_log_prob(base, ids["prompt_ids"], ids[f"{name}_ids"]).item()
+        assert float(reference) == pytest.approx(expected_reference, abs=1e-4)
+        assert abs(float(policy) - float(reference)) > 0.1  # training has changed it
     assert float(MARGIN.findall(out)[0]) == pytest.approx(expected["eval_rewards/margins"], abs=1e-4)
-    assert f"the reference is \n{chat_model}" in out.replace("is " + chat_model, "is \n" + chat_model)
+    assert f"under the reference model \n{chat_model}" in out.replace("model " + chat_model, "model \n" + chat_model)
 
 
-def test_each_token_by_the_oracle(chat_model, tmp_path):
+def test_each_token_matches_the_reference_implementation(chat_model, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", STEP_ROW)
     encode = RowEncoder(AutoTokenizer.from_pretrained(chat_model), StepDPOConfig(str(tmp_path), bf16=False))
     scored = score([encode(*read_pairs(path, "train", []))], chat_model, "policy")[0]
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     for part in scored.parts:
         ids = [token.id for token in part.tokens]
-        for place, token in enumerate(part.tokens):
-            expected = step_log_prob(model, part.prefix_ids + ids[:place], [token.id]).item()
+        for index, token in enumerate(part.tokens):
+            expected = step_log_prob(model, part.prefix_ids + ids[:index], [token.id]).item()
             assert token.policy == pytest.approx(expected, abs=1e-5)
             assert token.reference is None
         assert len(ids) > 3
-    assert scored.parts[0].tokens[-1].text == "<|im_end|>"  # it ends the solution; the other does not
+    assert scored.parts[0].tokens[-1].text == "<|im_end|>"  # only the chosen step ends the solution
     assert "".join(token.text for token in scored.parts[1].tokens) == STEP_ROW["rejected"]
 
 
@@ -134,7 +134,7 @@ def test_tokens_join_to_the_step(name, tmp_path):
     example = encode(*read_pairs(write_rows(tmp_path / "pairs.jsonl", row), "train", []))
     for part in example.parts:
         assert "".join(token.text for token in part.tokens) == row[part.kind]
-        # the last byte of a character brings it, those before it bring nothing
+        # The token with the last byte of a character has its text, the tokens before it are empty
         assert [token.text for token in part.tokens if token.text == "日"] == ["日"]
         assert "" in [token.text for token in part.tokens]
 
@@ -144,7 +144,7 @@ SOLUTION = "Let's think.\nStep 1: 2 * 4 = 8\nStep 2: 7 + 8 = 16\nThe answer is \
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run with two solutions; the second goes wrong in step 2, of which there is a correction."""
+    """A run with two solutions. The second is wrong from step 2 on, and has a correction of that step."""
     path = tmp_path / "run"
     with RunDirectory(path, create=True) as run:
         prompt = {"user": "{{ problem }} Think.", "response_prefix": ""}
@@ -170,30 +170,30 @@ def test_a_solution_of_a_run(run_folder, capsys, monkeypatch):
         assert out == (
             "solution 1 of run\n"
             "  solution: a/1\n"
-            "  outcome: wrong, finished by stop\n"
-            "  answer: 16; right is 15\n"
+            "  outcome: wrong, finish reason: stop\n"
+            "  answer: 16, gold answer: 15\n"
             "  verdict of arithmetic: step 2\n"
             '  evidence: {"equation": "7 + 8 = 16"}\n'
-            "  verdict of llm: none\n"
+            "  verdict of llm: abstained\n"
             '  evidence: {"reason": "unsure"}\n'
             "\nprompt\n  What is 7 + 2 * 4? Think.\n"
-            "\nopening\n  Let's think.\n  Step 1:\n"
+            "\nbefore step 1\n  Let's think.\n  Step 1:\n"
             "\nstep 1\n   2 * 4 = 8\n"
-            "\nstep 2, the first wrong one by arithmetic, ends the solution\n"
+            "\nstep 2, first wrong step according to arithmetic, ends the solution\n"
             "  Step 2:\n   7 + 8 = 16\n  The answer is \\boxed{16}.\n"
         )
     _, out, _ = inspect(capsys, monkeypatch, "run", "--row", "0", "--color", "always")
     assert "outcome: right" in out
     assert "wrong" not in out
-    assert "\x1b[31" not in out  # no red where nothing is wrong
+    assert "\x1b[31" not in out  # no red in a right solution
 
 
-def test_the_wrong_step_counts_as_in_the_pair(run_folder, chat_model, tmp_path, capsys, monkeypatch):
+def test_the_wrong_step_has_the_same_sums_in_run_and_pair(run_folder, chat_model, tmp_path, capsys, monkeypatch):
     with RunDirectory(run_folder) as run:
         pairs = write_rows(tmp_path / "pairs.jsonl", *make_pairs(run))
     _, pair, _ = inspect(capsys, monkeypatch, pairs, "--model", chat_model)
     _, solution, _ = inspect(capsys, monkeypatch, run_folder, "--model", chat_model)
-    assert SUMS.findall(pair)[1] == SUMS.findall(solution)[1]  # undesirable step; step 2
+    assert SUMS.findall(pair)[1] == SUMS.findall(solution)[1]  # the undesirable step is step 2
     assert "step: 2\n" in pair
     assert len(SUMS.findall(solution)) == 2
 
@@ -208,7 +208,7 @@ def scored_pair(scale=1.0, chosen=" 7", where="row 0 of pairs.jsonl"):
     return Example("row 0", where, (("prefix", "What?\nStep 1: "),), parts)
 
 
-def test_terminal_without_colour():
+def test_terminal_without_color():
     out = Terminal(Scoring("policy", "ref", 0.5), 80, color=False).write([scored_pair()])
     assert out.splitlines() == [
         "row 0 of pairs.jsonl",
@@ -226,7 +226,7 @@ def test_terminal_without_colour():
         "  ratio -0.25",
         "  sum: log π -4.5000, log π_ref -5.2500, ratio +0.7500",
         "",
-        "undesirable step, 1 tokens",
+        "undesirable step, 1 token",
         "        ·8",
         "  log π -1.00",
         "  ratio -0.50",
@@ -236,19 +236,19 @@ def test_terminal_without_colour():
         "",
         "· space, ↵ end of line, → tab, ◌ part of a character",
         "log π: log-probability of the token under policy, in nats",
-        "ratio: log π - log π_ref, the reference is ref",
+        "ratio: log π - log π_ref, under the reference model ref",
     ]
 
 
-def test_terminal_colours():
+def test_terminal_colors():
     out = Terminal(Scoring("policy", "ref"), 80, color=True).write([scored_pair()])
-    assert "\x1b[2m  Step 1:·" not in out  # the indent is not painted
+    assert "\x1b[2m  Step 1:·" not in out  # the indent has no color
     assert "  \x1b[2mStep 1:·\x1b[0m" in out
     assert "\x1b[32;1mpreferred step, 3 tokens, ends the solution\x1b[0m" in out
-    assert "\x1b[38;5;231;48;5;34m·7\x1b[0m" in out  # the strongest: raised
-    assert "\x1b[38;5;231;48;5;95m日\x1b[0m" in out  # a quarter of it: lowered, greyish
-    assert "\x1b[2m↵\x1b[0m" in out  # not moved
-    assert "\x1b[31;1mundesirable step, 1 tokens\x1b[0m" in out
+    assert "\x1b[38;5;231;48;5;34m·7\x1b[0m" in out  # the strongest ratio, above 0
+    assert "\x1b[38;5;231;48;5;95m日\x1b[0m" in out  # a quarter of it, below 0: grayish
+    assert "\x1b[2m↵\x1b[0m" in out  # a ratio of 0
+    assert "\x1b[31;1mundesirable step, 1 token\x1b[0m" in out
     assert "\x1b[38;5;231;48;5;124m·8\x1b[0m" in out  # half of it
     weak = replace(scored_pair(), parts=(Part(REJECTED, "step", "ab", tokens=WEAK), *scored_pair().parts))
     out = Terminal(Scoring("policy", "ref"), 80, color=True).write([weak])
@@ -263,7 +263,7 @@ def test_lines_fit_the_terminal(chat_model, tmp_path, capsys, monkeypatch):
         for argv in ([], ["--model", chat_model]):
             _, out, _ = inspect(capsys, monkeypatch, path, *argv, width=str(width))
             assert max(map(columns, out.splitlines())) <= width
-            assert out.replace("\n  ", "").count("x" * 200) == 1  # nothing is lost
+            assert out.replace("\n  ", "").count("x" * 200) == 1  # no character is lost
             assert out.count("日") == 30
     _, out, _ = inspect(capsys, monkeypatch, path, "--short")
     assert f" ... {len(row['prompt']) - 360} characters ... " in out.replace("\n  ", "")
@@ -281,9 +281,9 @@ def test_text():
     assert shorten("a" * 361).split(" ... ") == ["a" * 120, "1 characters", "a" * 240]
 
 
-def test_nothing_is_obeyed(chat_model, tmp_path, capsys, monkeypatch):
-    evil = "\x1b]0;title\x07\x1b[2J\u202e<script>alert(1)</script><img src=http://example.com/x>'\""
-    row = {key: value + evil if key != "chosen" else evil for key, value in step_rows()[5].items()}
+def test_control_characters_and_markup_are_escaped(chat_model, tmp_path, capsys, monkeypatch):
+    hostile = "\x1b]0;title\x07\x1b[2J\u202e<script>alert(1)</script><img src=http://example.com/x>'\""
+    row = {key: value + hostile if key != "chosen" else hostile for key, value in step_rows()[5].items()}
     path = write_rows(tmp_path / "pairs.jsonl", row)
     for argv in ([], ["--model", chat_model]):
         _, out, _ = inspect(capsys, monkeypatch, path, *argv, "--color", "never")
@@ -297,7 +297,7 @@ def test_nothing_is_obeyed(chat_model, tmp_path, capsys, monkeypatch):
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
+    """Parser for the tags, attributes and text of a page."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +325,7 @@ def test_page():
     second = replace(scored_pair(chosen="<b>"), name="row 7")
     html = write_page([scored_pair(), second], Scoring("policy", "<ref>", 0.5))
     page = Page.read(html)
-    assert "http" not in html  # needs no network
+    assert "http" not in html  # no external resources
     assert [attributes["href"] for attributes in page.attributes if "href" in attributes] == ["#row-0", "#row-7"]
     assert [attributes["id"] for attributes in page.attributes if "id" in attributes] == ["row-0", "row-7"]
     first, newline, lowered, _ = page.tokens[:4]
@@ -340,11 +340,11 @@ def test_page():
     assert page.tokens[4][1] == "<b>"
     cells = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", html[html.index("<table") : html.index("</table>")]))
     assert "row 0 preferred step 3 -4.5000 -5.2500 +0.7500 +0.6250 undesirable step 1 -1.0000" in cells
-    assert "-1.00" in page.text  # the legend's ends
+    assert "-1.00" in page.text  # both ends of the color scale
     assert "+1.00" in page.text
 
 
-def test_colour_is_for_terminals(monkeypatch):
+def test_colors_are_for_terminals(monkeypatch):
     class Screen(io.StringIO):
         def isatty(self):
             return True
@@ -398,7 +398,7 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("rows", "argv", "message"),
     [
-        ([STEP_ROW] * 3, ["--row", "3"], "--row 3: {} has 3 rows, from 0 to 2."),
+        ([STEP_ROW] * 3, ["--row", "3"], "--row 3: {} has 3 rows, numbered from 0 to 2."),
         ([STEP_ROW], ["--reference", "m"], "--reference needs --model"),
         ([STEP_ROW], ["--dtype", "auto"], "--dtype needs --model"),
         ([STEP_ROW], ["--beta", "0.2"], "--beta needs --model"),
@@ -413,11 +413,11 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW], ["--tokenizer", "MODEL", "--max-length", "5"], "which leaves no room for a prefix"),
         ([{**STEP_ROW, "chosen": " "}], [], "`chosen` of row 0 of {} is empty"),
         ([{"prompt": "a", "initial_reason_step": "b", "chosen": "c", "rejected": "d"}], [], "looks like"),
-        ([{"text": "a"}], [], "`chosen` of row 0 of {} is missing or empty. It has ['text']"),
-        ([], [], "is empty"),
+        ([{"text": "a"}], [], "`chosen` of row 0 of {} is missing or empty. Its columns are ['text']"),
+        ([], [], "{} is empty. Pass a file with at least one row."),
     ],
 )
-def test_errors_are_one_sentence(rows, argv, message, chat_model, tmp_path, capsys, monkeypatch):
+def test_errors(rows, argv, message, chat_model, tmp_path, capsys, monkeypatch):
     path = write_rows(tmp_path / "pairs.jsonl", *rows)
     argv = [chat_model if word == "MODEL" else word for word in argv]
     status, _, err = inspect(capsys, monkeypatch, path, *argv)
@@ -433,11 +433,15 @@ def test_missing_files_splits_and_solutions(run_folder, tmp_path, capsys, monkey
     for name in ("settings.jsonl", "results.json"):
         (tmp_path / "eval" / name).write_text('{"key": "eval"}\n')
     cases = [
-        (tmp_path / "eval", [], "is the folder of an evaluation; its solutions stand in"),
+        (
+            tmp_path / "eval",
+            [],
+            f"which cannot be shown. Its solutions are in {tmp_path}/eval/records.jsonl. Pass a run of",
+        ),
         (tmp_path / "pair.jsonl", [], f"There is no file {tmp_path}/pair.jsonl. Did you mean {tmp_path}/pairs.jsonl?"),
         (tmp_path / "bad.jsonl", [], "cannot be read"),
-        (run_folder, ["--row", "2"], f"--row 2: {run_folder} has 2 solutions, from 0 to 1."),
-        (run_folder, ["--solution", "b"], "has 2 solutions, none with the key 'b'. The first is 'a/0'."),
+        (run_folder, ["--row", "2"], f"--row 2: {run_folder} has 2 solutions, numbered from 0 to 1."),
+        (run_folder, ["--solution", "b"], "has no solution 'b'. It has 2 solutions, such as 'a/0'."),
     ]
     for source, argv, message in cases:
         status, _, err = inspect(capsys, monkeypatch, source, *argv)
@@ -449,8 +453,9 @@ def test_missing_files_splits_and_solutions(run_folder, tmp_path, capsys, monkey
     assert read_run(run_folder, [0, 1, 0])[1].name == "solution 1"
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from stepdpo_trl.cli import main\ntry: main.main(['inspect', '--help'])\nexcept SystemExit: pass\n"
+def test_help_does_not_import_torch():
+    code = "import sys; from stepdpo_trl.cli import main\n"
+    code += "try: main.main(['inspect', '--help'])\nexcept SystemExit: pass\n"
     code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
