@@ -109,7 +109,7 @@ def test_h4(tmp_path, calls, capsys):
     assert len(calls) == 4  # no new calls
     assert contents(tmp_path) == before
     assert stepdpo(*command[:-4], "--output-dir", tmp_path) == 2
-    assert "limit=8 (now None)" in capsys.readouterr().err
+    assert "limit: 8 in this run, None now" in capsys.readouterr().err
 
 
 def test_finished_tasks_are_not_repeated(tmp_path, calls, monkeypatch):
