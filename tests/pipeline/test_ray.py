@@ -10,8 +10,9 @@ from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.ray import run_on_ray
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import Log, RunError
 
