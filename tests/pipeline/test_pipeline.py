@@ -171,7 +171,7 @@ def latest(path):
 )
 def test_growing_equals_a_run_from_scratch(small, large, tmp_path, checker):
     """No sample is requested twice, and all results are those of a new run with the larger values."""
-    options = {"judge_name": "rollout", "max_attempts": 8}
+    options = {"judge_name": "rollout", "max_attempts": 8, "problems": draw_records(12)}
     student = Student(mistakes=0.4, wordings=3)
     run_all(tmp_path / "grown", checker, student, **{**options, **small})
     before = build([tmp_path / "grown"])[0]
