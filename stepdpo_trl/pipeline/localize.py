@@ -10,7 +10,8 @@ from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
-from .records import Solution, Verdict, append_changed
+from .records import Solution, Verdict
+from .stage_directory import append_changed
 
 
 def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:

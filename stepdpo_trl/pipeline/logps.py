@@ -38,7 +38,7 @@ def add_logps(
         ids = encode(row, f"pair {number}")
         jobs += [(row, name, ids["prompt_ids"], ids[f"{name}_ids"]) for name in ("chosen", "rejected")]
     jobs.sort(key=lambda job: len(job[2]) + len(job[3]))
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # nearly all models
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # of nearly all models
     device = model.device
     for start in progress_bar(range(0, len(jobs), batch_size), "log-probabilities", unit=" batches"):
         part = jobs[start : start + batch_size]

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from ..runs.run_directory import Log, RunError
+from ..runs.run_directory import RunError
 
 
 @dataclass(frozen=True)
@@ -276,26 +276,6 @@ def shard_of(problems: Iterable[Problem], shard: tuple[int, int]) -> list[Proble
     """
     index, count = shard
     return [problem for number, problem in enumerate(problems) if number % count == index]
-
-
-def append_changed(log: Log, key: str, record: Mapping[str, Any]) -> None:
-    """
-    Append a record unless the log holds it already. The last record of a key counts.
-
-    Args:
-        log (`Log`):
-            The log.
-        key (`str`):
-            Key of the record.
-        record (`Mapping[str, Any]`):
-            The record.
-    """
-    if key not in log or _as_json(log[key]) != _as_json(record):
-        log.append(key, record)
-
-
-def _as_json(record: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(record))
 
 
 def count_line(folder: str | Path, counts: Mapping[str, int]) -> str:

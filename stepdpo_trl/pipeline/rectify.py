@@ -14,7 +14,8 @@ from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Continuation, Policy
-from .records import Solution, append_changed
+from .records import Solution
+from .stage_directory import append_changed
 
 
 def normalize_step(step: str) -> str:

@@ -27,7 +27,7 @@ from .judges.llm import llm_judge
 from .judges.prm import prm_judge
 from .judges.protocol import Judge
 from .judges.rollout import rollout_judge
-from .names import corrections_name as corrections_name  # part of this module's interface
+from .names import corrections_name as corrections_name  # imported from here by the command line
 from .names import model_file_name
 from .policy import Policy
 from .records import Problem, shard_of, text_digest

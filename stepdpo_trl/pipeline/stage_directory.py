@@ -123,3 +123,23 @@ def read_times(path: Path) -> dict[str, float]:
         return dict(json.loads((path / TIMES).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
+
+
+def append_changed(log: Log, key: str, record: Mapping[str, Any]) -> None:
+    """
+    Append a record unless the log holds it already. The last record of a key counts.
+
+    Args:
+        log (`Log`):
+            The log.
+        key (`str`):
+            Key of the record.
+        record (`Mapping[str, Any]`):
+            The record.
+    """
+    if key not in log or _as_json(log[key]) != _as_json(record):
+        log.append(key, record)
+
+
+def _as_json(record: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(record))

@@ -171,7 +171,7 @@ def latest(path):
 )
 def test_growing_equals_a_run_from_scratch(small, large, tmp_path, checker):
     """No sample is requested twice, and all results are those of a new run with the larger values."""
-    options = {"judge_name": "rollout", "max_attempts": 8}
+    options = {"judge_name": "rollout", "max_attempts": 8, "problems": draw_records(12)}
     student = Student(mistakes=0.4, wordings=3)
     run_all(tmp_path / "grown", checker, student, **{**options, **small})
     before = build([tmp_path / "grown"])[0]
@@ -232,36 +232,38 @@ class FailingGenerator(Student):
 
 def test_a_failed_first_attempt_does_not_lock_the_folder(tmp_path, checker):
     """Settings and problems are written with the first answer."""
-    wrong = ModelSpec("unreachable")
-    session = Session({MODEL: Student(), wrong: FailingGenerator()}, checker)
-    problems = draw_records(8)
-    for model, sampling in ((ModelSpec("nosuch/model"), SAMPLING), (wrong, Sampling(0.5, 1.0, 64))):
-        with pytest.raises(GenerationError):
-            session.collect(tmp_path, problems, "other", model, STEP_PROMPTS["qwen2-boxed"], sampling, 5)
+    down = ModelSpec("unreachable")
+    session = Session({MODEL: Student(), down: FailingGenerator()}, checker)
+    problems, prompt = draw_records(8), STEP_PROMPTS["plain"]
+    with pytest.raises(GenerationError):
+        session.collect(
+            tmp_path, problems, "other", down, STEP_PROMPTS["qwen2-boxed"], Sampling(0.5, 1.0, 64), 5, seed=1
+        )
     assert records(tmp_path) == {}
-    session.collect(tmp_path, problems, "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+    session.collect(tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, 2)
     before = records(tmp_path)
     with pytest.raises(GenerationError):
-        session.localize(tmp_path, "llm", JudgeOptions(model=wrong, votes=3))
-    with pytest.raises(GenerationError):  # nor does a failed attempt at more samples
-        session.collect(
-            tmp_path, problems, "drawn", ModelSpec("student", batch_size=1), STEP_PROMPTS["plain"], SAMPLING, 9
+        Session({MODEL: FailingGenerator()}, checker).collect(
+            tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, num_samples=9
         )
+    with pytest.raises(GenerationError):
+        session.localize(tmp_path, "llm", JudgeOptions(model=down, votes=3))
     assert records(tmp_path) == before
     session.localize(tmp_path, "arithmetic", JudgeOptions())
     with pytest.raises(GenerationError):
-        session.rectify(tmp_path, max_attempts=5, rectifier=wrong)
-    session.rectify(tmp_path, max_attempts=3, rectifier=ModelSpec("student"))
+        session.rectify(tmp_path, max_attempts=9, rectifier=down)
+    session.generators[down] = Student()
+    assert session.rectify(tmp_path, max_attempts=3, rectifier=down)["pairs"]
+    assert session.collect(tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, num_samples=3)
 
 
-def test_a_misspelled_model_does_not_lock_the_folder(chat_model, tmp_path, monkeypatch, capsys):
-    """The same on the command line."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_misspelled_model_does_not_lock_the_folder(chat_model, tmp_path, capsys):
+    """A command with a misspelled path can be corrected and rerun in the same folder."""
     (tmp_path / "problems.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
     command = ["collect", "--problems", str(tmp_path / "problems.jsonl"), "--output-dir", str(tmp_path / "run")]
     command += ["--max-new-tokens", "4"]
-    assert main([*command, "--model", "nosuch/model"]) == 2
-    assert "nosuch/model" in capsys.readouterr().err
+    assert main([*command, "--model", str(tmp_path / "nosuch")]) == 2
+    assert "nosuch" in capsys.readouterr().err
     assert main([*command, "--model", chat_model]) == 0
 
 
