@@ -120,7 +120,7 @@ def _print_train_help(everything: bool) -> None:
 
 
 def make_parser() -> MainParser:
-    """Make the parser of all commands. `train` and `loop` are only listed; they have parsers of their own."""
+    """Create the parser of all commands. `train` and `loop` are only listed and have separate parsers."""
     return MainParser()
 
 
@@ -154,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(argv: list[str]) -> int:
+    """Train, without accelerate's traceback if the training script fails."""
     try:
         train(argv)
-    except subprocess.CalledProcessError as error:  # accelerate would print it with a traceback of its own
+    except subprocess.CalledProcessError as error:
         report_error(f"stepdpo train: error: training ended with status {error.returncode}; see its message above.")
         return 1
     except KeyboardInterrupt:

@@ -197,7 +197,7 @@ def test_dry_run_of_data(problems, no_models, capsys):
 
 
 def test_dry_run_of_a_run(problems, capsys):
-    """What a run has measured takes the place of assumptions, and what it holds is not counted again."""
+    """Measured values replace assumptions, and existing records are not counted again."""
     run = problems.parent / "run"
     sampling = ["--prompt", "plain", "--temperature", "1", "--max-new-tokens", "96", "--num-samples", "3"]
     where = ["--model", str(MODEL_PATH), "--problems", str(problems), "--output-dir", str(run)]
