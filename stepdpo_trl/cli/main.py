@@ -179,6 +179,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fail(command: str, error: Exception) -> int:
     message = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    if isinstance(error, GenerationError):  # contains messages of transformers, which have several lines
+        message = " ".join(message.split())
     report_error(f"stepdpo {command}: error: {message}")
     return 2
 
