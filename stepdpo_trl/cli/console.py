@@ -1,4 +1,4 @@
-"""Log records of the commands, and the upstream messages that are kept out of them."""
+"""Logging of the commands, and suppression of upstream messages."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ def log_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Prints messages to stderr, above a progress bar if there is one."""
+    """Handler that prints messages to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -69,16 +69,16 @@ def report_error(message: str) -> None:
 
 def silence_upstream() -> None:
     """
-    Suppress the messages of dependencies that a user of the commands can do nothing about.
+    Suppress messages of dependencies that users of the commands cannot act on.
 
     Without a terminal, their progress bars are disabled or redrawn once a minute. Messages are matched by logger and
     text, so that everything else is still printed.
     """
-    # An optional CPU kernel, reported on import; 4-bit layers work without it
+    # Printed on import because of a missing optional kernel; 4-bit layers work without it
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "Failed to load CPU gemm_4bit_forward" not in record.getMessage()
     )
-    # TRL and PEFT call what transformers has renamed
+    # TRL and PEFT still use the old names
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
     if not sys.stderr.isatty():
         bars = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

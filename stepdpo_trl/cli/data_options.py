@@ -187,7 +187,7 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Text that every solution starts with, such as 'Step 1:'. (default: that of the named prompt)",
     )
-    sampling_options(parser, SAMPLING, num_samples=2, say=False)
+    sampling_options(parser, SAMPLING, num_samples=2, help_only=False)
 
 
 def _localize_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Estimates of requests and tokens, made without loading a model."""
+"""Estimates of requests and tokens for `--dry-run`. No model is loaded."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -11,9 +11,9 @@ from ..data.answers import WRONG
 from ..pipeline.judges.expressions import canonical, parse_judges
 from ..runs.run_directory import RunDirectory
 
-# Assumed where a run has not measured it yet
+# Assumptions for a run without solutions
 TOKENS, STEPS, WRONG_SHARE = 400, 6, 0.3
-JUDGE_TOKENS = 400  # of a reply of the llm judge
+JUDGE_TOKENS = 400  # per reply of the llm judge
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Measured:
 
 
 def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
-    """Read what a run holds so far."""
+    """Count the existing records of a run."""
     found = Measured(0, 0, [], [], {}, {}, {})
     for path in paths:
         if may_be_missing and not path.is_dir():
@@ -58,7 +58,7 @@ def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
             found.solutions += len(solutions)
             found.wrong += sum(record["outcome"] == WRONG for record in solutions)
             found.steps += [record["steps"] for record in solutions if record["outcome"] == WRONG]
-            # Completions of a whole solution, which collect has sampled
+            # Completions of collect only: rollouts and corrections are shorter than a whole solution
             completions = run.logs("generations").get("policy", {}).values()
             found.tokens += [r["tokens"] for r in completions if str(r.get("stage", "")).startswith("collect")]
             for name, log in run.logs("verdicts").items():
@@ -72,7 +72,7 @@ def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
 
 def estimate(args: argparse.Namespace, paths: Sequence[Path], stages: Sequence[str], problems: int = 0) -> str:
     """
-    Estimate what stages of the pipeline cost.
+    Estimate the cost of pipeline stages.
 
     Args:
         args (`argparse.Namespace`):
@@ -124,10 +124,10 @@ def estimate(args: argparse.Namespace, paths: Sequence[Path], stages: Sequence[s
 
 
 def _judge_cost(args: argparse.Namespace, steps: float, tokens: float) -> tuple[int, float]:
-    """Return the requests per wrong solution, and the mean tokens of one."""
+    """Return the number of requests per wrong solution and the mean number of tokens per request."""
     costs = []
     for name in (name for group in parse_judges(args.judge) for name in group):
-        if name == "rollout":  # the whole problem, then a binary search for the last prefix that can be saved
+        if name == "rollout":  # the empty prefix, then a binary search over the steps
             costs.append(((1 + ceil(log2(max(steps, 2)))) * args.num_rollouts, tokens / 2))
         elif name == "llm":
             costs.append((args.votes, JUDGE_TOKENS))
@@ -138,7 +138,7 @@ def _judge_cost(args: argparse.Namespace, steps: float, tokens: float) -> tuple[
 
 
 def _located(args: argparse.Namespace, found: Measured, wrong: int, also_localizes: bool) -> tuple[int, int]:
-    """Return the solutions to rectify, and how many of them have been rectified."""
+    """Return the number of located solutions and how many of them have already been rectified."""
     judge = canonical(args.judge) if args.judge else next(iter(found.verdicts), "")
     verdicts, located = found.verdicts.get(judge, 0), found.located.get(judge, 0)
     if also_localizes:
@@ -168,7 +168,7 @@ def _assumptions(found: Measured, tokens: float, steps: float, stages: Sequence[
 
 def estimate_eval(problems: int, num_samples: int, models: Sequence[str], max_new_tokens: int) -> str:
     """
-    Estimate what an evaluation costs.
+    Estimate the cost of an evaluation.
 
     Args:
         problems (`int`):

@@ -24,7 +24,7 @@ from .options import (
     text_of,
 )
 
-# Not given to argparse: options that only work with --problems must be told from their defaults.
+# Not passed to argparse, so that options that do not work with --tasks are only rejected if they were passed
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "num_samples": 1, "temperature": 0.0, "top_p": 1.0}
 DEFAULTS |= {"top_k": 0, "max_new_tokens": 1024, "seed": 0}
 PROMPTS = {"arithmetic": "plain"}  # default prompts of problem sets, if not qwen2-boxed
@@ -100,7 +100,7 @@ def add_eval_command(commands: Any) -> None:
         metavar="TEXT",
         help="Text that every solution starts with, such as 'Step 1:'. (default: that of the named prompt)",
     )
-    sampling_options(parser, DEFAULTS, num_samples=1, say=True)
+    sampling_options(parser, DEFAULTS, num_samples=1, help_only=True)
     log_and_dry_run_options(parser)
 
 

@@ -86,7 +86,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
     path, numbers = Path(args.source), args.row or []
     if args.solution is not None and not is_run(path):
-        raise ValueError(f"--solution needs the folder of a run, and {args.source} is none. Use --row.")
+        raise ValueError(f"--solution needs the folder of a run, and {args.source} is not one. Use --row.")
     examples = (
         read_run(path, numbers, args.solution)
         if is_run(path)

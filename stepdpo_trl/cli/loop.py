@@ -1,4 +1,4 @@
-"""The command `loop`: options of its own, those of `stepdpo data`, and after `--` those of `stepdpo train`."""
+"""The command `loop`. It also takes options of `stepdpo data`, and after `--` options of `stepdpo train`."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ To resume after an interruption, rerun the same command."""
 
 
 def make_parser() -> CommandParser:
-    """Make the parser of the options that belong to neither `data` nor `train`."""
+    """Create the parser of the options that belong to neither `data` nor `train`."""
     parser = CommandParser(
         prog="stepdpo loop",
         usage="%(prog)s --model MODEL --problems SET --output-dir DIR\n"
@@ -141,8 +141,8 @@ def _check_training(argv: list[str]) -> None:
     given = [f"{name}={value!r}" for name, value in values.items() if value]
     if given:
         raise RunError(
-            f"{', '.join(given)} cannot be used in the loop: its pairs hold the whole prompt, word for word "
-            "(--prompt), and its stages are set by --stages. Remove it."
+            f"{', '.join(given)} cannot be used in the loop: its pairs contain the whole prompt, word for word "
+            "(--prompt), and --stages sets its stages. Remove it."
         )
 
 

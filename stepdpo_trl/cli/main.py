@@ -120,7 +120,7 @@ def _print_train_help(everything: bool) -> None:
 
 
 def make_parser() -> MainParser:
-    """Make the parser of all commands. `train` and `loop` are only listed; they have parsers of their own."""
+    """Create the parser of all commands. `train` and `loop` are only listed and have separate parsers."""
     return MainParser()
 
 
@@ -154,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(argv: list[str]) -> int:
+    """Train, without accelerate's traceback if the training script fails."""
     try:
         train(argv)
-    except subprocess.CalledProcessError as error:  # accelerate would print it with a traceback of its own
+    except subprocess.CalledProcessError as error:
         report_error(f"stepdpo train: error: training ended with status {error.returncode}; see its message above.")
         return 1
     except KeyboardInterrupt:
@@ -178,6 +179,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fail(command: str, error: Exception) -> int:
     message = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.filename else str(error)
+    if isinstance(error, GenerationError):  # contains messages of transformers, which have several lines
+        message = " ".join(message.split())
     report_error(f"stepdpo {command}: error: {message}")
     return 2
 

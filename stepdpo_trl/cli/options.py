@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they are read."""
+"""Options that several commands share."""
 
 import argparse
 import re
@@ -25,7 +25,7 @@ MODEL_FIELDS = (
     "dtype",
     "adapter",
 )
-# Options of the first model that also apply to the second one; those of a server only if it uses the same server
+# Options of the first model that also apply to the second one, and those that need the same server
 _SHARED, _OF_SERVERS = ("tokenizer", "batch_size", "dtype"), ("base_url", "api_key_env", "max_concurrent_requests")
 
 Handler = Callable[[argparse.Namespace], None]
@@ -78,11 +78,11 @@ def log_and_dry_run_options(parser: argparse.ArgumentParser) -> None:
 @dataclass(frozen=True)
 class ModelDefaults:
     """
-    Defaults that the help names for the options of a model.
+    Defaults shown in the help of the options of a model.
 
     Args:
         model, revision, backend, base_url, api_key_env, max_concurrent_requests, tokenizer, batch_size, dtype (`str`):
-            What holds if the option is not passed. Empty if nothing does.
+            Text for the option of the same name. Empty if there is no default.
     """
 
     model: str = ""
@@ -140,7 +140,7 @@ def model_options(
         flag (`str`, *optional*):
             Option for the model itself, defaults to `--{prefix}model`.
         defaults (`ModelDefaults`, *optional*):
-            Defaults to name in the help.
+            Defaults shown in the help.
 
     Returns:
         `argparse._ArgumentGroup`: The group.
@@ -172,7 +172,9 @@ def model_options(
     return group
 
 
-def sampling_options(parser: argparse.ArgumentParser, defaults: dict[str, Any], num_samples: int, say: bool) -> None:
+def sampling_options(
+    parser: argparse.ArgumentParser, defaults: dict[str, Any], num_samples: int, help_only: bool
+) -> None:
     """
     Add the options of sampling.
 
@@ -183,13 +185,13 @@ def sampling_options(parser: argparse.ArgumentParser, defaults: dict[str, Any], 
             Default of each option of [`~stepdpo_trl.generation.Sampling`], and `"seed"`.
         num_samples (`int`):
             Default of `--num-samples`.
-        say (`bool`):
-            Whether to name the defaults in the help only, so that the command can tell which options were passed.
+        help_only (`bool`):
+            Whether to show the defaults in the help only. The parsed values are then `None` if not passed.
     """
     group = parser.add_argument_group("Sampling")
 
     def add(name: str, text: str, default: Any, **kwargs: Any) -> None:
-        named = {"help": f"{text} (default: {default:g})"} if say else {"help": text, "default": default}
+        named = {"help": f"{text} (default: {default:g})"} if help_only else {"help": text, "default": default}
         group.add_argument(f"--{name.replace('_', '-')}", **named, **kwargs)
 
     add("num_samples", "Solutions sampled per problem.", num_samples, type=positive, metavar="N")
@@ -208,7 +210,7 @@ def positive(text: str) -> int:
 
 
 def judge_expression(text: str) -> str:
-    """Parse a judge expression, without `>`, which a shell takes for a redirection."""
+    """Parse a judge expression. Rejects `>`, which a shell reads as a redirection."""
     if ">" in text:
         raise argparse.ArgumentTypeError(
             f"{text!r} contains '>', which redirects the output in a shell. Use a comma: {text.replace('>', ',')!r}"
@@ -218,7 +220,7 @@ def judge_expression(text: str) -> str:
 
 def text_of(name_or_file: str) -> str:
     """
-    Return a name as it is, or the text of a file.
+    Return a name unchanged, or the text of a file.
 
     Raises:
         RunError: If the file does not exist or is not UTF-8.
@@ -295,9 +297,9 @@ def model_spec(args: argparse.Namespace, prefix: str = "", flag: str | None = No
 
 def share_options(args: argparse.Namespace, prefix: str) -> None:
     """
-    Let options of the first model apply to another one, where the other one has none of its own.
+    Apply options of the first model to another model that does not set them.
 
-    Revision and adapter are not shared. Neither is the server, if the other model has another backend or address.
+    Revision and adapter are never shared, the server only if backend and address are the same.
 
     Args:
         args (`argparse.Namespace`):

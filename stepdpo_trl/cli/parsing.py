@@ -1,4 +1,4 @@
-"""Parser of the commands: names of options, one-line errors, and help."""
+"""Parser of the commands: option names, one-line errors, and help."""
 
 import argparse
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-# Former names of options, also with the prefix of another model: `--judge-api-key-variable`
+# Old names of options; with the prefix of another model too, as in `--judge-api-key-variable`
 RENAMED = {
     "out": "output-dir",
     "to": "output-file",
@@ -24,7 +24,7 @@ RENAMED = {
 }
 RESUME = "--resume does not exist: rerun the same command to resume."
 WIDTH = 80
-CLOSE = 0.75  # similarity from which an option is suggested
+CLOSE = 0.75  # minimum similarity of a suggested option
 _OPTION = re.compile(r"--[A-Za-z][\w-]*")
 
 
@@ -91,7 +91,7 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def format_help(self) -> str:
-        """Return the help, with the required arguments alone in the usage."""
+        """Return the help. The usage lists required arguments only."""
         self.usage = self.usage or self._short_usage()
         self._action_groups.sort(key=lambda group: group is self._optionals)  # general options last
         return super().format_help()
@@ -108,7 +108,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def wrap_usage(words: Iterable[str]) -> str:
-    """Join the parts of a usage line, and break it between them where it gets too long."""
+    """Join the parts of a usage line and wrap it between them."""
     protected = " ".join(word.replace(" ", "\0") for word in words)
     width = WIDTH - 2 - len("usage: ")
     lines = textwrap.wrap(protected, width, subsequent_indent=" " * 4, break_on_hyphens=False)
@@ -116,7 +116,7 @@ def wrap_usage(words: Iterable[str]) -> str:
 
 
 def use_dashes(words: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Write known options with dashes, also if they were given with underscores. Stops at `--`."""
+    """Replace underscores in the names of known options by dashes, up to `--`."""
     known, normalized, stopped = set(known), [], False
     for word in words:
         stopped = stopped or word == "--"

@@ -1,4 +1,4 @@
-"""Problems to make step pairs of: files, or training sets by name."""
+"""Problems to make step pairs from: files, or training sets by name."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
 
 TRAINING_SETS = ("gsm8k", "arithmetic")
-ARITHMETIC = 1000  # problems, if there is no limit
+NUM_ARITHMETIC_PROBLEMS = 1000  # if there is no limit
 
 
 def load_training_problems(name: str, limit: int | None = None) -> list[Problem]:
     """
-    Load problems to make step pairs of.
+    Load problems to make step pairs from.
 
-    A name stands for the training split. `eval` takes the test split of the same name, so that a model is never
-    evaluated on problems that it was trained on.
+    A name selects the training split, while `eval` uses the test split. So a model is never evaluated on problems
+    that it was trained on.
 
     Args:
         name (`str`):
             A name in `TRAINING_SETS`, or a file as for [`~stepdpo_trl.pipeline.records.read_problems`].
         limit (`int`, *optional*):
-            Number of problems to take from the start.
+            Number of problems to load, from the first.
 
     Returns:
         `list[Problem]`: The problems.
@@ -31,14 +31,14 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
         RunError: If the problems do not exist or cannot be used.
     """
     if name == "arithmetic":
-        drawn = make_problems(limit or ARITHMETIC, "pairs")
+        drawn = make_problems(limit or NUM_ARITHMETIC_PROBLEMS, "pairs")
         return [Problem(text_digest(one.text), one.text, one.answer, write_solution(one)) for one in drawn]
     if name == "gsm8k":
         from datasets import load_dataset
 
         try:
             rows = list(load_dataset("openai/gsm8k", "main", split="train"))
-        except Exception as error:  # of the Hub's client, of the connection, of the disk
+        except Exception as error:  # raised by the Hub client, the network or the disk
             raise RunError(
                 f"The data set 'openai/gsm8k' cannot be loaded ({type(error).__name__}: {error}). Without a network, "
                 "pass a file: --problems FILE.jsonl with `problem` and `answer`."
@@ -46,7 +46,7 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
         return problems_of(rows, name, limit)
     if name in PROBLEM_SETS:
         raise RunError(
-            f"--problems {name} is a test set, and pairs made of it would spoil every evaluation on it. Use one of "
+            f"--problems {name} is a test set: a model trained on its problems cannot be evaluated on it. Use one of "
             f"{', '.join(TRAINING_SETS)}, or a .jsonl or .parquet file."
         )
     if not Path(name).suffix and not Path(name).exists():

@@ -136,7 +136,7 @@ def _train(parsed: tuple[Any, ...], convert: "Callable[[Dataset], Dataset] | Non
 
 
 def _print_lines(trainer: Any) -> None:
-    """Replace the Trainer's progress bar by lines, for outputs that are not a terminal."""
+    """Replace the Trainer's progress bar by one line per minute."""
     from transformers.trainer_callback import ProgressCallback
 
     from ..runs.progress import progress_bar

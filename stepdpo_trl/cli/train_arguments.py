@@ -12,13 +12,13 @@ from .parsing import CLOSE
 if TYPE_CHECKING:
     from .trl_parser import TrainParser
 
-# Options with a value that neither TRL nor accelerate read if it is joined with "=" or if the name has dashes
+# Options that TRL only reads with underscores and with a space before the value
 _SPLIT = ("config", "accelerate_config", "log_file")
 
 
 def make_parser(prog: str | None = None, launcher: bool = False) -> "TrainParser":
     """
-    Make the parser of the training script.
+    Create the parser of the training script.
 
     Args:
         prog (`str`, *optional*):
@@ -67,7 +67,7 @@ def parse_arguments(
     argv: list[str], prog: str | None = None, launcher: bool = False
 ) -> tuple[tuple[Any, ...], list[str], list[str]]:
     """
-    Parse a command line, and the file that it passes as `--config`.
+    Parse a command line and its config file.
 
     Exits with status 2 and one line on stderr if an argument is unknown or unusable.
 
@@ -106,7 +106,7 @@ def parse_arguments(
 
 
 def split_joined(argv: Sequence[str]) -> list[str]:
-    """Split `--config=FILE` and the like into two words, and write these options with underscores."""
+    """Split options such as `--config=FILE` into two words, and write them with underscores."""
     words = []
     for word in argv:
         name, equals, value = word.removeprefix("--").partition("=")

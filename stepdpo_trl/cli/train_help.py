@@ -1,4 +1,4 @@
-"""The short help of `stepdpo train`, made without importing TRL."""
+"""Short help of `stepdpo train`, printed without importing TRL."""
 
 import ast
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ REQUIRED = {
 FILE = {
     "config": ("FILE", "YAML file with options, without the dashes. The command line overrides it."),
 }
-# Those of TRL that most runs set; a test compares the names with TRL
+# TRL options that most runs set
 COMMON = {
     "learning_rate": ("X", "Initial learning rate."),
     "beta": ("X", "Strength of the pull towards the reference model."),
@@ -64,7 +64,7 @@ To resume after an interruption, add --resume_from_checkpoint true."""
 @dataclass(frozen=True)
 class OwnOption:
     """
-    An option of the training script that TRL does not have.
+    Option of the training script that TRL does not have.
 
     Args:
         name (`str`):

@@ -11,14 +11,14 @@ from .parsing import HelpFormatter
 from .sdpo import SDPOArguments
 from .train_help import own_options
 
-# StepDPOConfig last: on a machine without a GPU it raises an error that would hide all others
+# StepDPOConfig comes last: without a GPU it raises an error that would hide those of the others
 DATACLASSES: Any = (ScriptArguments, ModelConfig, DatasetMixtureConfig, SDPOArguments, StepDPOConfig)
 Check = Callable[[argparse.Namespace, Sequence[str], Sequence[str]], None]
 
 
 class TrainParser(TrlParser):
     """
-    `TrlParser` that checks all options before it makes dataclasses of them.
+    `TrlParser` that checks all options before it creates the dataclasses.
 
     Args:
         check (`Callable`, *optional*):
@@ -42,7 +42,7 @@ class TrainParser(TrlParser):
     def parse_args_into_dataclasses(  # type: ignore[override]
         self, args: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Check the options, then make dataclasses of them; see `HfArgumentParser`."""
+        """Check the options, then create the dataclasses; see `HfArgumentParser`."""
         if self.check is not None:
             namespace, rest = self.parse_known_args(args)
             self.check(namespace, self._from_file, rest)

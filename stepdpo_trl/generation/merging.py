@@ -11,7 +11,7 @@ from .protocol import GenerationError
 
 def merge_adapter(adapter: Path, output_dir: Path) -> None:
     """
-    Write a model with the weights of an adapter merged into it, which every inference backend can load.
+    Merge an adapter into its base model and save the result, which every inference backend can load.
 
     Args:
         adapter (`Path`):

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, otherwise one line per minute."""
+"""Progress bars on a terminal, otherwise one line per minute."""
 
 import sys
 import time
@@ -11,21 +11,21 @@ INTERVAL = 60.0  # seconds between two lines
 
 
 class ProgressLines(std_tqdm):
-    """Progress as plain lines, for log files and pipes. Takes the arguments of `tqdm`."""
+    """Progress as plain lines, for log files and pipes. Accepts the arguments of `tqdm`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._printed_at = time.monotonic()
         super().__init__(*args, **{**kwargs, "mininterval": INTERVAL, "miniters": 1})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Print one line if the last one is a minute old."""
+        """Print a line, at most once per minute."""
         if time.monotonic() - self._printed_at >= INTERVAL:
             self._printed_at = time.monotonic()
             print(self._line(), file=self.fp, flush=True)
         return True
 
     def close(self) -> None:
-        """End, without the control characters that tqdm would print."""
+        """Close without printing, unlike tqdm."""
         if not self.disable:
             self.disable: bool = True
             self._decr_instances(self)
@@ -48,7 +48,7 @@ def _duration(seconds: float) -> str:
 
 def progress_bar(*args: Any, **kwargs: Any) -> Any:
     """
-    Return a progress bar, or its replacement without a terminal.
+    Create a progress bar, or [`ProgressLines`] without a terminal.
 
     Args:
         *args, **kwargs:

@@ -18,6 +18,7 @@ from stepdpo_trl.cli.main import main
 from stepdpo_trl.cli.options import model_spec, share_options
 from stepdpo_trl.cli.problems import load_training_problems
 from stepdpo_trl.evaluation.problems import load_problems
+from stepdpo_trl.generation import GenerationError
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunError
 
@@ -197,7 +198,7 @@ def test_dry_run_of_data(problems, no_models, capsys):
 
 
 def test_dry_run_of_a_run(problems, capsys):
-    """What a run has measured takes the place of assumptions, and what it holds is not counted again."""
+    """Measured values replace assumptions, and existing records are not counted again."""
     run = problems.parent / "run"
     sampling = ["--prompt", "plain", "--temperature", "1", "--max-new-tokens", "96", "--num-samples", "3"]
     where = ["--model", str(MODEL_PATH), "--problems", str(problems), "--output-dir", str(run)]
@@ -266,6 +267,17 @@ def test_log_level_and_log_file(problems, tmp_path, monkeypatch, capsys):
             "ERROR stepdpo_trl: stepdpo collect: error: it failed.",
         ]
     assert logging.getLogger("stepdpo_trl").handlers == []
+
+
+def test_messages_of_transformers_become_one_line(tmp_path, capsys, monkeypatch):
+    def merge(*args):
+        raise GenerationError("The model cannot be loaded: no connection.\nCheck your internet connection.")
+
+    monkeypatch.setattr("stepdpo_trl.generation.merging.merge_adapter", merge)
+    assert main(["merge", "adapter", "--output-dir", str(tmp_path / "merged")]) == 2
+    assert capsys.readouterr().err == (
+        "stepdpo merge: error: The model cannot be loaded: no connection. Check your internet connection.\n"
+    )
 
 
 def test_log_file_that_cannot_be_written(problems, capsys):

@@ -158,8 +158,8 @@ def test_dashes_and_underscores_in_the_loop(tmp_path, monkeypatch):
     assert main([*argv, "--", "--learning-rate", "1e-6", "--use_cpu", "true", "--bf16", "false"]) == 0
 
 
-def test_unquoted_redirection_does_not_change_the_judge(tmp_path):
-    """What follows `>` is the file that the shell writes to; the documented form needs no quotes."""
+def test_judge_expressions_need_no_quotes(tmp_path):
+    """The documented form of a judge expression needs no quotes."""
     (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
     line = f"{sys.executable} -m stepdpo_trl.cli.main data --model m --problems p.jsonl --output-dir run "
     line += "--output-file x.jsonl --judge arithmetic,rollout --dry-run"
