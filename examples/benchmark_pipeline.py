@@ -16,10 +16,11 @@ from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.collect import wrong_solutions
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.judges.protocol import Judge
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner

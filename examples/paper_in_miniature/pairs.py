@@ -12,9 +12,10 @@ from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import Completion, ModelSpec, Request, Sampling
 from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import wrong_solutions
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.localize import localize, read_verdicts
 from stepdpo_trl.pipeline.records import Problem, Solution, Verdict, text_digest
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, first_lost_step, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 from stepdpo_trl.runs.runner import TaskRunner

@@ -1,1 +1,1 @@
-"""Each token of a batch computed once, whatever sequences share it."""
+"""Shared prefixes: each token that sequences of a batch have in common is computed only once."""

@@ -1,8 +1,9 @@
 """
-Attention over a [`~stepdpo_trl.shared_prefix.tree.Pack`]: a chain's queries see the keys of its row, up to their own place.
+Attention over a [`~stepdpo_trl.shared_prefix.tree.Pack`].
 
-Three ways, all exact: FlashAttention where the model uses it, PyTorch's variable-length kernel on CUDA otherwise, and
-where neither can (CPU, float32, soft-capping), the model's own attention function for one chain after the other.
+The queries of a chain attend to the keys of its row, up to their own position. There are three exact implementations:
+FlashAttention if the model is loaded with it, otherwise PyTorch's variable-length kernel on CUDA, and if neither
+applies (CPU, float32, soft-capping), the model's attention function, called for each chain.
 """
 
 import functools
@@ -21,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 class PrefixAttention:
     """
-    An attention function of transformers that also takes a [`~stepdpo_trl.shared_prefix.tree.Pack`].
+    Wrapper of a Transformers attention function that also accepts a [`~stepdpo_trl.shared_prefix.tree.Pack`].
 
     Args:
-        name (`str`): Its name, `"sdpa"`, `"eager"`, `"flash_attention_2"` ...
-        attention (`Callable`): The function itself.
+        name (`str`):
+            Name of the attention implementation, such as `"sdpa"`, `"eager"` or `"flash_attention_2"`.
+        attention (`Callable`):
+            Attention function.
     """
 
     def __init__(self, name: str, attention: Callable[..., Any]) -> None:
@@ -43,49 +46,64 @@ class PrefixAttention:
         prefix_pack: Pack | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Attend, as `attention` does, of tensors of shape `(batch, heads, tokens, head_dim)`."""
+        """
+        Compute attention, over the chains of a pack if there is one.
+
+        Args:
+            module (`torch.nn.Module`):
+                Attention layer.
+            query, key, value (`torch.Tensor` of shape `(batch, heads, tokens, head_dim)`):
+                Queries, keys and values. With a pack, `batch` is 1.
+            attention_mask (`torch.Tensor` or `None`):
+                Mask, which is ignored with a pack.
+            prefix_pack (`Pack`, *optional*):
+                Pack that the tokens belong to. If `None`, the wrapped function is called unchanged.
+
+        Returns:
+            `tuple`: Output of shape `(batch, tokens, heads, head_dim)`, and the attention weights or `None`.
+        """
         attention = self.attention
         if prefix_pack is None:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         keys, values = (states.index_select(2, prefix_pack.keys) for states in (key, value))
         if "flash" in self.name:
-            kwargs.pop("position_ids", None)  # which would be taken for several sequences
+            kwargs.pop("position_ids", None)  # positions that restart would be read as separate sequences
             offsets = {"cu_seq_lens_q": prefix_pack.query_offsets, "cu_seq_lens_k": prefix_pack.key_offsets}
-            most = {"max_length_q": prefix_pack.longest[0], "max_length_k": prefix_pack.longest[1]}
-            return attention(module, query, keys, values, None, *args, **kwargs, **offsets, **most)
-        if self.name == "sdpa" and _takes_varlen(query, **kwargs):
+            longest = {"max_length_q": prefix_pack.longest[0], "max_length_k": prefix_pack.longest[1]}
+            return attention(module, query, keys, values, None, *args, **kwargs, **offsets, **longest)
+        if self.name == "sdpa" and _supports_varlen(query, **kwargs):
             return _varlen(query, keys, values, prefix_pack, **kwargs), None
 
         window = kwargs.get("sliding_window")
 
-        def of_chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            # SDPA is causal by itself where the chain is the whole row
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # A chain that is a whole row needs no mask, because SDPA is then causal by default
             whole = self.name == "sdpa" and q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
             return attention(module, q, k, v, None if whole else _causal_mask(q, k, window), *args, **kwargs)[0]
 
-        return _chain_by_chain(of_chain, query, keys, values, prefix_pack), None
+        return _chain_by_chain(attend, query, keys, values, prefix_pack), None
 
 
 def _chain_by_chain(
     attention: Callable[..., torch.Tensor], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pack: Pack
 ) -> torch.Tensor:
-    """One call of `attention(query, key, value)` for each chain. Shape `(1, tokens, heads, head_dim)`."""
+    """Call `attention(query, key, value)` for each chain and return shape `(1, tokens, heads, head_dim)`."""
     queries, lengths = zip(*pack.lengths, strict=True)
     chains = zip(query.split(queries, 2), keys.split(lengths, 2), values.split(lengths, 2), strict=True)
     return torch.cat([attention(*chain) for chain in chains], dim=1)
 
 
 def _causal_mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-    """What to add to scores of shape `(1, 1, queries, keys)`: the last query has the place of the last key."""
-    places = torch.arange(key.shape[2], device=query.device)
-    distance = places[-query.shape[2] :, None] - places
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
-    return mask.masked_fill_(~seen, torch.finfo(query.dtype).min)[None, None]
+    """Return an additive mask of shape `(1, 1, queries, keys)` that aligns the last query with the last key."""
+    positions = torch.arange(key.shape[2], device=query.device)
+    distance = positions[-query.shape[2] :, None] - positions
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+    return mask.masked_fill_(~visible, torch.finfo(query.dtype).min)[None, None]
 
 
-def _takes_varlen(query: torch.Tensor, dropout: float = 0.0, softcap: float | None = None, **_: Any) -> bool:
-    """Whether PyTorch's variable-length kernel can compute it."""
+def _supports_varlen(query: torch.Tensor, dropout: float = 0.0, softcap: float | None = None, **_: Any) -> bool:
+    """Return whether PyTorch's variable-length kernel supports these inputs."""
     dtype = _autocast_dtype(query)
     return (
         query.is_cuda
@@ -105,7 +123,7 @@ def _varlen(
     sliding_window: int | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """One call for all chains. Shape `(1, tokens, heads, head_dim)`."""
+    """Compute all chains in one call and return shape `(1, tokens, heads, head_dim)`."""
     from torch.nn.attention.varlen import varlen_attn
 
     dtype = _autocast_dtype(query)
@@ -122,33 +140,30 @@ def _autocast_dtype(query: torch.Tensor) -> torch.dtype:
 
 @functools.cache
 def _varlen_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """
-    Whether this PyTorch has a kernel for the device that puts the last query to the last key, in windows and in the
-    backward too.
-    """
+    """Return whether the kernel aligns the last query with the last key, also with windows and in the backward."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
         return False
-    # This runs in the first forward, of a reference maybe, and in a checkpoint that must not count what is kept here
+    # This runs within the first forward pass, where gradients can be disabled and checkpointing hooks active
     own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False), own_hooks:
         try:
-            exact = all(_same_with_varlen(device, dtype, head_dim, window) for window in (None, 4))
-            reason = "gives something else than masked attention"
+            exact = all(_varlen_matches_masked(device, dtype, head_dim, window) for window in (None, 4))
+            reason = "differs from masked attention"
         except RuntimeError as error:
             exact, reason = False, f"does not run: {error}"
     if not exact:
         logger.warning(
-            f"PyTorch's variable-length attention {reason} (on {device}, {dtype}, head_dim={head_dim}). Masked "
-            "attention is used, which is slower; `attn_implementation='flash_attention_2'` is not concerned."
+            f"PyTorch's variable-length attention {reason} (device {device}, {dtype}, head_dim={head_dim}). Masked "
+            "attention is used instead, which is slower. `attn_implementation='flash_attention_2'` is not affected."
         )
     return exact
 
 
-def _same_with_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
+def _varlen_matches_masked(device: torch.device, dtype: torch.dtype, head_dim: int, window: int | None) -> bool:
     (pack,) = build_tree([[*range(12)], [*range(9), 20, 21, 22, 23]], [[1] * 12, [1] * 13]).to(device).packs
     generator = torch.Generator(device).manual_seed(0)
     states = [

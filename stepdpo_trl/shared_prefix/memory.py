@@ -1,4 +1,4 @@
-"""Whether gradient checkpointing is still needed once prefixes are shared: an estimate, and what it would gain."""
+"""Advice on whether gradient checkpointing is needed with shared prefixes, from an estimate of activation memory."""
 
 from typing import Any
 
@@ -12,23 +12,25 @@ from transformers import PretrainedConfig, TrainerCallback
 
 logger = get_logger(__name__)
 
-MARGIN = 1.3  # of what is free over what is estimated
+MARGIN = 1.3  # required ratio of free to estimated memory
 
 
 def activation_bytes(config: PretrainedConfig, element_size: int) -> int:
     """
-    Estimate what the backward of a decoder needs of each token where no layer is checkpointed.
+    Estimate the activation memory of a decoder per token, without gradient checkpointing.
 
-    Counted is what PyTorch keeps of a Llama-like layer: both norms compute in float32 and keep what they are given and
-    what they normalized, the projections their input, attention its queries, keys, values and output, and the MLP its
-    four intermediates.
+    The estimate counts the tensors that PyTorch keeps for the backward of a Llama-like layer: the input and the
+    normalized input of both norms, which compute in float32, the inputs of the projections, the queries, keys, values
+    and output of attention, and the four intermediates of the MLP.
 
     Args:
-        config (`PretrainedConfig`): Config of the decoder.
-        element_size (`int`): Bytes of an activation, 2 for bfloat16.
+        config (`PretrainedConfig`):
+            Config of the decoder.
+        element_size (`int`):
+            Bytes per activation, e.g. 2 for bfloat16.
 
     Returns:
-        `int`: Bytes a token.
+        `int`: Bytes per token.
     """
     hidden = config.hidden_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -41,20 +43,42 @@ def activation_bytes(config: PretrainedConfig, element_size: int) -> int:
     return config.num_hidden_layers * (norms + element_size * rest)
 
 
+def count_tokens(dataset: Dataset) -> np.ndarray:
+    """
+    Count the tokens of each pair, with its prefix once.
+
+    Args:
+        dataset (`Dataset`):
+            Tokenized pairs.
+
+    Returns:
+        `np.ndarray`: Number of tokens, of shape `(rows,)`.
+    """
+    columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    return np.sum([[len(ids) for ids in column] for column in columns], axis=0)
+
+
 def most_tokens(trainer: Any) -> int | None:
-    """The most tokens that a forward of training computes; shared prefixes count once. `None` for streams."""
+    """
+    Return an upper bound of the tokens in one forward pass of training, where the prefix of a pair counts once.
+
+    Args:
+        trainer (`PrefixSharing`):
+            The trainer.
+
+    Returns:
+        `int` or `None`: Number of tokens, `None` if it is unknown because the train dataset is a stream.
+    """
     dataset = trainer.train_dataset
     if trainer.max_tokens_per_forward is not None:
         return int(trainer.max_tokens_per_forward)
     if not isinstance(dataset, Dataset):
         return None
-    columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    pairs = np.sort(np.sum([[len(ids) for ids in column] for column in columns], axis=0))
-    return int(pairs[-trainer.args.per_device_train_batch_size :].sum())
+    return int(np.sort(count_tokens(dataset))[-trainer.args.per_device_train_batch_size :].sum())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process can still take."""
+    """Return the free memory of a device, in bytes, including memory that PyTorch has reserved but not allocated."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -63,18 +87,21 @@ def free_bytes(device: torch.device) -> int:
 
 class CheckpointingAdvice(TrainerCallback):
     """
-    Says after the first update, when weights, gradients and optimizer have their memory, whether the activations would
-    fit without gradient checkpointing. Changes nothing.
+    Callback that logs whether the activations would fit into memory without gradient checkpointing.
+
+    It logs once, after the first update, when weights, gradients and optimizer states are allocated. Training is not
+    changed.
 
     Args:
-        trainer (`PrefixSharing`): The trainer.
+        trainer (`PrefixSharing`):
+            The trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer: Any = trainer
 
     def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Say it once."""
+        """Log the advice after the first update."""
         trainer, self.trainer = self.trainer, None
         tokens = most_tokens(trainer) if trainer is not None and args.gradient_checkpointing else None
         if tokens is None:
@@ -85,12 +112,11 @@ class CheckpointingAdvice(TrainerCallback):
         free = free_bytes(trainer.accelerator.device)
         if needed * MARGIN > free:
             return
-        # In forwards: one of the policy, one again for checkpointing, the backward (of the weights too where these
-        # are trained), and the reference
+        # In units of a forward: policy, recomputation, backward (twice as much if all weights are trained), reference
         backward = 1 if isinstance(model, PeftModel) else 2
         share = 1 / (2 + backward + (not trainer.precompute_ref_logps))
         logger.warning(
-            f"Gradient checkpointing is on and may not be needed: without it a batch of {tokens} tokens, the most "
-            f"there are, keeps about {needed / 2**30:.1f} GiB of activations, and {free / 2**30:.1f} GiB are free. "
-            f"`gradient_checkpointing=False` would save about {share:.0%} of the arithmetic."
+            f"Gradient checkpointing is enabled but may not be needed. Without it, the activations of the largest "
+            f"batch ({tokens} tokens) take about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. "
+            f"`gradient_checkpointing=False` would save about {share:.0%} of the computation."
         )

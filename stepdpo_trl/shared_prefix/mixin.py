@@ -1,9 +1,9 @@
 """
 Training with shared prefixes: the part of [`StepDPOTrainer`] between a batch and its loss.
 
-`DPOTrainer` computes its loss from rows of labels and what the model says of them. The rows that it is given here are
-the labelled tokens alone, and with them goes the tree of the batch for the model (see
-[`~stepdpo_trl.shared_prefix.forward`]). Losses, references and metrics are `DPOTrainer`'s.
+`DPOTrainer` computes its loss from rows of tokens and the log-probabilities that the model returns for them. Here
+these rows contain only the labeled tokens, and the model also receives the prefix tree of the batch (see
+[`~stepdpo_trl.shared_prefix.forward`]). Losses, reference models and metrics are those of `DPOTrainer`.
 """
 
 import logging
@@ -18,28 +18,30 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from .forward import share_prefixes
-from .memory import CheckpointingAdvice
+from .memory import CheckpointingAdvice, count_tokens
 from .support import decoder, why_not_shared
 from .tree import PrefixTree, build_tree
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 else:
-    DPOTrainer = object  # a mixin, put before whichever trainer it serves
+    DPOTrainer = object  # a mixin: the trainer that uses it adds DPOTrainer to its bases
 
 logger = get_logger(__name__)
 
-TREE = "prefix_tree"  # the key of a batch, and the argument of a model
+TREE = "prefix_tree"  # key in a batch and argument of the model
 
 
 @dataclass
 class SharedPrefixCollator:
     """
-    Adds to a batch the tree of its rows.
+    Data collator that adds the prefix tree of the rows to a batch.
 
     Args:
-        collator (`Callable`): Collator of `DPOTrainer`, which pads and truncates the rows.
-        max_tokens (`int`, *optional*): Most tokens of a forward.
+        collator (`Callable`):
+            Collator of `DPOTrainer`, which pads and truncates the rows.
+        max_tokens (`int`, *optional*):
+            Maximum number of tokens in a forward pass. If `None`, the batch is not split.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -47,33 +49,41 @@ class SharedPrefixCollator:
     _warned: bool = field(default=False, init=False)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate."""
+        """Collate examples into a batch."""
         batch = self.collator(examples)
         present = batch["attention_mask"].bool()
-        rows, labelled = (
+        rows, labels = (
             [row[mask].numpy() for row, mask in zip(batch[name], present, strict=True)]
             for name in ("input_ids", "completion_mask")
         )
-        tree = build_tree(rows, labelled, self.max_tokens)
+        tree = build_tree(rows, labels, self.max_tokens)
         longest = max(pack.tokens for pack in tree.packs)
         if self.max_tokens is not None and longest > self.max_tokens and not self._warned:
             self._warned = True
-            logging.getLogger(__name__).warning(  # accelerate's logger does not work in a data loader's process
-                f"A sequence of {longest} tokens is longer than max_tokens_per_forward={self.max_tokens}, and is "
-                "computed in one forward all the same. Set `max_length` to cut such sequences."
+            logging.getLogger(__name__).warning(  # accelerate's logger does not work in data loader workers
+                f"A sequence has {longest} tokens, more than max_tokens_per_forward={self.max_tokens}. It is computed "
+                "in one forward pass. Set `max_length` to truncate such sequences."
             )
         return {**batch, TREE: tree}
 
 
 class PrefixSharing(DPOTrainer):
-    """Mixin for [`~trl.DPOTrainer`] that shares prefixes once `_start_sharing` has been called."""
+    """
+    Mixin for [`~trl.DPOTrainer`] that shares prefixes after `_start_sharing` has been called.
+
+    Attributes:
+        shared_prefix (`str`):
+            Requested mode, `"auto"`, `"on"` or `"off"`. See [`StepDPOConfig`].
+        shares_prefixes (`bool` or `None`):
+            Whether prefixes are shared. `None` before `_start_sharing` has decided it.
+    """
 
     args: Any
-    shared_prefix = "off"  # what was asked for
-    shares_prefixes: bool | None = None  # what came of it, once that is decided
+    shared_prefix = "off"
+    shares_prefixes: bool | None = None
 
     def _start_sharing(self) -> None:
-        """Share prefixes if that is asked for, and exact."""
+        """Share prefixes if requested and exact."""
         if self.shares_prefixes is not None:
             return
         reason = None if self.shared_prefix == "off" else why_not_shared(self)
@@ -85,51 +95,51 @@ class PrefixSharing(DPOTrainer):
             if self.args.gradient_checkpointing:
                 self.add_callback(CheckpointingAdvice(self))
         elif self.shared_prefix == "on":
-            raise ValueError(f"`shared_prefix='on'` is not possible: {reason}. Set it to 'off' or 'auto'.")
+            raise ValueError(f"`shared_prefix='on'` is not possible because {reason}. Use 'auto' or 'off'.")
         elif reason:
             budget = self.max_tokens_per_forward
-            more = f" max_tokens_per_forward={budget} has no effect." if budget is not None else ""
-            logger.warning(f"Shared prefixes are computed anew for each sequence, because {reason}.{more}")
+            no_budget = f" max_tokens_per_forward={budget} has no effect." if budget is not None else ""
+            logger.warning(f"Prefixes are not shared because {reason}.{no_budget}")
 
     @property
     def max_tokens_per_forward(self) -> int | None:
-        """The budget. A stock `DPOConfig` has none."""
+        """Maximum number of tokens in a forward pass. `None` with a plain `DPOConfig`, which lacks the option."""
         return getattr(self.args, "max_tokens_per_forward", None)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        # Those who want outputs want those of the whole sequences
+        # Requested outputs must cover the whole sequences
         rows = self._loss_rows(inputs, self.model, self.ref_model, whole=return_outputs)
         return super()._compute_loss(model, rows, return_outputs)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Compute reference log-probabilities of a batch."""
+        """Compute the reference log-probabilities of a batch."""
         return super().compute_ref_log_probs(model, self._loss_rows(inputs, model))
 
     def _loss_rows(self, inputs: dict[str, Any], *models: Any, whole: bool = False) -> dict[str, Any]:
-        """The rows that the loss falls on, for models that are taught to take their tree."""
+        """Replace the padded rows of a batch by their labeled tokens, and make the models accept its tree."""
         tree: PrefixTree | None = inputs.get(TREE)
         if tree is None:
             return inputs
         rest = {name: value for name, value in inputs.items() if name != TREE}
         if whole:
             return rest
-        for model in filter(None, models):  # each time: a reference may have been replaced
+        for model in filter(None, models):  # in each call, because the reference model can be replaced
             share_prefixes(decoder(model))
-        # How often a token is used stands for how many there are: the sum is that of all rows, for the metric
-        # `num_tokens`, and the load balance of experts weighs tokens as the rows would
+        # The mask counts the rows that contain each token, so that `num_tokens` and the load balancing of experts are
+        # those of the rows
         rows = {"input_ids": tree.input_ids, "completion_mask": tree.completion_mask, "attention_mask": tree.uses}
         return {**rest, **rows, TREE: self._in_step(tree)}
 
     def _in_step(self, tree: PrefixTree) -> PrefixTree:
-        """As many packs on every process: those that shard a model wait for each other in every layer."""
+        """Pad the tree to the same number of packs on all processes, because sharded models synchronize per layer."""
         if self.max_tokens_per_forward is None or self.accelerator.num_processes == 1:
             return tree
         packs = torch.tensor([len(tree.packs)], device=self.accelerator.device)
         return tree.padded(int(self.accelerator.gather(packs).max()))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Longest first, so that batches are alike and what does not fit into memory is found at once."""
-        self._start_sharing()  # which the trainer, still in the making, has not done yet
+        """Score the longest pairs first, so that batches have similar lengths and memory errors occur early."""
+        self._start_sharing()  # DPOTrainer.__init__ precomputes before the end of StepDPOTrainer.__init__
         if not self.shares_prefixes or not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         order = longest_first(dataset)
@@ -141,40 +151,44 @@ class PrefixSharing(DPOTrainer):
 
 def check_parts(args: Any, config: PretrainedConfig, processes: int) -> None:
     """
-    Check that batches can be computed in parts.
+    Check that batches can be split with `max_tokens_per_forward`.
 
     Args:
-        args (`DPOConfig`): Configuration of the trainer, as it has become.
-        config (`PretrainedConfig`): Config of the model.
-        processes (`int`): How many processes train.
+        args (`DPOConfig`):
+            Configuration of the trainer, after `DPOTrainer.__init__` has updated it.
+        config (`PretrainedConfig`):
+            Config of the model.
+        processes (`int`):
+            Number of processes.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If reentrant gradient checkpointing is used on several processes, or if the position embeddings
+            depend on the longest sequence of a batch.
     """
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if reentrant and processes > 1:
         raise ValueError(
             f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with reentrant gradient "
-            "checkpointing on several processes: each part of a batch would hand in gradients of its own, which DDP "
-            "and ZeRO take once. (DPOTrainer makes it reentrant for adapters under ZeRO-3.) Set "
-            "`gradient_checkpointing=False`, since parts bound the memory by themselves, or leave "
-            "`max_tokens_per_forward` out."
+            "checkpointing on several processes: each part of a batch would report its own gradients, but DDP and "
+            "ZeRO accept them only once. (DPOTrainer enables reentrant checkpointing for adapters under ZeRO-3.) Set "
+            "`gradient_checkpointing=False`, since splitting already limits the memory, or remove "
+            "`max_tokens_per_forward`."
         )
 
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    for one in by_layer:
-        unchanged: Any = one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-        if one.get("rope_type") in ("dynamic", "longrope") and not 0 < (args.max_length or 0) <= unchanged:
+    for parameters in by_layer:
+        original: Any = parameters.get("original_max_position_embeddings")
+        limit: Any = original or getattr(config, "max_position_embeddings", 0)
+        if parameters.get("rope_type") in ("dynamic", "longrope") and not 0 < (args.max_length or 0) <= limit:
             raise ValueError(
-                f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with positions that depend "
-                f"on the longest sequence of a batch (rope_type={one['rope_type']!r}), since each part has a longest "
-                f"of its own. Set `max_length` to {unchanged} or less, up to where they do not, or leave it out."
+                f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with position embeddings "
+                f"that depend on the longest sequence of a batch (rope_type={parameters['rope_type']!r}), because the "
+                f"longest sequence differs between the parts of a batch. Set `max_length` to {limit} or less, where "
+                "the position embeddings do not change, or remove `max_tokens_per_forward`."
             )
 
 
 def longest_first(dataset: Dataset) -> np.ndarray:
-    """The order of tokenized pairs by their tokens, the most first."""
-    columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    lengths = np.sum([[len(ids) for ids in column] for column in columns], axis=0)
-    return np.argsort(-lengths, kind="stable")
+    """Return the row indices of a tokenized dataset, sorted by the number of tokens in descending order."""
+    return np.argsort(-count_tokens(dataset), kind="stable")

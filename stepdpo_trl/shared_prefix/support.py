@@ -1,4 +1,4 @@
-"""Where sharing prefixes is exact, and where not, with a reason for users."""
+"""Support of prefix sharing: the conditions under which it is exact, with a reason where it is not."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-# Model types of transformers that the tests compare with separate sequences
-CHECKED_MODEL_TYPES = (
+# Model types that the tests compare with separate sequences
+TESTED_MODEL_TYPES = (
     "cohere2",
     "exaone4",
     "gemma2",
@@ -32,29 +32,30 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
 def why_not_shared(trainer: DPOTrainer) -> str | None:
     """
-    Why a trainer cannot share prefixes.
+    Return the reason why a trainer cannot share prefixes.
 
     Args:
-        trainer (`DPOTrainer`): The trainer, with its models.
+        trainer (`DPOTrainer`):
+            The trainer, with its models.
 
     Returns:
-        `str`, *optional*: The reason, as the end of a sentence. `None` where it can.
+        `str` or `None`: The reason, to follow "because" in a message. `None` if prefixes can be shared.
     """
-    return _of_trainer(trainer) or next(filter(None, map(_of_model, (trainer.model, trainer.ref_model))), None)
+    return _trainer_reason(trainer) or _model_reason(trainer.model) or _model_reason(trainer.ref_model)
 
 
-def _of_trainer(trainer: Any) -> str | None:
+def _trainer_reason(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
     if trainer._is_vision_dataset:
         return "the data has images"
-    if type(trainer.data_collator) is not DataCollatorForPreference:  # one derived from it may add to a batch
-        return f"batches of a {type(trainer.data_collator).__name__} are not known; DPOTrainer's own collator is"
+    if type(trainer.data_collator) is not DataCollatorForPreference:  # a subclass can add keys to a batch
+        return f"the data collator is a {type(trainer.data_collator).__name__}, and only DPOTrainer's is supported"
     if accelerator.dataloader_config.dispatch_batches:
-        return "`dispatch_batches=True` cuts batches into parts, and a tree cannot be cut"
+        return "`dispatch_batches=True` slices batches, and a prefix tree cannot be sliced"
     if args.torch_compile:
-        return "`torch_compile=True` has not been checked with it"
+        return "`torch_compile=True` has not been tested with shared prefixes"
     if args.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
-        return "the loss of `use_liger_kernel=True` in this TRL needs whole sequences"
+        return "the loss of `use_liger_kernel=True` in this version of TRL needs whole sequences"
     parallelism = accelerator.parallelism_config
     kinds = {"cp": "context", "sp": "sequence", "tp": "tensor"}
     used = [kind for short, kind in kinds.items() if getattr(parallelism, f"{short}_enabled", False)]
@@ -62,34 +63,34 @@ def _of_trainer(trainer: Any) -> str | None:
 
 
 def decoder(model: Any) -> Any:
-    """The causal language model in the wrappers of PEFT, DDP, DeepSpeed and FSDP."""
+    """Return the causal language model without the wrappers of PEFT, DDP, DeepSpeed and FSDP."""
     model = getattr(model, "module", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _of_model(model: Any) -> str | None:
+def _model_reason(model: Any) -> str | None:
     if model is None:
         return None
     adapters = getattr(getattr(model, "module", model), "peft_config", {}).values()
     prompt_learning = [config.peft_type.value for config in adapters if config.is_prompt_learning]
     if prompt_learning:
-        return f"the adapter puts virtual tokens before each sequence ({prompt_learning[0]})"
+        return f"the adapter prepends virtual tokens to each sequence ({prompt_learning[0]})"
     model = decoder(model)
     if not isinstance(model, PreTrainedModel):
-        return f"a {type(model).__name__} is not a model of transformers"
+        return f"{type(model).__name__} is not a Transformers model"
     config = model.config
     if config.get_text_config() is not config:
-        return f"{type(model).__name__} has parts beside a decoder of text"
+        return f"{type(model).__name__} is not a pure text decoder"
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
     if other or model._is_stateful or any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         kinds = ", ".join(other) or "state-space or convolution"
-        return f"{type(model).__name__} has layers that pass on a state from token to token ({kinds})"
+        return f"{type(model).__name__} has layers that carry a state from token to token ({kinds})"
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
-        return f"{type(model).__name__} lets tokens attend to what follows them"
+        return f"{type(model).__name__} lets tokens attend to later tokens"
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return f"{type(model).__name__} has attention sinks"
     if config._attn_implementation == "flex_attention":
-        return "`attn_implementation='flex_attention'` takes masks of its own; 'sdpa' is supported"
-    if config.model_type not in CHECKED_MODEL_TYPES:
-        return f"it has not been checked for {config.model_type!r}, only for {', '.join(CHECKED_MODEL_TYPES)}"
+        return "`attn_implementation='flex_attention'` uses its own masks ('sdpa' is supported)"
+    if config.model_type not in TESTED_MODEL_TYPES:
+        return f"it has not been tested for {config.model_type!r}, only for {', '.join(TESTED_MODEL_TYPES)}"
     return None

@@ -1,17 +1,17 @@
 """
-Sequences that share prefixes, laid out so that every shared token stands once.
+Layout of a batch in which each shared token occurs only once.
 
-The rows of a batch are sorted, so that a row follows the one it shares most with, and each adds to the layout the
-tokens that are new in it. For a prompt `p` with the steps `a` and `b`:
+The rows of a batch are sorted, so that each row follows the one with which it shares the longest prefix. Each row adds
+only its new tokens to the layout. For a prompt `p` with the steps `a` and `b`:
 
     rows       p a          p b
     layout     p p p a a    b b b
     positions  0 1 2 3 4    3 4 5      counted along the row, not along the layout
-    row 1: all 5 tokens are new, and attend to the 5 tokens of the row
-    row 2: 3 tokens are new, and attend to the 6 tokens of the row, of which 3 stand in row 1
+    row 1: all 5 tokens are new and attend to the 5 tokens of the row
+    row 2: 3 tokens are new and attend to the 6 tokens of the row, 3 of which belong to the layout of row 1
 
-That is a trie of the batch in depth-first order. Attention over it is one causal call with fewer queries than keys for
-each row, aligned at the end; everything else in a decoder sees tokens one by one and needs no change.
+This is a trie of the batch in depth-first order. Attention is causal for each row, with fewer queries than keys,
+aligned at the end. All other layers of a decoder process each token independently and need no change.
 """
 
 import copy
@@ -26,7 +26,7 @@ import torch
 
 
 class _Movable:
-    """Tensors that move together, as data loaders and accelerate move a batch."""
+    """Base class for dataclasses of tensors that data loaders and Accelerate can move between devices."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
@@ -48,19 +48,19 @@ class _Movable:
 @dataclass
 class Pack(_Movable):
     """
-    The tokens that one forward computes. A chain is what one row adds.
+    Tokens of one forward pass. The new tokens of a row are called a chain.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(1, tokens)`):
-            Tokens, chain after chain.
+            Token ids of all chains, concatenated.
         position_ids (`torch.LongTensor` of shape `(1, tokens)`):
-            Place of each in its row.
+            Position of each token in its row.
         keys (`torch.LongTensor` of shape `(keys,)`):
-            For each chain, where the tokens of its row stand, those of the chain last.
+            For each chain, the indices of the tokens of its row in `input_ids`. The chain's tokens come last.
         query_offsets, key_offsets (`torch.IntTensor` of shape `(chains + 1,)`):
-            Where each chain begins in `input_ids` and in `keys`.
+            Start of each chain in `input_ids` and in `keys`.
         lengths (`list[tuple[int, int]]`):
-            Tokens of each chain and of its row, for those that need them without asking the device.
+            Number of tokens of each chain and of its row, available without synchronizing with the device.
     """
 
     input_ids: torch.Tensor
@@ -72,17 +72,17 @@ class Pack(_Movable):
 
     @property
     def tokens(self) -> int:
-        """Positions computed."""
+        """Number of tokens in the forward pass."""
         return self.input_ids.shape[1]
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Tokens of the longest chain and of the longest row."""
+        """Number of tokens of the longest chain and of the longest row."""
         queries, keys = zip(*self.lengths, strict=True)
         return max(queries), max(keys)
 
     def first_token(self) -> "Pack":
-        """The smallest pack there is."""
+        """Return a pack with the first token only."""
         offsets = torch.arange(2, dtype=torch.int32, device=self.query_offsets.device)
         return Pack(self.input_ids[:, :1], self.position_ids[:, :1], self.keys[:1], offsets, offsets, [(1, 1)])
 
@@ -90,17 +90,19 @@ class Pack(_Movable):
 @dataclass
 class PrefixTree(_Movable):
     """
-    A batch of rows as a tree, and what to read off it.
+    A batch of rows as a prefix tree, with the positions of its labeled tokens.
 
     Args:
         packs (`list[Pack]`):
-            The tokens, split where there are more than fit into one forward.
-        sources (`torch.LongTensor` of shape `(rows, steps)`):
-            For each labelled token of a row, which token of the packs predicts it, one column before its own.
-        input_ids, completion_mask (`torch.LongTensor` of shape `(rows, steps)`):
-            The labelled tokens of each row behind the token before the first of them, and which they are.
+            Tokens of the batch, split into forward passes.
+        sources (`torch.LongTensor` of shape `(rows, labels)`):
+            Index of the token, counted over all packs, that predicts the labeled token in the next column.
+        input_ids (`torch.LongTensor` of shape `(rows, labels)`):
+            Labeled tokens of each row, after the token that precedes the first of them. Padded with 0.
+        completion_mask (`torch.LongTensor` of shape `(rows, labels)`):
+            1 for the labeled tokens in `input_ids`, 0 for the others.
         uses (`torch.LongTensor` of shape `(1, tokens)`):
-            How many rows each token of the packs stands for.
+            Number of rows that contain each token of the packs.
     """
 
     packs: list[Pack]
@@ -111,53 +113,61 @@ class PrefixTree(_Movable):
 
     @property
     def tokens(self) -> int:
-        """Positions computed for the batch."""
+        """Number of tokens in the forward passes of the batch, without dummy packs."""
         return self.uses.shape[1]
 
     def padded(self, packs: int) -> "PrefixTree":
         """
-        With packs of one token in front, so that there are as many as in another process: those that shard a model
-        wait for each other in every forward of a layer.
+        Prepend dummy packs of one token.
+
+        Processes that shard a model synchronize in each forward of a layer, so all need the same number of packs.
+
+        Args:
+            packs (`int`):
+                Required number of packs.
+
+        Returns:
+            `PrefixTree`: The tree with that number of packs.
         """
-        stand_ins = [self.packs[0].first_token()] * (packs - len(self.packs))
-        return dataclasses.replace(self, packs=[*stand_ins, *self.packs])
+        dummies = [self.packs[0].first_token()] * (packs - len(self.packs))
+        return dataclasses.replace(self, packs=[*dummies, *self.packs])
 
 
 def build_tree(
-    rows: Sequence[Sequence[int]], labelled: Sequence[Sequence[int]], max_tokens: int | None = None
+    rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], max_tokens: int | None = None
 ) -> PrefixTree:
     """
-    Lay out a batch so that shared prefixes stand once.
+    Build the prefix tree of a batch.
 
     Args:
         rows (`Sequence[Sequence[int]]`):
             Token ids of each row, without padding.
-        labelled (`Sequence[Sequence[int]]`):
-            1 for each token that has a label, 0 for the others.
+        labels (`Sequence[Sequence[int]]`):
+            For each row, 1 for each token that has a label and 0 for the others.
         max_tokens (`int`, *optional*):
-            Most tokens of a pack. A row that is longer has a pack of its own.
+            Maximum number of tokens in a pack. A longer row gets a separate pack. If `None`, there is one pack.
 
     Returns:
-        `PrefixTree`: The batch.
+        `PrefixTree`: The batch as a prefix tree.
     """
     arrays = [np.asarray(row, dtype=np.int64) for row in rows]
     packs, paths = _lay_out(arrays, max_tokens)
-    places = [1 + np.flatnonzero(np.asarray(mask)[1:]) for mask in labelled]  # nothing predicts the first token
-    width = 1 + max(1, *(len(place) for place in places))
+    labeled = [1 + np.flatnonzero(np.asarray(mask)[1:]) for mask in labels]  # the first token has no prediction
+    width = 1 + max(1, *map(len, labeled))
     sources, input_ids, completion_mask = (np.zeros((len(arrays), width), dtype=np.int64) for _ in range(3))
-    for i, (mask, place, row, path) in enumerate(zip(labelled, places, arrays, paths, strict=True)):
-        completion_mask[i, :1] = mask[:1]  # counts, where a length is asked for
-        if len(place):
-            sources[i, : len(place)] = path[place - 1]
-            input_ids[i, : len(place) + 1] = row[[place[0] - 1, *place]]
-            completion_mask[i, 1 : len(place) + 1] = 1
+    for i, (mask, positions, row, path) in enumerate(zip(labels, labeled, arrays, paths, strict=True)):
+        completion_mask[i, :1] = mask[:1]  # counts in losses that divide by the length
+        if len(positions):
+            sources[i, : len(positions)] = path[positions - 1]
+            input_ids[i, : len(positions) + 1] = row[[positions[0] - 1, *positions]]
+            completion_mask[i, 1 : len(positions) + 1] = 1
     uses = np.bincount(np.concatenate(paths), minlength=1)[None]
     tensors = (torch.from_numpy(array) for array in (sources, input_ids, completion_mask, uses))
     return PrefixTree(packs, *tensors)
 
 
 def _lay_out(rows: list[np.ndarray], max_tokens: int | None) -> tuple[list[Pack], list[np.ndarray]]:
-    """The packs, and where the tokens of each row stand, counted over all packs."""
+    """Return the packs, and for each row the indices of its tokens, counted over all packs."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
     ordered = [rows[i] for i in order]
     shared = [0, *(_common_prefix(*pair) for pair in itertools.pairwise(ordered))]
@@ -167,11 +177,11 @@ def _lay_out(rows: list[np.ndarray], max_tokens: int | None) -> tuple[list[Pack]
     tokens = 0
     for first, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         chains, start = [], tokens
-        for place in range(first, end):
-            row, known = ordered[place], 0 if place == first else shared[place]
-            above = paths[order[place - 1]][:known]
-            path = np.concatenate([above, np.arange(tokens, tokens + len(row) - known)])
-            paths[order[place]] = path
+        for i in range(first, end):
+            row, known = ordered[i], 0 if i == first else shared[i]
+            prefix = paths[order[i - 1]][:known]
+            path = np.concatenate([prefix, np.arange(tokens, tokens + len(row) - known)])
+            paths[order[i]] = path
             if known < len(row):
                 chains.append((row[known:], known, path - start))
                 tokens += len(row) - known
@@ -181,22 +191,25 @@ def _lay_out(rows: list[np.ndarray], max_tokens: int | None) -> tuple[list[Pack]
 
 def _cut(lengths: list[int], shared: list[int], max_tokens: int | None) -> list[int]:
     """
-    Cut sorted rows into packs of at most `max_tokens` so that the fewest tokens are computed twice.
+    Split sorted rows into packs of at most `max_tokens` tokens so that the fewest tokens are repeated.
 
     Args:
-        lengths (`list[int]`): Tokens of each row.
-        shared (`list[int]`): Tokens that each row shares with the one before it.
-        max_tokens (`int`, *optional*): Most tokens of a pack with more than one row.
+        lengths (`list[int]`):
+            Number of tokens of each row.
+        shared (`list[int]`):
+            Number of tokens that each row shares with the previous one.
+        max_tokens (`int`, *optional*):
+            Maximum number of tokens in a pack of several rows.
 
     Returns:
-        `list[int]`: The first row of each pack.
+        `list[int]`: Index of the first row of each pack.
     """
     if max_tokens is None:
         return [0]
-    # Of the first `end` rows: the fewest tokens, the fewest packs for them, and where the last pack begins
+    # For the first `end` rows: fewest tokens, fewest packs with that many tokens, first row of the last pack
     best = [(0, 0, 0)]
     for end in range(1, len(lengths) + 1):
-        candidates, added = [], 0  # by the rows after the first of the last pack
+        candidates, added = [], 0  # tokens added by the rows of the last pack after its first
         for first in reversed(range(end)):
             if lengths[first] + added <= max_tokens or first == end - 1:
                 candidates.append((best[first][0] + lengths[first] + added, best[first][1] + 1, first))

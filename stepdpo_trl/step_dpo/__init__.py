@@ -1,1 +1,1 @@
-"""The trainer (Step-DPO, arXiv 2406.18629)."""
+"""Step-DPO (arXiv 2406.18629): the trainer, its configuration and the tokenization of step pairs."""

@@ -6,7 +6,7 @@ from trl import DPOConfig
 
 from .tokenization import OVERLONG_PREFIX_CHOICES, check_token_options
 
-# Options of StepDPOConfig that decide how step data becomes tokens
+# Options of StepDPOConfig that control the tokenization of step data
 STEP_OPTIONS = ("system_prompt", "prompt_suffix", "prompt_template", "overlong_prefix")
 SHARED_PREFIX_CHOICES = ("auto", "on", "off")
 
@@ -14,67 +14,71 @@ SHARED_PREFIX_CHOICES = ("auto", "on", "off")
 @dataclass
 class StepDPOConfig(DPOConfig):
     r"""
-    Configuration of [`StepDPOTrainer`]: all of [`~trl.DPOConfig`], how step data becomes tokens, and what is
-    computed once.
+    Configuration class for the [`StepDPOTrainer`].
 
-    The first four options concern step data, that is rows with a column `initial_reason_steps`; plain preference data
-    is tokenized as by [`~trl.DPOTrainer`]. The others concern the cost of training, for all data.
+    This class includes only the parameters that are specific to Step-DPO training. For the other training arguments,
+    please refer to [`~trl.DPOConfig`].
 
     Args:
+        > Parameters that control the tokenization of step data, i.e. rows with a column `initial_reason_steps`
+
         system_prompt (`str`, *optional*):
-            System message put before prompts that are strings.
+            System message prepended to string prompts.
         prompt_suffix (`str`, *optional*):
-            Text put behind prompts that are strings, or a name: `"step-dpo"` is the instruction of the Step-DPO paper,
-            `"\nPlease reason step by step, and put your final answer within \\boxed{}."`.
+            Text appended to string prompts, or the name of a known text. `"step-dpo"` is the instruction of the
+            Step-DPO paper, `"\nPlease reason step by step, and put your final answer within \\boxed{}."`.
         prompt_template (`str`, *optional*):
-            Layout of prompts that are strings, in place of the tokenizer's chat template: a name (`"plain"` is
-            `"{prompt}\n"`, `"alpaca"` that of Stanford Alpaca) or a text with `{prompt}`, and `{system_prompt}` where
-            there is one. The reasoning steps follow it directly. Defaults to the chat template, to `"plain"` where
-            there is none.
+            Layout of string prompts that replaces the tokenizer's chat template: `"plain"` for `"{prompt}\n"`,
+            `"alpaca"` for the layout of Stanford Alpaca, or a text that contains `{prompt}` and, if there is a system
+            prompt, `{system_prompt}`. The reasoning steps follow directly. If `None`, the chat template is used, or
+            `"plain"` if the tokenizer has no chat template.
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
-            What happens to a row with more than `max_length` tokens: `"truncate"` cuts its prefix (prompt and initial
-            reasoning steps) from the left, `"drop"` leaves it out, `"error"` raises. How many rows that were is
-            logged. A step is never cut.
+            How to handle rows with more than `max_length` tokens: `"truncate"` truncates the prefix (prompt and
+            initial reasoning steps) from the left, `"drop"` removes the row, `"error"` raises an error. The number of
+            affected rows is logged. Steps are never truncated.
+
+        > Parameters that control the cost of training, for step data and ordinary preference data
+
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
-            Whether the tokens that the sequences of a batch begin with alike (the prefix of a pair, the problem of
-            several pairs) are computed once: `"auto"` does where it is exact and says why where not, `"on"` raises
-            there, `"off"` computes padded sequences as [`~trl.DPOTrainer`] does. Loss, gradients and metrics are the
-            same but for the order in which floats are added.
+            Whether to compute the tokens that sequences of a batch have in common (the prefix of a pair, the problem
+            of several pairs) only once. `"auto"` does so when the result is exact, and logs the reason when it is
+            not. `"on"` raises an error when it is not exact. `"off"` computes padded sequences, like
+            [`~trl.DPOTrainer`]. Loss, gradients and metrics are the same up to the order of floating-point additions.
         max_tokens_per_forward (`int`, *optional*):
-            Most tokens computed at a time where prefixes are shared, shared ones counted once. A batch with more goes
-            through the model in parts, with the same gradient; all but one of the parts are computed twice. `None`
-            for no limit.
+            Maximum number of tokens in a forward pass with shared prefixes, where shared tokens count once. A larger
+            batch is split into several forward passes and has the same gradient; all of them but one are recomputed
+            in the backward pass. If `None`, batches are not split.
         group_by_prompt (`bool`, *optional*, defaults to `False`):
-            Whether pairs with the same `prompt` follow each other, so that batches share more. Prompts are shuffled,
-            which is another order than [`~trl.DPOTrainer`]'s.
+            Whether to put pairs with the same `prompt` next to each other, so that more tokens of a batch are shared.
+            Prompts are shuffled instead of rows, so the order of training differs from [`~trl.DPOTrainer`]'s.
 
     Raises:
-        ValueError: If an option has an unusable value.
+        ValueError: If an option has an invalid value.
     """
 
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System message put before prompts that are strings. Step data only."},
+        metadata={"help": "System message prepended to string prompts. Step data only."},
     )
     prompt_suffix: str | None = field(
         default=None,
         metadata={
-            "help": "Text put behind prompts that are strings, or a name: 'step-dpo' is the instruction of the "
-            "Step-DPO paper. Step data only."
+            "help": "Text appended to string prompts, or the name of a known text: 'step-dpo' is the instruction of "
+            "the Step-DPO paper. Step data only."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Layout of prompts that are strings, in place of the tokenizer's chat template: 'plain', "
-            "'alpaca', or a text with {prompt} in it. Step data only."
+            "help": "Layout of string prompts that replaces the tokenizer's chat template: 'plain', 'alpaca', or a "
+            "text that contains {prompt}. Step data only."
         },
     )
     overlong_prefix: str = field(
         default="truncate",
         metadata={
-            "help": "What happens to a row with more than `max_length` tokens: 'truncate' cuts its prefix from the "
-            "left, 'drop' leaves it out, 'error' raises. A step is never cut. Step data only.",
+            "help": "How to handle rows with more than `max_length` tokens: 'truncate' truncates the prefix from the "
+            "left, 'drop' removes the row, 'error' raises an error. Steps are never truncated. Step data only.",
             "choices": list(OVERLONG_PREFIX_CHOICES),
         },
     )
@@ -82,21 +86,25 @@ class StepDPOConfig(DPOConfig):
     shared_prefix: str = field(
         default="auto",
         metadata={
-            "help": "Whether tokens that the sequences of a batch begin with alike are computed once: 'auto' does "
-            "where it is exact and says why where not, 'on' raises there, 'off' computes padded sequences.",
+            "help": "Whether to compute the tokens that sequences of a batch have in common only once: 'auto' does so "
+            "when the result is exact and logs the reason when it is not, 'on' raises an error when it is not exact, "
+            "'off' computes padded sequences.",
             "choices": list(SHARED_PREFIX_CHOICES),
         },
     )
     max_tokens_per_forward: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens computed at a time where prefixes are shared, shared ones counted once. A batch with "
-            "more goes through the model in parts, with the same gradient."
+            "help": "Maximum number of tokens in a forward pass with shared prefixes, where shared tokens count once. "
+            "A larger batch is split into several forward passes and has the same gradient."
         },
     )
     group_by_prompt: bool = field(
         default=False,
-        metadata={"help": "Whether pairs with the same prompt follow each other, so that batches share more."},
+        metadata={
+            "help": "Whether to put pairs with the same prompt next to each other, so that more tokens of a batch are "
+            "shared."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -107,15 +115,16 @@ class StepDPOConfig(DPOConfig):
     def _check_sharing(self) -> None:
         if self.shared_prefix not in SHARED_PREFIX_CHOICES:
             raise ValueError(f"`shared_prefix={self.shared_prefix!r}` must be one of {list(SHARED_PREFIX_CHOICES)}.")
-        most = self.max_tokens_per_forward
-        if most is None:
+        budget = self.max_tokens_per_forward
+        if budget is None:
             return
         if self.shared_prefix == "off":
             raise ValueError(
-                f"`max_tokens_per_forward={most}` has no effect with `shared_prefix='off'`. Leave one of them out."
+                f"`max_tokens_per_forward={budget}` has no effect with `shared_prefix='off'`. Remove one of the two."
             )
-        if most < (self.max_length or 1):
+        longest = self.max_length or 1
+        if budget < longest:
             raise ValueError(
-                f"`max_tokens_per_forward={most}` must hold at least one sequence, and those have up to "
-                f"{self.max_length or 1} tokens (`max_length`). Raise it, or lower `max_length`."
+                f"`max_tokens_per_forward={budget}` is too small for one sequence, which can have {longest} tokens "
+                "(`max_length`). Increase `max_tokens_per_forward`, or decrease `max_length`."
             )

@@ -1,4 +1,4 @@
-"""How well a model tells chosen from rejected before it is aligned, which is what orders data from easy to hard."""
+"""Log-ratio of chosen and rejected under the initial model, which orders data from easy to hard."""
 
 import copy
 from typing import Any
@@ -15,23 +15,23 @@ def measure_gamma(
     model: Any, dataset: Dataset, args: DPOConfig, processing_class: PreTrainedTokenizerBase | None = None
 ) -> np.ndarray:
     r"""
-    Measure \\( \gamma(x) = \log \pi(y_w|x) - \log \pi(y_l|x) \\) of each row (sDPO, arXiv 2403.19270, section 4.2).
+    Compute \\( \gamma(x) = \log \pi(y_w|x) - \log \pi(y_l|x) \\) of each row (sDPO, arXiv 2403.19270, section 4.2).
 
     Args:
         model (`str` or `PreTrainedModel`):
-            The model to be trained, as for [`StepDPOTrainer`].
+            Model to be trained, as for [`StepDPOTrainer`].
         dataset (`Dataset`):
-            Step pairs or plain preference pairs.
+            Step pairs or ordinary preference pairs.
         args ([`StepDPOConfig`] or [`~trl.DPOConfig`]):
-            The configuration of the training to come: lengths, prompts and batch sizes are taken from it.
+            Configuration of the training run. Its lengths, prompt options and batch sizes apply here as well.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer, where it is not loaded by the model's name.
+            Tokenizer of the model. If `None`, it is loaded by the model's name.
 
     Returns:
         `np.ndarray`: gamma of shape `(rows,)`, in nats.
 
     Raises:
-        ValueError: If rows are left out as overlong, so that not every row has a gamma.
+        ValueError: If overlong rows are dropped, so that not every row has a gamma.
     """
     args = copy.copy(args)
     args.precompute_ref_log_probs = True
@@ -39,7 +39,7 @@ def measure_gamma(
     scored: Any = trainer.train_dataset
     if len(scored) != len(dataset):
         raise ValueError(
-            f"{len(dataset) - len(scored)} of {len(dataset)} rows are left out as longer than max_length="
-            f"{args.max_length}. Raise it, or leave them out before."
+            f"{len(dataset) - len(scored)} of {len(dataset)} rows are longer than max_length={args.max_length} and "
+            "were dropped, so they have no gamma. Increase `max_length`, or remove these rows first."
         )
     return np.asarray(scored[:]["ref_chosen_logps"]) - np.asarray(scored[:]["ref_rejected_logps"])

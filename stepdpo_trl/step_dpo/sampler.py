@@ -1,4 +1,4 @@
-"""An order of training in which the pairs of a prompt stand together."""
+"""Sampler that keeps the pairs of a prompt together."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,14 @@ from torch.utils.data import Sampler
 
 class PromptGroupSampler(Sampler[int]):
     """
-    Shuffles prompts, and the pairs of each, and keeps these together.
+    Sampler that shuffles prompts, and the pairs within each prompt, and yields the pairs of a prompt consecutively.
 
     Args:
         prompts (`Sequence`):
             Prompt of each row, as text or messages.
         seed (`int`):
-            Seed. The order depends on it and on the epoch alone, so that all processes have the same and a run that
-            resumes goes on in it.
+            Random seed. The order depends only on the seed and the epoch, so it is the same in all processes and in a
+            resumed run.
     """
 
     def __init__(self, prompts: Sequence[Any], seed: int) -> None:
@@ -30,7 +30,7 @@ class PromptGroupSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the order."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -109,7 +109,7 @@ def test_h4(tmp_path, calls, capsys):
     assert len(calls) == 4  # no new calls
     assert contents(tmp_path) == before
     assert stepdpo(*command[:-4], "--output-dir", tmp_path) == 2
-    assert "limit=8 (now None)" in capsys.readouterr().err
+    assert "limit: 8 in this run, None now" in capsys.readouterr().err
 
 
 def test_finished_tasks_are_not_repeated(tmp_path, calls, monkeypatch):
@@ -151,7 +151,7 @@ def test_gsm8k_and_math(tmp_path, calls, capsys):
 
 
 def test_arguments_of_other_inference_backends():
-    server = ModelSpec("m", "openai", "http://localhost:8000/v1", batch_size=7)
+    server = ModelSpec("m", "openai", "http://localhost:8000/v1", max_concurrent_requests=7)
     assert harness.model_arguments(server, None) == {
         "model": "local-completions",
         "model_args": {

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
+from stepdpo_trl.pipeline.session import Session
 
 from ..simulated import Student, draw_records
 

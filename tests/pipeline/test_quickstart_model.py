@@ -119,7 +119,8 @@ def test_log_probabilities(run, tmp_path):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prefix = tokenizer(text + pair["initial_reason_steps"], add_special_tokens=False)["input_ids"]
         for name in ("chosen", "rejected"):
-            step = tokenizer(pair[name], add_special_tokens=False)["input_ids"]
+            text = pair[name] + tokenizer.eos_token * pair[f"{name}_ends_solution"]
+            step = tokenizer(text, add_special_tokens=False)["input_ids"]
             logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
             expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
             assert pair[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)
@@ -129,10 +130,10 @@ def test_log_probabilities(run, tmp_path):
 def test_report_and_card(run, capsys):
     assert stepdpo("report", run / "run") == 0
     printed = capsys.readouterr().out
-    for words in ("solutions, wrong", "localize arithmetic,rollout", "rectified", "model policy"):
+    for words in ("solutions, wrong", "localize arithmetic,rollout", "corrected", "total"):
         assert words in printed
     report = (run / "run" / "report.html").read_text()
-    for words in ("Where errors lie", "Agreement of judges", "Cost", "arithmetic and rollout"):
+    for words in ("Position of the first wrong step", "Agreement of judges", "Cost", "arithmetic and rollout"):
         assert words in report
     card = (run / "pairs.card.md").read_text()
     pairs = len((run / "pairs.jsonl").read_text().splitlines())
@@ -154,10 +155,10 @@ DATA = ("data", *COLLECT[1:])
         ([*COLLECT, "--prompt", "t.jinja"], "does not contain"),
         ([*COLLECT, "--prompt", "b.jinja"], "cannot be filled"),
         ([*COLLECT, "--temperature", "-1"], "negative"),
-        ([*COLLECT, "--backend", "openai"], "its address"),
+        ([*COLLECT, "--backend", "openai"], "with an address such as http://localhost:8000/v1"),
         (["collect", "--model", "./m", "--problems", "p.jsonl", "--output-dir", "run"], "cannot be loaded"),
         ([*DATA, "--output-file", "x.csv"], "--output-file 'x.csv'"),
-        ([*DATA, "--output-file", "x.jsonl", "--judge", "gold"], "Judge 'gold'"),
+        ([*DATA, "--output-file", "x.jsonl", "--judge", "gold"], "The judge 'gold' in 'gold' is not known"),
         ([*DATA, "--output-file", "x.jsonl", "--judge", "llm"], "--judge-model"),
         ([*DATA, "--output-file", "x.jsonl", "--judge", "arithmetic,human", "--engine", "ray"], "needs a person"),
         (["localize", "nowhere", "--judge", "human", "--engine", "ray"], "needs a person"),

@@ -10,8 +10,9 @@ from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.ray import run_on_ray
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import Log, RunError
 
@@ -68,8 +69,9 @@ def test_the_command_line_on_ray(tmp_path, capfd):
     capfd.readouterr()
     assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
     told = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
-    assert told.startswith(f"`collect` in {tmp_path / 'parts'}/shard-0-of-2 was begun with seed=0 (now 1)")
-    assert len(told.splitlines()) == 2  # one for each shard
+    shard = tmp_path / "parts" / "shard-0-of-2"
+    assert told.startswith(f"`collect` in {shard} was started with other settings:\n  seed: 0 in this run, 1 now\n")
+    assert told.count("was started with other settings") == 2  # one for each shard
 
 
 @pytest.mark.slow

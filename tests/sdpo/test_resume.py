@@ -73,7 +73,7 @@ def test_a_stage_is_saved_as_it_was_trained_last(saved, chat_model, tmp_path):
     # A checkpoint of before has another reference than the one that is there now
     shutil.rmtree(tmp_path / "copy" / "checkpoint-8")
     shutil.copytree(saved / "checkpoint-8", tmp_path / "copy" / "checkpoint-8")
-    with pytest.raises(ValueError, match="missing, incomplete or of another run"):
+    with pytest.raises(ValueError, match="missing, incomplete or from another run"):
         staged_run(chat_model, tmp_path / "copy").train(str(tmp_path / "copy" / "checkpoint-8"))
 
 
@@ -99,21 +99,27 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, chat_model, tmp_pat
     state = tmp_path / "copy" / "checkpoint-12" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-12 was not written to the end and is passed over" in caplog.text
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    assert "checkpoint-12, which is not a complete checkpoint" in caplog.text
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-5"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stages": [two_stages()[0], two_stages()[1].select(range(8))]}, "rows of stage 2: 11 then, 8 now"),
-        ({"stages": two_stages()[::-1]}, "digest of stage 1: '[0-9a-f]+' then, '[0-9a-f]+' now"),
-        ({"stages": [*two_stages(), two_stages()[0]]}, "2 stages then, 3 now"),
-        ({"num_train_epochs": 3}, "updates of stage 1: 6 then, 9 now"),
-        ({"precompute_ref_log_probs": True}, "reference: 'model' then, 'scores' now"),
-        ({"callback": SDPOCallback(schedule="continuous")}, "schedule: 'restart' then, 'continuous' now"),
-        ({"callback": SDPOCallback(stage_options={2: {"beta": 0.3}})}, "beta of stage 2: 0.4 then, 0.3 now"),
+        (
+            {"stages": [two_stages()[0], two_stages()[1].select(range(8))]},
+            "rows of stage 2: 11 in the checkpoint, 8 now",
+        ),
+        ({"stages": two_stages()[::-1]}, "digest of stage 1: '[0-9a-f]+' in the checkpoint, '[0-9a-f]+' now"),
+        ({"stages": [*two_stages(), two_stages()[0]]}, "stages: 2 in the checkpoint, 3 now"),
+        ({"num_train_epochs": 3}, "updates of stage 1: 6 in the checkpoint, 9 now"),
+        ({"precompute_ref_log_probs": True}, "reference: 'model' in the checkpoint, 'scores' now"),
+        ({"callback": SDPOCallback(schedule="continuous")}, "schedule: 'restart' in the checkpoint, 'continuous' now"),
+        (
+            {"callback": SDPOCallback(stage_options={2: {"beta": 0.3}})},
+            "beta of stage 2: 0.4 in the checkpoint, 0.3 now",
+        ),
     ],
     ids=["rows", "order", "number", "epochs", "reference", "schedule", "beta"],
 )
@@ -145,7 +151,7 @@ def test_a_trainer_that_has_moved_on(saved, chat_model, tmp_path):
     weights = trained_weights(trainer)
     with pytest.raises(RuntimeError, match="has already trained"):
         trainer.train()
-    with pytest.raises(RuntimeError, match="from the first stage"):
+    with pytest.raises(RuntimeError, match="a checkpoint from the first stage"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
     assert_same_weights(trained_weights(trainer), weights, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Decoders of many architectures, each as a tiny model from its config."""
+"""Tiny decoders of many architectures, created from their configs."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +22,7 @@ SIZE = {
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Model type: what its config has beside the sizes
+# Options of each model type's config in addition to the sizes
 SHARED = {
     "llama": {},
     "qwen2": {},
@@ -45,7 +45,7 @@ SHARED = {
 
 
 def tiny_decoder(name: str, seed: int = 0, **options) -> torch.nn.Module:
-    """The model, in float32, with weights large enough for its probabilities to differ."""
+    """Create a model in float32, with weights large enough for its probabilities to differ."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name.split()[0], **{**SIZE, **SHARED.get(name, {}), **options})
     return AutoModelForCausalLM.from_config(config).float().train()

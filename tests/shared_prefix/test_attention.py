@@ -1,4 +1,4 @@
-"""Decoders on a tree against the same decoders on separate sequences."""
+"""Compares decoders on a prefix tree with the same decoders on separate sequences."""
 
 import copy
 import functools
@@ -17,24 +17,24 @@ from transformers.models.phi3 import modeling_phi3
 
 from stepdpo_trl.shared_prefix import attention
 from stepdpo_trl.shared_prefix.forward import share_prefixes
-from stepdpo_trl.shared_prefix.support import CHECKED_MODEL_TYPES
+from stepdpo_trl.shared_prefix.support import TESTED_MODEL_TYPES
 from stepdpo_trl.shared_prefix.tree import build_tree
 
 from .architectures import SHARED, VOCABULARY, tiny_decoder
 
-WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0])  # of the rows, in what is differentiated
+WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0])  # weights of the rows in the differentiated sum
 
 
 def rows_and_labels():
-    """Two problems that begin alike, two answers to each, longer than the windows of the models."""
+    """Return two problems with a common prefix and two answers each, longer than the windows of the models."""
     draw = random.Random(0)
     first = [draw.randrange(3, VOCABULARY) for _ in range(9)]
     second = first[:6] + [draw.randrange(3, VOCABULARY) for _ in range(7)]
-    rows, labelled = [], []
+    rows, labels = [], []
     for prompt, length in ((first, 4), (second, 2), (first, 6), (second, 8)):
         rows.append(prompt + [draw.randrange(3, VOCABULARY) for _ in range(length)])
-        labelled.append([0] * len(prompt) + [1] * length)
-    return rows, labelled
+        labels.append([0] * len(prompt) + [1] * length)
+    return rows, labels
 
 
 def token_logps(logits, input_ids):
@@ -42,7 +42,7 @@ def token_logps(logits, input_ids):
 
 
 def separate(model):
-    """Log-probabilities of the labelled tokens of each row, one row at a time, and the router's balance."""
+    """Return the log-probabilities of the labeled tokens of each row, computed one row at a time."""
     logps = []
     for row, mask in zip(*rows_and_labels(), strict=True):
         ids = torch.tensor([row])
@@ -94,71 +94,71 @@ def test_eager_attention(name):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo3", "qwen2 with windows"])
-def test_windows_are_in_use(name):
-    """Else their equality would show nothing."""
+def test_windows_have_an_effect(name):
+    """Without an effect, the comparison with separate sequences would not test them."""
     model, wide = tiny_decoder(name), tiny_decoder(name, sliding_window=64)
     wide.load_state_dict(model.state_dict())
     assert max((a - b).abs().max() for a, b in zip(separate(model), separate(wide), strict=True)) > 0.01
 
 
-def test_every_model_type_that_is_called_checked_is_checked():
-    assert {name.split()[0] for name in SHARED} == set(CHECKED_MODEL_TYPES)
+def test_all_supported_model_types_are_tested():
+    assert {name.split()[0] for name in SHARED} == set(TESTED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_load_balance_of_experts(name):
-    """The balance loss weighs each token by the rows that it stands for, as separate rows do."""
+    """The load balancing loss weights each token by the number of rows that contain it."""
     model = tiny_decoder(name)
     share_prefixes(model)
-    rows, labelled = rows_and_labels()
+    rows, labels = rows_and_labels()
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    for tree in (build_tree(rows, labelled), build_tree(rows, labelled, 24), build_tree(rows, labelled).padded(3)):
+    for tree in (build_tree(rows, labels), build_tree(rows, labels, 24), build_tree(rows, labels).padded(3)):
         output = model(input_ids=tree.input_ids, attention_mask=tree.uses, prefix_tree=tree, output_router_logits=True)
         torch.testing.assert_close(output.aux_loss, expected, rtol=1e-5, atol=0)
 
 
-def test_without_a_tree_nothing_changes():
+def test_model_without_a_tree_is_unchanged():
     model = tiny_decoder("llama")
     ids = torch.tensor([[3, 4, 5, 6]])
     before = model(input_ids=ids).logits
-    written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     share_prefixes(model)
-    taught = model.base_model.forward
-    model.base_model.forward = lambda *args, **kwargs: taught(*args, **kwargs)  # as profilers do
-    share_prefixes(model)  # twice does no harm
+    wrapped = model.base_model.forward
+    model.base_model.forward = lambda *args, **kwargs: wrapped(*args, **kwargs)  # as profilers do
+    share_prefixes(model)  # no effect
     assert torch.equal(model(input_ids=ids).logits, before)
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)
-    assert torch.equal(tiny_decoder("llama")(input_ids=ids).logits, before)  # nor for other models
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated)
+    assert torch.equal(tiny_decoder("llama")(input_ids=ids).logits, before)  # other models are unchanged
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_another_attention_function_fails_loudly(name, monkeypatch):
-    """One that is set afterwards does not know the tree, and must not attend to all of it."""
+def test_unwrapped_attention_function_raises(name, monkeypatch):
+    """A function that is set later ignores the tree and must not attend to all of its tokens."""
     model = tiny_decoder("llama", attn_implementation="sdpa" if name == "eager" else "eager")
     share_prefixes(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", plain(modeling_llama.eager_attention_forward))
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", unwrapped(modeling_llama.eager_attention_forward))
     model.set_attn_implementation(name)
     with pytest.raises(RuntimeError, match="size"):
         shared(model)
 
 
-def plain(attention):
+def unwrapped(attention):
     return getattr(attention, "attention", attention)
 
 
-def test_eager_attention_of_others_is_theirs():
-    """Each architecture has its own, some of them under another name; what is registered would go before it."""
+def test_eager_attention_of_other_architectures_is_unchanged():
+    """Each architecture has its own eager attention, which a registered function would override."""
     share_prefixes(tiny_decoder("gemma2"))
     assert ALL_ATTENTION_FUNCTIONS.get("eager") is None
-    assert modeling_phi3.eager_attention_forward is plain(modeling_phi3.eager_attention_forward)
+    assert modeling_phi3.eager_attention_forward is unwrapped(modeling_phi3.eager_attention_forward)
 
 
 def test_copies():
-    """A copy runs its own weights, and can be shared again where it came without."""
+    """A deep copy uses its own weights, and an unpickled copy can be wrapped again."""
     model = tiny_decoder("llama")
     share_prefixes(model)
     duplicate = copy.deepcopy(model)
@@ -171,16 +171,16 @@ def test_copies():
     assert_equal(loaded)
 
 
-def test_one_pack_at_a_time_is_kept(monkeypatch):
-    """The tensors kept for the backward are those of one pack, not of all."""
+def test_activations_of_one_pack_are_kept():
+    """The forward pass keeps the tensors of one pack for the backward, not those of all packs."""
     model = tiny_decoder("llama")
     share_prefixes(model)
     kept = {}
-    for most in (None, 24):
+    for max_tokens in (None, 24):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
-            shared(model, most)
-        kept[most] = sum(sizes)
+            shared(model, max_tokens)
+        kept[max_tokens] = sum(sizes)
     assert kept[24] < 0.75 * kept[None]
 
 
@@ -188,7 +188,7 @@ def test_one_pack_at_a_time_is_kept(monkeypatch):
 
 
 def varlen_oracle(query, key, value, query_offsets, key_offsets, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What PyTorch's kernel promises, score by score. Tensors of shape `(tokens, heads, head_dim)`."""
+    """Reference for PyTorch's kernel, computed per query. Tensors have shape `(tokens, heads, head_dim)`."""
     assert enable_gqa
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     left, right = window_size
@@ -197,26 +197,26 @@ def varlen_oracle(query, key, value, query_offsets, key_offsets, max_q, max_k, *
         assert q1 - q0 <= max_q
         assert k1 - k0 <= max_k
         for i in range(q1 - q0):
-            place = (k1 - k0) - (q1 - q0) + i
-            first = k0 if left < 0 else k0 + max(0, place - left)
-            seen = slice(first, k0 + place + right + 1)
-            scores = torch.einsum("hd,khd->hk", query[q0 + i], key[seen]) * scale
-            outputs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[seen]))
+            position = (k1 - k0) - (q1 - q0) + i
+            first = k0 if left < 0 else k0 + max(0, position - left)
+            visible = slice(first, k0 + position + right + 1)
+            scores = torch.einsum("hd,khd->hk", query[q0 + i], key[visible]) * scale
+            outputs.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[visible]))
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "olmo3", "qwen3_moe"])
 def test_variable_length_kernel(name, monkeypatch):
-    """That a kernel is given what it needs, here on CPU with one that is slow and plain."""
+    """The kernel gets the right arguments. On CPU it is replaced by the reference."""
     monkeypatch.setattr(varlen, "varlen_attn", varlen_oracle)
-    monkeypatch.setattr(attention, "_takes_varlen", lambda query, **kwargs: True)
+    monkeypatch.setattr(attention, "_supports_varlen", lambda query, **kwargs: True)
     model = tiny_decoder(name)
     share_prefixes(model)
     assert_equal(model)
 
 
 def flash_oracle(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **kwargs):
-    """A FlashAttention function of transformers, which takes offsets beside the tensors."""
+    """Stand-in for a FlashAttention function of Transformers, which takes offsets in addition to the tensors."""
     assert attention_mask is None
     assert "position_ids" not in kwargs
     states = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -229,7 +229,7 @@ def flash_oracle(module, query, key, value, attention_mask, dropout=0.0, scaling
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_flash_attention(name):
-    """By its name: what is left on CPU of a kernel that is not there."""
+    """The FlashAttention path is selected by name. On CPU the kernel is replaced by the reference."""
     model = tiny_decoder(name)
     expected = separate(model)
     AttentionInterface.register("flash_oracle", flash_oracle)
@@ -239,8 +239,8 @@ def test_flash_attention(name):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_exactness_of_the_kernel_is_found_out(monkeypatch, caplog):
-    """The kernel must put the last query to the last key; one that puts the first to the first is not used."""
+def test_exactness_of_the_kernel_is_checked(monkeypatch, caplog):
+    """The kernel must align the last query with the last key; one that aligns the first ones is not used."""
 
     def upper_left(query, key, value, query_offsets, key_offsets, *args, **kwargs):
         shifted = [key[k0 : k0 + q1 - q0] for q0, q1, k0 in zip(query_offsets, query_offsets[1:], key_offsets)]  # noqa: B905
@@ -250,26 +250,26 @@ def test_exactness_of_the_kernel_is_found_out(monkeypatch, caplog):
 
     signature = inspect.signature(varlen.varlen_attn)
     for kernel, exact in ((varlen_oracle, True), (upper_left, False)):
-        filled = functools.partial(with_scale, kernel)
-        filled.__signature__ = signature
-        monkeypatch.setattr(varlen, "varlen_attn", filled)
+        scaled = functools.partial(with_default_scale, kernel)
+        scaled.__signature__ = signature
+        monkeypatch.setattr(varlen, "varlen_attn", scaled)
         attention._varlen_is_exact.cache_clear()
         assert attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16) is exact
     attention._varlen_is_exact.cache_clear()
-    assert "variable-length attention gives something else" in caplog.text
+    assert "variable-length attention differs from masked attention" in caplog.text
     monkeypatch.undo()
     assert not attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16)
     assert "variable-length attention does not run" in caplog.text  # PyTorch has none for a CPU
     attention._varlen_is_exact.cache_clear()
 
 
-def with_scale(kernel, query, *args, scale=None, **kwargs):
+def with_default_scale(kernel, query, *args, scale=None, **kwargs):
     return kernel(query, *args, scale=scale or query.shape[-1] ** -0.5, **kwargs)
 
 
-def test_what_the_kernel_takes():
+def test_inputs_of_the_kernel():
     query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
-    assert not attention._takes_varlen(query)  # on CPU
+    assert not attention._supports_varlen(query)  # on CPU
     assert attention._autocast_dtype(query.float()) == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention._autocast_dtype(query.float()) == torch.bfloat16
@@ -278,18 +278,18 @@ def test_what_the_kernel_takes():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHARED)
 def test_equals_separate_sequences_on_cuda(name):
-    """In bfloat16, to its rounding."""
+    """In bfloat16, up to rounding."""
     sizes = {"hidden_size": 256, "head_dim": 64, "initializer_range": 0.05}
     model = tiny_decoder(name, **sizes).to("cuda", torch.bfloat16)
     share_prefixes(model)
     if name != "gemma2":
         assert attention._varlen_is_exact(torch.device("cuda", 0), torch.bfloat16, 64)
-    rows, labelled = rows_and_labels()
-    tree = build_tree(rows, labelled).to("cuda")
+    rows, labels = rows_and_labels()
+    tree = build_tree(rows, labels).to("cuda")
     with torch.no_grad():
         logits = model(input_ids=tree.input_ids, attention_mask=tree.uses, prefix_tree=tree).logits
         logps = token_logps(logits, tree.input_ids)
-        for row, mask, found, kept in zip(rows, labelled, logps, tree.completion_mask[:, 1:], strict=True):
+        for row, mask, found, kept in zip(rows, labels, logps, tree.completion_mask[:, 1:], strict=True):
             ids = torch.tensor([row], device="cuda")
             expected = token_logps(model(input_ids=ids).logits, ids)[0][torch.tensor(mask[1:]).bool()]
             torch.testing.assert_close(found[kept.bool()], expected, rtol=0.02, atol=0.1)

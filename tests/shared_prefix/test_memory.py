@@ -1,4 +1,4 @@
-"""The estimate of activation memory against what PyTorch keeps, and who is told."""
+"""Compares the estimate of activation memory with the tensors that PyTorch keeps, and tests the advice."""
 
 import logging
 
@@ -15,14 +15,14 @@ from .architectures import tiny_decoder
 
 
 def kept_bytes(model, tokens):
-    """Bytes of what a forward keeps for the backward, weights not counted, each tensor once."""
+    """Return the bytes that a forward keeps for the backward, counting each tensor once and without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # which keeps the address from being used again
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the reference keeps the address from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -51,7 +51,7 @@ def test_seven_billion_parameters_by_hand():
 def advice(trainer, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    return [record.message for record in caplog.records if "Gradient checkpointing is on" in record.message]
+    return [record.message for record in caplog.records if "Gradient checkpointing is enabled" in record.message]
 
 
 def test_advice(chat_model, tmp_path, caplog):
@@ -59,8 +59,9 @@ def test_advice(chat_model, tmp_path, caplog):
     pairs = [len(row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"]) for row in trainer.train_dataset]
     assert most_tokens(trainer) == sum(sorted(pairs)[-2:])
     (message,) = advice(trainer, caplog)
-    assert f"a batch of {most_tokens(trainer)} tokens" in message
-    assert "would save about 20% of the arithmetic" in message  # forward, again, twice as much backward, reference
+    assert f"the largest batch ({most_tokens(trainer)} tokens)" in message
+    # 1 / (forward 1 + recomputation 1 + backward 2 + reference 1)
+    assert "would save about 20% of the computation" in message
     assert trainer.args.gradient_checkpointing
 
 
@@ -70,11 +71,11 @@ def test_no_advice_without_memory(chat_model, tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_prefix": "off", "gradient_checkpointing": True}], ids=str)
-def test_no_advice_where_nothing_is_to_be_gained(options, chat_model, tmp_path, caplog):
+def test_no_advice_without_checkpointing_or_sharing(options, chat_model, tmp_path, caplog):
     assert not advice(make_trainer(chat_model, tmp_path, plain_rows(), **options), caplog)
 
 
-def test_what_is_known_of_streams(chat_model, tmp_path):
+def test_most_tokens_of_a_stream(chat_model, tmp_path):
     stream = Dataset.from_list(step_rows()).to_iterable_dataset()
     assert most_tokens(make_trainer(chat_model, tmp_path, stream, max_steps=1)) is None
     bounded = make_trainer(chat_model, tmp_path, stream, max_steps=1, max_tokens_per_forward=1500)

@@ -1,4 +1,4 @@
-"""Training with shared prefixes against training on padded sequences."""
+"""Compares training with shared prefixes to training on padded sequences."""
 
 import copy
 import logging
@@ -37,7 +37,7 @@ METRICS += ("rewards/accuracies", "logits/chosen", "logits/rejected", "mean_toke
 
 
 def problem_rows():
-    """Step rows, three pairs to each of three problems."""
+    """Return step rows with three pairs for each of three problems."""
     rows = step_rows(9)
     return [{**row, "prompt": rows[i % 3]["prompt"]} for i, row in enumerate(rows)]
 
@@ -66,7 +66,7 @@ def test_every_loss(options, tmp_path):
 
 
 def test_length_of_an_answer_to_an_empty_prompt(plain_model, tmp_path):
-    """Its first token is predicted by none, and counts all the same where DPOTrainer divides by the length."""
+    """The first token has no prediction, but counts when DPOTrainer divides by the length."""
     rows = [
         {"prompt": "", "chosen": "12 + 30", "rejected": "42 - 7 ="},
         {"prompt": "", "chosen": "a", "rejected": "bc"},
@@ -80,7 +80,7 @@ def test_length_of_an_answer_to_an_empty_prompt(plain_model, tmp_path):
 
 
 def ref_adapter(path):
-    """An adapter that is trained on, of which DPOTrainer keeps a copy as the reference."""
+    """Return a PEFT model, whose initial adapter DPOTrainer copies as the reference."""
     torch.manual_seed(0)
     return get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), LORA)
 
@@ -115,12 +115,12 @@ def trained(path, tmp_path, model=None, **options):
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation:FutureWarning")
 @pytest.mark.parametrize("mode", MODES)
-def test_trains_alike(mode, chat_model, tmp_path):
+def test_training_equals_padded_sequences(mode, chat_model, tmp_path):
     shared = trained(chat_model, tmp_path, shared_prefix="on", **MODES[mode])
     budget = {"max_tokens_per_forward": 170, "max_length": 165}
     packs = trained(chat_model, tmp_path, shared_prefix="on", **{**budget, **MODES[mode]})
     padded = trained(chat_model, tmp_path, shared_prefix="off", **MODES[mode])
-    # QLoRA's adapter is in bfloat16: where a sum falls on the other side of a rounding, its weights differ
+    # QLoRA's adapter is in bfloat16, so small differences of sums can be rounded up to different weights
     rtol, atol = (1e-2, 2e-3) if mode == "qlora" else (1e-4, 1e-6)
     for trainer in (shared, packs):
         assert trainer.shares_prefixes
@@ -129,15 +129,15 @@ def test_trains_alike(mode, chat_model, tmp_path):
         assert_same_weights(weights(trainer), weights(padded), rtol=rtol, atol=atol)
 
 
-def test_packs_are_several(chat_model, tmp_path):
-    """Else the budget of the test above would show nothing."""
+def test_budget_splits_the_batch(chat_model, tmp_path):
+    """Without a split, the test above would not test the budget."""
     trainer = make_trainer(chat_model, tmp_path, shared_prefix="on", max_tokens_per_forward=170, max_length=165)
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["prefix_tree"].packs) > 1
     assert all(pack.tokens <= 170 for pack in batch["prefix_tree"].packs)
 
 
-def test_computes_each_token_of_a_batch_once(chat_model, tmp_path):
+def test_each_token_of_a_batch_is_computed_once(chat_model, tmp_path):
     trainer = make_trainer(chat_model, tmp_path, problem_rows(), per_device_train_batch_size=9)
     computed = []
     trainer.model.base_model.embed_tokens.register_forward_hook(lambda *call: computed.append(call[1][0].numel()))
@@ -148,8 +148,8 @@ def test_computes_each_token_of_a_batch_once(chat_model, tmp_path):
     assert computed[0] < 0.4 * batch["input_ids"].numel()
 
 
-def test_what_shares_and_what_does_not(chat_model, tmp_path):
-    """Nothing without being asked where DPOTrainer is to be had to the bit."""
+def test_defaults(chat_model, tmp_path):
+    """Plain pairs with a DPOConfig are not shared, so that they equal DPOTrainer bit for bit."""
     assert make_trainer(chat_model, tmp_path).shares_prefixes
     assert make_trainer(chat_model, tmp_path, plain_rows()).shares_prefixes
     assert make_trainer(chat_model, tmp_path, config_cls=DPOConfig).shares_prefixes
@@ -160,7 +160,7 @@ def test_what_shares_and_what_does_not(chat_model, tmp_path):
         assert not hasattr(trainer.model.base_model, "forward_without_tree")
 
 
-def test_off_is_dpo_trainer_to_the_bit(chat_model, tmp_path):
+def test_off_equals_dpo_trainer_bit_for_bit(chat_model, tmp_path):
     ours = trained(chat_model, tmp_path, rows=plain_rows(), shared_prefix="off")
     stock = trained(chat_model, tmp_path, rows=plain_rows(), cls=DPOTrainer, config_cls=DPOConfig)
     assert_same_weights(weights(ours), weights(stock), rtol=0, atol=0)
@@ -173,17 +173,17 @@ def test_evaluate(precompute, chat_model, tmp_path):
         eval_dataset = {"first": Dataset.from_list(step_rows(5)), "plain": Dataset.from_list(plain_rows(3))}
         options = {"shared_prefix": choice, "eval_dataset": eval_dataset, "precompute_ref_log_probs": precompute}
         trainer = make_trainer(chat_model, tmp_path, **options)
-        given = Dataset.from_list(step_rows(7)[5:])
-        results.append({**trainer.evaluate(), **trainer.evaluate(given, metric_key_prefix="given")})
+        new = Dataset.from_list(step_rows(7)[5:])
+        results.append({**trainer.evaluate(), **trainer.evaluate(new, metric_key_prefix="new")})
     shared, padded = results
-    assert {"eval_first_loss", "eval_plain_loss", "given_loss", "eval_rewards/margins"} <= shared.keys()
+    assert {"eval_first_loss", "eval_plain_loss", "new_loss", "eval_rewards/margins"} <= shared.keys()
     for name, value in padded.items():
         if not name.endswith(("time", "per_second")):
             assert shared[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
-def test_predict_gives_logits_of_whole_sequences(chat_model, tmp_path):
+def test_predict_returns_logits_of_whole_sequences(chat_model, tmp_path):
     predictions = []
     for choice in ("on", "off"):
         trainer = make_trainer(chat_model, tmp_path, shared_prefix=choice)
@@ -191,7 +191,7 @@ def test_predict_gives_logits_of_whole_sequences(chat_model, tmp_path):
     torch.testing.assert_close(*(torch.tensor(one.predictions) for one in predictions), rtol=0, atol=0)
 
 
-def test_resume_to_the_bit(chat_model, tmp_path):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(chat_model, tmp_path):
     options = {
         "shared_prefix": "on",
         "save_strategy": "steps",
@@ -199,14 +199,14 @@ def test_resume_to_the_bit(chat_model, tmp_path):
         "max_steps": 4,
         "group_by_prompt": True,
     }
-    unbroken = make_trainer(chat_model, tmp_path, problem_rows(), **options)
-    unbroken.train()
+    uninterrupted = make_trainer(chat_model, tmp_path, problem_rows(), **options)
+    uninterrupted.train()
     resumed = make_trainer(chat_model, tmp_path, problem_rows(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same_weights(weights(unbroken), weights(resumed), rtol=0, atol=0)
+    assert_same_weights(weights(uninterrupted), weights(resumed), rtol=0, atol=0)
 
 
-def test_scores_are_computed_longest_first_and_kept(chat_model, tmp_path):
+def test_reference_scores_are_computed_longest_first(chat_model, tmp_path):
     def scored(**options):
         trainer = make_trainer(chat_model, tmp_path, precompute_ref_log_probs=True, **options)
         return trainer, torch.tensor([trainer.train_dataset[f"ref_{name}_logps"] for name in ("chosen", "rejected")])
@@ -218,7 +218,7 @@ def test_scores_are_computed_longest_first_and_kept(chat_model, tmp_path):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_a_reference_that_is_replaced(chat_model, tmp_path):
+def test_replaced_reference_model(chat_model, tmp_path):
     trainer = make_trainer(chat_model, tmp_path, shared_prefix="on")
     tokenizer = byte_level_tokenizer(CHATML)
     other = {"ref_model": tiny_model(len(tokenizer), 5), "processing_class": tokenizer, "shared_prefix": "off"}
@@ -231,68 +231,68 @@ def test_a_reference_that_is_replaced(chat_model, tmp_path):
     torch.testing.assert_close(*(trainer.compute_loss(trainer.model, b) for b in (batch, whole)), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ where not
+# ------------------------------------------------------------------------------------------------ unsupported
 
 
 def refused(tmp_path, model, **options):
-    """The reason why a model is not supported; with "auto" it is logged, and training goes on without."""
+    """Return the error of `shared_prefix="on"`, which contains the reason why prefixes cannot be shared."""
     tokenizer = byte_level_tokenizer(CHATML)
     options = {"processing_class": tokenizer, "precompute_ref_log_probs": True, "rows": step_rows(2), **options}
-    with pytest.raises(ValueError, match="`shared_prefix='on'` is not possible: ") as error:
+    with pytest.raises(ValueError, match="`shared_prefix='on'` is not possible because ") as error:
         make_trainer(model, tmp_path, shared_prefix="on", **options)
     return str(error.value)
 
 
-ELSEWHERE = {
+UNSUPPORTED = {
     "gpt_oss": ("attention sinks", {"num_local_experts": 4}),
-    "qwen3_next": ("pass on a state", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
-    "lfm2": ("pass on a state", {"layer_types": ["conv", "full_attention"]}),
-    "mamba": ("pass on a state", {}),
-    "falcon_h1": ("pass on a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
-    "gemma3_text": ("attend to what follows", {"use_bidirectional_attention": True}),
-    "gpt_neox": ("not been checked for 'gpt_neox', only for cohere2, ", {}),
+    "qwen3_next": ("carry a state", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
+    "lfm2": ("carry a state", {"layer_types": ["conv", "full_attention"]}),
+    "mamba": ("carry a state", {}),
+    "falcon_h1": ("carry a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "gemma3_text": ("attend to later tokens", {"use_bidirectional_attention": True}),
+    "gpt_neox": ("not been tested for 'gpt_neox', only for cohere2, ", {}),
 }
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_models_that_cannot(name, tmp_path):
-    reason, options = ELSEWHERE[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models(name, tmp_path):
+    reason, options = UNSUPPORTED[name]
     vocabulary = len(byte_level_tokenizer(CHATML))
     assert reason in refused(tmp_path, tiny_decoder(name, vocab_size=vocabulary, **options))
 
 
-def test_auto_goes_without_and_says_why(tmp_path, caplog):
+def test_auto_logs_the_reason(tmp_path, caplog):
     tokenizer = byte_level_tokenizer(CHATML)
     model = tiny_decoder("gpt_neox", vocab_size=len(tokenizer))
     with caplog.at_level(logging.WARNING):
         options = {"processing_class": tokenizer, "ref_model": copy.deepcopy(model), "max_tokens_per_forward": 2048}
         trainer = make_trainer(model, tmp_path, **options)
-    (message,) = [record.message for record in caplog.records if "Shared prefixes" in record.message]
-    assert "because it has not been checked for 'gpt_neox'" in message
+    (message,) = [record.message for record in caplog.records if "Prefixes are not shared" in record.message]
+    assert "because it has not been tested for 'gpt_neox'" in message
     assert message.endswith("max_tokens_per_forward=2048 has no effect.")
     trainer.train()
     assert trainer.state.global_step == 2
 
 
-def test_reference_that_cannot(tmp_path):
+def test_unsupported_reference_model(tmp_path):
     tokenizer = byte_level_tokenizer(CHATML)
     model = tiny_model(len(tokenizer))
     assert "gpt_neox" in refused(tmp_path, model, ref_model=tiny_decoder("gpt_neox", vocab_size=len(tokenizer)))
 
 
-def test_trainers_that_cannot(chat_model, tmp_path):
+def test_unsupported_options(chat_model, tmp_path):
     def reason(**options):
         return refused(tmp_path, chat_model, processing_class=None, **options)
 
     prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    assert "virtual tokens before each sequence (PROMPT_TUNING)" in reason(peft_config=prompt_tuning)
-    assert "cuts batches into parts" in reason(accelerator_config={"dispatch_batches": True})
+    assert "prepends virtual tokens to each sequence (PROMPT_TUNING)" in reason(peft_config=prompt_tuning)
+    assert "slices batches" in reason(accelerator_config={"dispatch_batches": True})
     assert "`torch_compile=True`" in reason(torch_compile=True)
-    assert "takes masks of its own" in reason(model_init_kwargs={"attn_implementation": "flex_attention"})
+    assert "uses its own masks" in reason(model_init_kwargs={"attn_implementation": "flex_attention"})
 
 
 @pytest.mark.parametrize(("short", "kind"), [("cp", "context"), ("sp", "sequence"), ("tp", "tensor")])
-def test_parallelism_that_cannot(short, kind, chat_model, tmp_path):
+def test_unsupported_parallelism(short, kind, chat_model, tmp_path):
     trainer = make_trainer(chat_model, tmp_path, shared_prefix="off")
     parallelism = SimpleNamespace(**{f"{other}_enabled": other == short for other in ("cp", "sp", "tp")})
     state = {"parallelism_config": parallelism, "dataloader_config": trainer.accelerator.dataloader_config}
@@ -301,7 +301,7 @@ def test_parallelism_that_cannot(short, kind, chat_model, tmp_path):
 
 
 class OtherCollator(DataCollatorForPreference):
-    """Adds what a tree does not know of."""
+    """Adds a key that a prefix tree does not have."""
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
@@ -311,31 +311,33 @@ class OtherCollator(DataCollatorForPreference):
 def test_collators(chat_model, tmp_path):
     dataset = Dataset.from_list(step_rows())
     options = {"ref_model": None, "train_dataset": dataset}
-    with pytest.raises(ValueError, match="batches of a OtherCollator are not known"):
+    with pytest.raises(ValueError, match="the data collator is a OtherCollator, and only DPOTrainer's is supported"):
         StepDPOTrainer(
             chat_model, args=config(tmp_path, shared_prefix="on"), data_collator=OtherCollator(0), **options
         )
     own = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=64)
     trainer = StepDPOTrainer(chat_model, args=config(tmp_path), data_collator=own, **options)
     assert trainer.shares_prefixes
-    assert why_not_shared(trainer) == "batches of a SharedPrefixCollator are not known; DPOTrainer's own collator is"
+    assert why_not_shared(trainer) == (
+        "the data collator is a SharedPrefixCollator, and only DPOTrainer's is supported"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shared_prefix": "yes"}, r"`shared_prefix='yes'` must be one of \['auto', 'on', 'off'\]"),
-        ({"max_tokens_per_forward": 100}, r"must hold at least one sequence, .* up to 1024 tokens \(`max_length`\)"),
-        ({"max_tokens_per_forward": 0, "max_length": None}, "must hold at least one sequence"),
+        ({"max_tokens_per_forward": 100}, r"too small for one sequence, which can have 1024 tokens \(`max_length`\)"),
+        ({"max_tokens_per_forward": 0, "max_length": None}, "too small for one sequence, which can have 1 tokens"),
         ({"max_tokens_per_forward": 2048, "shared_prefix": "off"}, "has no effect with `shared_prefix='off'`"),
     ],
 )
-def test_unusable_options(options, message, tmp_path):
+def test_invalid_options(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         StepDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_parts_and_reentrant_checkpointing_on_several_processes(tmp_path):
+def test_split_batches_and_reentrant_checkpointing_on_several_processes(tmp_path):
     options = {"max_tokens_per_forward": 2048, "gradient_checkpointing": True}
     args = config(tmp_path, **options, gradient_checkpointing_kwargs={"use_reentrant": True})
     model = tiny_decoder("llama").config
@@ -345,8 +347,8 @@ def test_parts_and_reentrant_checkpointing_on_several_processes(tmp_path):
     check_parts(config(tmp_path, **options), model, 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "olmo3"])  # one for all layers, one for each kind of layer
-def test_parts_and_positions_that_depend_on_the_batch(name, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "olmo3"])  # RoPE parameters for all layers, for each type of layer
+def test_split_batches_and_dynamic_rope(name, tmp_path):
     args = config(tmp_path, max_tokens_per_forward=2048, max_length=65)
     model = tiny_decoder(name).config
     check_parts(args, model, 1)
@@ -354,7 +356,7 @@ def test_parts_and_positions_that_depend_on_the_batch(name, tmp_path):
     model.rope_parameters = rope if name == "llama" else {"full_attention": rope, "sliding_attention": rope}
     with pytest.raises(ValueError, match="longest sequence of a batch \\(rope_type='dynamic'\\)"):
         check_parts(args, model, 1)
-    args.max_length = 64  # as many as the model's own positions, which are not stretched for them
+    args.max_length = 64  # the model's original length, up to which the positions do not change
     check_parts(args, model, 1)
 
 
@@ -362,13 +364,13 @@ def test_a_sequence_longer_than_the_budget_is_reported(chat_model, tmp_path, cap
     trainer = make_trainer(chat_model, tmp_path, max_tokens_per_forward=20, max_length=None, shared_prefix="on")
     trainer.train()
     (message,) = [record.message for record in caplog.records if "max_tokens_per_forward" in record.message]
-    assert message.startswith("A sequence of ")
+    assert message.startswith("A sequence has ")
 
 
 # ------------------------------------------------------------------------------------------------ order
 
 
-def test_pairs_of_a_prompt_follow_each_other(chat_model, tmp_path):
+def test_pairs_of_a_prompt_are_consecutive(chat_model, tmp_path):
     options = {"per_device_train_batch_size": 3, "group_by_prompt": True}
     trainer = make_trainer(chat_model, tmp_path, problem_rows(), **options)
     drawn = []
@@ -383,7 +385,7 @@ def test_pairs_of_a_prompt_follow_each_other(chat_model, tmp_path):
     assert drawn[0] != drawn[1]
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     prompts = [[{"role": "user", "content": name}] for name in "abcabcab"]
     first, second = PromptGroupSampler(prompts, 3), PromptGroupSampler(prompts, 3)
     torch.manual_seed(5)
@@ -393,16 +395,16 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert list(first) != list(second)
 
 
-def test_orders_that_exclude_each_other(chat_model, tmp_path):
+def test_conflicting_orders(chat_model, tmp_path):
     stream = Dataset.from_list(step_rows()).to_iterable_dataset()
-    with pytest.raises(ValueError, match="two orders"):
+    with pytest.raises(ValueError, match="two different orders"):
         make_trainer(chat_model, tmp_path, group_by_prompt=True, train_sampling_strategy="sequential")
-    with pytest.raises(ValueError, match="needs all rows at once"):
+    with pytest.raises(ValueError, match="needs all rows at once, but the train dataset is a stream"):
         make_trainer(chat_model, tmp_path, stream, group_by_prompt=True, max_steps=1)
 
 
-def test_adapters_that_are_loaded_share_too(chat_model, tmp_path):
-    """A PeftModel from disk, with the reference in the adapter `"ref"`."""
+def test_loaded_adapter(chat_model, tmp_path):
+    """Prefixes are shared for a PeftModel from disk, whose reference is the adapter `"ref"`."""
     ref_adapter(chat_model).save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)

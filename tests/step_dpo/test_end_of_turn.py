@@ -1,4 +1,4 @@
-"""Why this package exists: DPOTrainer puts an EOS behind every step, and so teaches the model to stop there."""
+"""DPOTrainer appends an EOS to every step, which teaches the model to stop there. StepDPOTrainer does not."""
 
 import torch
 from datasets import Dataset
@@ -12,7 +12,7 @@ from ..training import logged, make_trainer
 
 @torch.no_grad()
 def end_of_turn_log_prob(model, tokenizer, rows):
-    """Mean log-probability of EOS right after the preferred step, and after the undesirable one."""
+    """Return the mean log-probability of EOS directly after the chosen step and after the rejected step."""
     means = []
     for column in ("chosen", "rejected"):
         values = []
@@ -37,16 +37,16 @@ def change_by_training(cls, config_cls, rows, output_dir):
     return [b - a for a, b in zip(before, after, strict=True)], logged(trainer, "rewards/margins")[-1]
 
 
-def test_model_learns_to_stop_after_a_step_with_dpo_trainer_and_not_with_step_dpo_trainer(tmp_path):
+def test_only_dpo_trainer_teaches_the_model_to_stop_after_a_step(tmp_path):
     steps = Dataset.from_list(step_rows(16))
-    # The same rows as DPOTrainer takes them, the prefix as a part of the prompt
+    # The same rows for DPOTrainer, with the prefix as part of the prompt
     plain = Dataset.from_list(
         [{**row, "prompt": f"{row['prompt']}\n{row['initial_reason_steps']}"} for row in step_rows(16)]
     ).select_columns(["prompt", "chosen", "rejected"])
 
     ours, our_margin = change_by_training(StepDPOTrainer, StepDPOConfig, steps, tmp_path)
     stock, stock_margin = change_by_training(DPOTrainer, DPOConfig, plain, tmp_path)
-    assert min(our_margin, stock_margin) > 0.5  # both have learnt which step is better
+    assert min(our_margin, stock_margin) > 0.5  # both have learned the preference
     (ours_after_chosen, _), (stock_after_chosen, _) = ours, stock
     assert ours_after_chosen <= 0.0
-    assert stock_after_chosen > 0.5  # 1.6 times as likely to break off after a right step
+    assert stock_after_chosen > 0.5  # stopping after a correct step has become 1.6 times as likely

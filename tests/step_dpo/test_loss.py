@@ -14,7 +14,7 @@ from ..training import BETA, make_trainer
 
 @cache
 def oracle_trainer(name):
-    """A trainer to take loss and collator from, with a reference that differs from the policy."""
+    """Return a trainer whose reference model differs from its policy."""
     tokenizer = TOKENIZERS[name]()
     policy, reference = tiny_model(len(tokenizer), seed=1), tiny_model(len(tokenizer), seed=2)
     return make_trainer(policy, tempfile.mkdtemp(), ref_model=reference, processing_class=tokenizer)
@@ -43,7 +43,7 @@ pairs = st.fixed_dictionaries(
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(pairs, min_size=1, max_size=4))
-def test_loss_and_gradients_agree_with_equation_2(name, rows):
+def test_loss_and_gradients_equal_equation_2(name, rows):
     trainer = oracle_trainer(name)
     dataset, loss, gradients = loss_and_gradients(trainer, rows)
 
@@ -59,7 +59,7 @@ def test_loss_and_gradients_agree_with_equation_2(name, rows):
 
 
 def test_masks_by_hand(tmp_path):
-    # characters:                      0 1 2 3  4 5 6 7 8 9, <pad> is 10
+    # Token ids are positions in this string; <pad> is 10
     tokenizer = character_tokenizer("2+3\nS:=5 6")
     rows = [
         {"prompt": "2+3", "initial_reason_steps": "S:", "chosen": " =5 ", "rejected": "=6"},
@@ -89,7 +89,7 @@ def test_masks_by_hand(tmp_path):
     ]
 
 
-def test_padding_does_not_matter():
+def test_padding_does_not_change_the_loss():
     trainer = oracle_trainer("chat")
     rows = step_rows(6)
     _, together, gradients = loss_and_gradients(trainer, rows)
@@ -117,11 +117,11 @@ LOSSES += [
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=lambda options: "-".join(str(value) for value in options.values()))
-def test_gradient_comes_from_step_tokens_alone(options, tmp_path):
-    """Whatever the loss: it is fed by each position that predicts a token of a step, and by no other."""
+def test_gradient_comes_only_from_step_tokens(options, tmp_path):
+    """For every loss, the gradient is nonzero exactly at the positions that predict a token of a step."""
     tokenizer = byte_level_tokenizer(CHATML)
     policy, reference = tiny_model(len(tokenizer), 1), tiny_model(len(tokenizer), 2)
-    # The small beta keeps hinge and the like from being saturated. Whole rows have positions that are not to be fed
+    # The small beta keeps losses such as hinge from saturating. Without sharing, there are prefix positions to check
     options = {"beta": 0.02, "shared_prefix": "off", **options}
     trainer = make_trainer(policy, tmp_path, step_rows(3), ref_model=reference, processing_class=tokenizer, **options)
     hidden_states = []
@@ -129,6 +129,6 @@ def test_gradient_comes_from_step_tokens_alone(options, tmp_path):
     batch = trainer.data_collator(list(trainer.train_dataset))
     loss = trainer.compute_loss(trainer.model, batch)
     (gradient,) = torch.autograd.grad(loss, hidden_states[0])
-    fed = gradient.abs().sum(-1) > 0
+    has_gradient = gradient.abs().sum(-1) > 0
     predicts_step_token = torch.nn.functional.pad(batch["completion_mask"][:, 1:], (0, 1)).bool()
-    assert torch.equal(fed, predicts_step_token)
+    assert torch.equal(has_gradient, predicts_step_token)

@@ -19,7 +19,7 @@ NF4 = BitsAndBytesConfig(
 
 @pytest.fixture(autouse=True)
 def _no_repacking(monkeypatch):
-    # Where the CPU has AVX512-BF16, a forward in evaluation mode repacks the weights and breaks later gradients
+    # On CPUs with AVX512-BF16, a forward in evaluation mode repacks the weights and breaks later gradients
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
 
 
@@ -36,7 +36,7 @@ def test_qlora_trains_the_adapter_on_a_quantized_base(chat_model, tmp_path):
     assert changed == {name for name in before if "lora_" in name}
     assert logged(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
 
-    # Of the trained policy, the oracle computes the same loss. The reference is the quantized base by itself.
+    # The oracle computes the same loss for the trained policy, with the quantized base model as reference
     batch = trainer.data_collator(list(trainer.train_dataset))
     triples = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset]
     reference = AutoModelForCausalLM.from_pretrained(chat_model, quantization_config=NF4, dtype=torch.float32)
@@ -47,11 +47,11 @@ def test_qlora_trains_the_adapter_on_a_quantized_base(chat_model, tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_warning_where_bitsandbytes_repacks_weights(chat_model, tmp_path, monkeypatch, caplog):
+def test_warning_if_bitsandbytes_repacks_weights(chat_model, tmp_path, monkeypatch, caplog):
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
     assert "AVX512" not in caplog.text
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     make_trainer(chat_model, tmp_path, step_rows(), peft_config=lora, quantization_config=NF4)
-    assert "gradients are wrong from then on. Do not evaluate, generate or set" in caplog.text
+    assert "all later gradients are wrong. Do not evaluate, generate or set" in caplog.text

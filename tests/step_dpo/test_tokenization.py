@@ -30,7 +30,7 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# What models write, and what breaks tokenizers: spaces, newlines, accents, digits that merge, characters of many bytes
+# Characters of model outputs and difficult ones: spaces, newlines, accents, digits that merge, multi-byte characters
 texts = st.text(st.sampled_from(list("Step 12:=+\n the42.√é😀\u0301 \\{}")), max_size=20)
 steps = texts.filter(lambda text: text.strip())
 
@@ -39,7 +39,7 @@ steps = texts.filter(lambda text: text.strip())
 @settings(max_examples=150, deadline=None)
 @given(prompt=texts.filter(bool), prefix=texts, chosen=steps, rejected=steps)
 @example(prompt="2?", prefix="Step 1: ", chosen="4", rejected="42")  # the space would merge with the number
-@example(prompt="2?", prefix="St", chosen="ep", rejected="e")  # one word, cut
+@example(prompt="2?", prefix="St", chosen="ep", rejected="e")  # boundary within a word
 @example(prompt="2?", prefix="1", chosen="2", rejected="2 ")  # "12" is a token
 @example(prompt="2?", prefix="e", chosen="\u0301", rejected="e")  # combining accent at the boundary
 def test_text_is_preserved_and_no_token_spans_the_boundary(name, prompt, prefix, chosen, rejected):
@@ -50,16 +50,16 @@ def test_text_is_preserved_and_no_token_spans_the_boundary(name, prompt, prefix,
     out = encode(row, tokenizer)
 
     head = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" if name == "chat" else f"{prompt}\n"
-    # Llama 2 begins every text with BOS and a dummy space
+    # Llama 2's tokenizer prepends BOS and a dummy space to every text
     start = "<s> " if name == "sentencepiece" else ""
-    # The prefix is tokenized as at inference, and both parts together give the text back
+    # The prefix is tokenized as at inference, and both parts decode to the original text
     assert out["prompt_ids"] == tokenizer(head + prefix)["input_ids"]
     for column, step in (("chosen_ids", chosen), ("rejected_ids", rejected)):
         assert text_of(tokenizer, out["prompt_ids"] + out[column]) == start + head + prefix + step
 
 
-def test_by_hand():
-    # characters:  0 1 2 3 4 5 6 7 8 9
+def test_token_ids_by_hand():
+    # Token ids are positions in this string
     tokenizer = character_tokenizer("2+3\nS:=5 6")
     row = {"prompt": "2+3", "initial_reason_steps": "S:", "chosen": " =5", "rejected": "=6"}
     assert encode(row, tokenizer) == {
@@ -81,7 +81,7 @@ def test_string_prompt_becomes_a_user_turn_with_system_prompt_and_suffix():
     assert literal == out
 
 
-def test_message_prompt_and_assistant_turn_to_continue():
+def test_prompt_as_messages_and_open_assistant_turn():
     messages = [{"role": "user", "content": "What is 2 + 3?"}]
     assert encode({**ROW, "prompt": messages}) == encode()
     open_turn = [*messages, {"role": "assistant", "content": ROW["initial_reason_steps"]}]
@@ -104,7 +104,7 @@ def test_plain_text_templates():
 
 
 @pytest.mark.parametrize(("name", "end"), [("byte-level", "</s>"), ("sentencepiece", "</s>"), ("chat", "<|im_end|>")])
-def test_end_of_turn_only_where_the_row_says_so(name, end):
+def test_end_of_turn_only_for_steps_that_end_the_solution(name, end):
     tokenizer = tokenizer_named(name)
     end_id = tokenizer.convert_tokens_to_ids(end)
     open_ids = encode(tokenizer=tokenizer)
@@ -114,10 +114,10 @@ def test_end_of_turn_only_where_the_row_says_so(name, end):
     assert out["chosen_ids"] == [*open_ids["chosen_ids"], end_id]
     assert out["rejected_ids"] == open_ids["rejected_ids"]
     written = encode({**ROW, "chosen": ROW["chosen"] + end, "chosen_ends_solution": True}, tokenizer)
-    assert written == out  # not a second time
+    assert written == out  # not appended twice
 
 
-def test_prompt_template_takes_the_place_of_a_chat_template():
+def test_prompt_template_replaces_the_chat_template():
     out = encode({**ROW, "chosen_ends_solution": True}, prompt_template="plain")
     tokenizer = tokenizer_named("chat")
     assert text_of(tokenizer, out["prompt_ids"]) == "What is 2 + 3?\nLet's think step by step.\nStep 1:"
@@ -130,7 +130,7 @@ def test_prompt_template_takes_the_place_of_a_chat_template():
         ("<|im_end|>\n", "<|im_end|>"),  # Qwen
         (" </s>", "</s>"),  # Llama 2
         ("<|im_end|>\n{% if loop.last and not add_generation_prompt %}</s>{% endif %}", "<|im_end|>"),  # Phi-3
-        ("\n\n", "<|im_end|>"),  # no token of its own: EOS
+        ("\n\n", "<|im_end|>"),  # no end-of-turn token: EOS
     ],
 )
 def test_end_of_turn_is_the_first_special_token_after_the_solution(after, end):
@@ -148,7 +148,7 @@ PARTS = (
 )
 
 
-def test_template_of_a_processor_takes_parts():
+def test_chat_template_of_a_processor():
     row = {**ROW, "chosen_ends_solution": True}
     assert encode(row, multimodal=True, chat_template=PARTS) == encode(row)
 
@@ -156,14 +156,14 @@ def test_template_of_a_processor_takes_parts():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        # As a plain tokenizer's template, it would leave the problem out
-        ({}, {"chat_template": PARTS}, r"does not write out the last message of row 0, 'What is 2 \+ 3\?'"),
+        # With `multimodal=False`, this template would omit the problem
+        ({}, {"chat_template": PARTS}, r"does not render the last message of row 0, 'What is 2 \+ 3\?'"),
         ({}, {"chat_template": "{{ raise_exception('no system role') }}"}, "cannot render row 0: .* no system role"),
         ({"tools": "{"}, {}, "cannot render row 0: JSONDecodeError"),
         (
             {"chosen_ends_solution": True},
             {"chat_template": "{{ messages[0].content }}"},
-            "The end of the solution in row 0 cannot be learnt: the chat template does not write out",
+            "The end of the solution in row 0 cannot be learned: the chat template does not render",
         ),
         (
             {
@@ -171,28 +171,28 @@ def test_template_of_a_processor_takes_parts():
                 "initial_reason_steps": "",
             },
             {},
-            "assistant's turn that ends `prompt` of row 0 cannot be continued",
+            "assistant turn that ends `prompt` of row 0 cannot be continued",
         ),
     ],
 )
-def test_templates_that_do_not_work(change, options, message):
+def test_unusable_chat_templates(change, options, message):
     with pytest.raises(ValueError, match=message):
         encode({**ROW, **change}, **options)
 
 
-def test_no_end_of_turn_to_learn():
+def test_neither_end_of_turn_nor_eos_token():
     tokenizer = character_tokenizer("2+3\nS:=5 6")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a chat template nor an EOS token"):
         encode({**OVERLONG_ROW, "chosen_ends_solution": True}, tokenizer)
 
 
-def test_bos_stays_when_the_prefix_is_cut():
+def test_bos_is_kept_when_the_prefix_is_truncated():
     tokenizer = tokenizer_named("sentencepiece")
     whole = encode(tokenizer=tokenizer)
     longest = max(len(whole["chosen_ids"]), len(whole["rejected_ids"]))
-    cut = encode(tokenizer=tokenizer, max_length=longest + 5)["prompt_ids"]
-    assert cut == [tokenizer.bos_token_id, *whole["prompt_ids"][-4:]]
+    truncated = encode(tokenizer=tokenizer, max_length=longest + 5)["prompt_ids"]
+    assert truncated == [tokenizer.bos_token_id, *whole["prompt_ids"][-4:]]
     assert encode(tokenizer=tokenizer, max_length=longest + 1)["prompt_ids"] == whole["prompt_ids"][-1:]
 
 
@@ -213,7 +213,7 @@ def test_chat_template_kwargs_and_tools_columns():
     assert "assistant\n<think>no</think>[{'name': 'calculator'}]Let's think" in head
 
 
-# Prefix: "2+3\n" and "S:" are six tokens. Steps: three and two.
+# The prefix, "2+3\n" and "S:", has six tokens, the steps have three and two
 OVERLONG_ROW = {"prompt": "2+3", "initial_reason_steps": "S:", "chosen": " =5", "rejected": "=6"}
 
 
@@ -226,7 +226,7 @@ OVERLONG_ROW = {"prompt": "2+3", "initial_reason_steps": "S:", "chosen": " =5", 
         (4, [5], 5),
     ],
 )
-def test_prefix_is_cut_from_the_left(max_length, prompt_ids, overlong):
+def test_prefix_is_truncated_from_the_left(max_length, prompt_ids, overlong):
     out = encode(OVERLONG_ROW, character_tokenizer("2+3\nS:=5 6"), max_length=max_length)
     assert out == {
         "prompt_ids": prompt_ids,
@@ -239,9 +239,11 @@ def test_prefix_is_cut_from_the_left(max_length, prompt_ids, overlong):
 def test_overlong_prefix_drop_and_error():
     tokenizer = character_tokenizer("2+3\nS:=5 6")
     out = encode(OVERLONG_ROW, tokenizer, max_length=7, overlong_prefix="drop")
-    assert (out["prompt_ids"], out["overlong"]) == ([0, 1, 2, 3, 4, 5], 2)  # marked, not cut
+    assert (out["prompt_ids"], out["overlong"]) == ([0, 1, 2, 3, 4, 5], 2)  # marked, not truncated
     assert encode(OVERLONG_ROW, tokenizer, max_length=3, overlong_prefix="drop")["overlong"] == 6
-    with pytest.raises(ValueError, match=r"row 0 has 6 prefix and 3 step tokens, 2 more than max_length=7\. Raise"):
+    with pytest.raises(
+        ValueError, match=r"row 0 has 6 prefix tokens and 3 step tokens, 2 more than max_length=7\. Increase"
+    ):
         encode(OVERLONG_ROW, tokenizer, max_length=7, overlong_prefix="error")
 
 
@@ -260,13 +262,13 @@ def test_step_longer_than_max_length(overlong_prefix):
         ({"overlong_prefix": "cut"}, r"must be one of \['truncate', 'drop', 'error'\]"),
     ],
 )
-def test_bad_options(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         encode(**options)
 
 
-def test_system_prompt_without_a_place():
-    with pytest.raises(ValueError, match=r"has no \{system_prompt\} in it"):
+def test_system_prompt_without_placeholder():
+    with pytest.raises(ValueError, match=r"does not contain \{system_prompt\}\. Add it to `prompt_template`"):
         encode(tokenizer=tokenizer_named("byte-level"), system_prompt="Be brief.")
 
 

@@ -27,7 +27,7 @@ def test_accumulation_equals_one_large_batch(plain_model, tmp_path):
 
 
 def conversational_rows(number):
-    """Ordinary preference pairs, as messages."""
+    """Return ordinary preference pairs as messages."""
     return [
         {
             "prompt": [{"role": "user", "content": row["prompt"]}],
@@ -38,7 +38,7 @@ def conversational_rows(number):
 
 
 @pytest.mark.parametrize("kind", ["map-style", "stream", "conversational"])
-def test_plain_preference_data_trains_as_in_dpo_trainer_to_the_bit(kind, plain_model, chat_model, tmp_path):
+def test_plain_preference_data_equals_dpo_trainer_bit_for_bit(kind, plain_model, chat_model, tmp_path):
     dataset = Dataset.from_list(conversational_rows(8) if kind == "conversational" else plain_rows())
     dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
     model = chat_model if kind == "conversational" else plain_model
@@ -55,7 +55,7 @@ def test_plain_preference_data_trains_as_in_dpo_trainer_to_the_bit(kind, plain_m
 @pytest.mark.parametrize(("cls", "output_dir"), [(DPOTrainer, "m-DPO"), (StepDPOTrainer, "m-Step-DPO")])
 def test_args_none(cls, output_dir, plain_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # A default configuration asks for bf16, which transformers refuses without a GPU unless told that it may
+    # The default configuration sets bf16, which Transformers refuses without a GPU
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     model = AutoModelForCausalLM.from_pretrained(plain_model)
     model.config._name_or_path = "someone/m"
@@ -66,13 +66,13 @@ def test_args_none(cls, output_dir, plain_model, tmp_path, monkeypatch):
     assert (trainer.args.beta, trainer.args.learning_rate, trainer.args.max_length) == (0.1, 1e-6, 1024)
 
 
-def test_stock_config_trains_on_step_data_with_default_options(chat_model, tmp_path):
+def test_dpo_config_equals_default_step_dpo_config(chat_model, tmp_path):
     stock = make_trainer(chat_model, tmp_path, config_cls=DPOConfig)
     own = make_trainer(chat_model, tmp_path, config_cls=StepDPOConfig)
     assert list(stock.train_dataset) == list(own.train_dataset)
 
 
-def test_stream_trains_as_the_map_style_data_set(chat_model, tmp_path):
+def test_stream_equals_map_style_dataset(chat_model, tmp_path):
     rows = Dataset.from_list(step_rows())
     result = []
     for dataset in (rows, rows.to_iterable_dataset()):
@@ -84,7 +84,7 @@ def test_stream_trains_as_the_map_style_data_set(chat_model, tmp_path):
     assert_same_weights(weights(result[0]), weights(result[1]), rtol=0, atol=0)
 
 
-def test_steps_and_plain_pairs_side_by_side_in_evaluation(chat_model, tmp_path):
+def test_step_pairs_and_plain_pairs_in_evaluation(chat_model, tmp_path):
     messages = conversational_rows(4)
     evals = {
         "steps": Dataset.from_list(step_rows(4)),
@@ -98,11 +98,11 @@ def test_steps_and_plain_pairs_side_by_side_in_evaluation(chat_model, tmp_path):
     assert len(logged(trainer, "eval_plain_loss")) == 2
     assert logged(trainer, "eval_steps_loss") == logged(trainer, "eval_stream_loss")
 
-    new = trainer.evaluate(Dataset.from_list(step_rows(4)))  # raw rows, as handed to the trainer
+    new = trainer.evaluate(Dataset.from_list(step_rows(4)))  # raw rows, as passed to the trainer
     assert new["eval_loss"] == pytest.approx(logged(trainer, "eval_steps_loss")[-1], abs=1e-6)
 
 
-def test_precomputed_reference_gives_the_same_weights(chat_model, tmp_path):
+def test_precomputed_reference_gives_same_weights(chat_model, tmp_path):
     result = []
     for precompute in (False, True):
         trainer = make_trainer(chat_model, tmp_path, precompute_ref_log_probs=precompute, num_train_epochs=2)
@@ -112,7 +112,7 @@ def test_precomputed_reference_gives_the_same_weights(chat_model, tmp_path):
     assert_same_weights(*result, rtol=1e-5, atol=1e-7)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(chat_model, tmp_path):
+def test_gradient_checkpointing_gives_same_weights(chat_model, tmp_path):
     result = []
     for checkpointing in (False, True):
         trainer = make_trainer(chat_model, tmp_path, gradient_checkpointing=checkpointing)
@@ -146,13 +146,13 @@ def test_compute_metrics(chat_model, tmp_path):
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_resume_ends_with_the_weights_of_an_unbroken_run(peft_config, chat_model, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(peft_config, chat_model, tmp_path):
     options = {"max_steps": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
-    unbroken = make_trainer(chat_model, tmp_path, peft_config=peft_config, **options)
-    unbroken.train()
+    uninterrupted = make_trainer(chat_model, tmp_path, peft_config=peft_config, **options)
+    uninterrupted.train()
     resumed = make_trainer(chat_model, tmp_path, peft_config=peft_config, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same_weights(weights(unbroken), weights(resumed), rtol=0, atol=0)
+    assert_same_weights(weights(uninterrupted), weights(resumed), rtol=0, atol=0)
 
 
 def test_lora_reference_is_the_base_model(chat_model, tmp_path):
@@ -171,11 +171,11 @@ def test_lora_reference_is_the_base_model(chat_model, tmp_path):
     torch.testing.assert_close(loss, step_dpo_loss(trainer.model, base, triples, BETA), rtol=1e-5, atol=1e-5)
 
 
-def test_peft_model_reference_is_its_own_adapter(chat_model, tmp_path):
+def test_peft_model_reference_is_its_initial_adapter(chat_model, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), LORA)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter)  # an adapter that has been trained
+            torch.nn.init.normal_(parameter)  # as in a trained adapter
     trainer = make_trainer(model, tmp_path)
     trainer.train()
     assert logged(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
@@ -200,7 +200,7 @@ def test_model_card_and_tags(chat_model, tmp_path):
 
 
 @pytest.mark.gpu
-def test_cuda_agrees_with_the_oracle(chat_model, tmp_path):
+def test_cuda_equals_the_oracle(chat_model, tmp_path):
     trainer = make_trainer(chat_model, tmp_path, use_cpu=False, ref_model=tiny_model(300, seed=2))
     assert trainer.model.device.type == "cuda"
     policy, reference = AutoModelForCausalLM.from_pretrained(chat_model), tiny_model(300, seed=2)

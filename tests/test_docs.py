@@ -1,4 +1,4 @@
-"""Every command of the README is run, in order, in one folder, with the quickstart's model for the large ones."""
+"""Run the commands of the documentation with the quickstart model, and check its links, options and Python blocks."""
 
 import json
 import re
@@ -18,6 +18,8 @@ from .evaluation.test_harness import stand_in_harness
 
 ROOT = Path(__file__).parents[1]
 README, RECIPES = ROOT / "README.md", ROOT / "recipes" / "README.md"
+GUIDES = sorted((ROOT / "stepdpo_trl").glob("*/README.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", RECIPES, *GUIDES, *(ROOT / "examples").glob("*/README.md")]
 MODELS = re.compile(r"^Qwen/[\w.-]+$")
 # The small model is asked as in its pretraining, for short answers, and not by default for 1,024 tokens
 ASKING = ("--prompt", "plain", "--max-new-tokens", "96")
@@ -26,8 +28,12 @@ QUICK = {"collect": SAMPLED, "data": SAMPLED, "eval": ASKING}
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
+def name_of(file):
+    return str(file.relative_to(ROOT)).removesuffix("/README.md")
+
+
 def commands(file):
-    """Lines of the blocks of shell."""
+    """Commands in the blocks marked `bash`."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", file.read_text(), re.S | re.M)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -85,15 +91,51 @@ def run(words, monkeypatch):
         assert Path("constraints.txt").is_file()
 
 
-@pytest.mark.slow
-def test_commands_of_the_readme(tmp_path, monkeypatch):
-    fill(tmp_path)
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory):
+    """A folder in which the README's commands have run."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_all(README, folder, monkeypatch)
+    return folder
+
+
+def run_all(document, folder, monkeypatch):
+    if not (folder / "problems.jsonl").exists():
+        fill(folder)
+    monkeypatch.chdir(folder)
     stand_in_harness(monkeypatch)
-    found = commands(README)
-    assert {words[1] for words in found if words[0] == "stepdpo"} >= {"train", "data", "eval", "inspect", "loop"}
-    for words in found:
+    for words in commands(document):
         run(words, monkeypatch)
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme(after_readme):
+    found = commands(README)
+    assert {words[1] for words in found if words[0] == "stepdpo"} >= {"train", "data", "eval", "inspect"}
+    assert (after_readme / "pairs.jsonl").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=name_of)
+def test_commands_of_the_guides(guide, after_readme, tmp_path, monkeypatch):
+    if guide.parent.name != "pipeline":  # which makes its own runs and pairs
+        shutil.copytree(after_readme, tmp_path, symlinks=True, dirs_exist_ok=True)
+    run_all(guide, tmp_path, monkeypatch)
+
+
+def test_the_guides_are_complete():
+    assert {guide.parent.name for guide in GUIDES} == {
+        "evaluation",
+        "inspection",
+        "pipeline",
+        "sdpo",
+        "shared_prefix",
+        "step_dpo",
+    }
+    assert len(README.read_text().splitlines()) <= 200
+    for guide in GUIDES:
+        assert name_of(guide) in README.read_text()
 
 
 def test_commands_of_the_recipes(monkeypatch):
@@ -108,9 +150,9 @@ def test_commands_of_the_recipes(monkeypatch):
         parser.parse_args(words[1:])
 
 
-@pytest.mark.parametrize("file", [README, RECIPES], ids=["README", "recipes"])
+@pytest.mark.parametrize("file", [README, RECIPES, *GUIDES], ids=name_of)
 def test_options_in_the_text_exist(file):
-    """Those of the commands, of training and of what launches it; blocks of shell are tested by running them."""
+    """Options in the running text are those of the commands, of training or of `accelerate launch`."""
     commands_of_cli = cli.make_parser()._subparsers._group_actions[0].choices.values()
     known = {name for command in commands_of_cli for name in command._option_string_actions}
     known |= {
@@ -121,25 +163,33 @@ def test_options_in_the_text_exist(file):
     }
     text = re.sub(r"^ *```.*?^ *```", "", file.read_text(), flags=re.S | re.M)
     named = {name for code in re.findall(r"`([^`]+)`", text) for name in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
-    assert len(named) > 3
     assert named - known == set()
 
 
-def test_python_of_the_readme_is_valid():
-    for block in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M):
-        compile(block, "README.md", "exec")
+@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+def test_python_is_valid(file):
+    for block in re.findall(r"^```python\n(.*?)^```", file.read_text(), re.S | re.M):
+        compile(block, str(file), "exec")
         for module, names in re.findall(r"^from (stepdpo_trl\S*) import (.+)$", block, re.M):
-            done = __import__(module, fromlist=["x"])
-            assert all(hasattr(done, name.strip()) for name in names.split(","))
+            imported = __import__(module, fromlist=["x"])
+            assert all(hasattr(imported, name.strip()) for name in names.split(","))
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for file in (README, RECIPES):
-        text = file.read_text()
-        anchors = {
-            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
-        }
-        for target in re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", text):
-            path, _, anchor = "".join(target).partition("#")
-            assert not path or (file.parent / path).exists(), target
-            assert path or anchor in anchors, target
+def anchors_of(file):
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", file.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"(?!https?:)([^\"]+)\"", file.read_text()):
+        path, _, anchor = "".join(target).partition("#")
+        linked = file.parent / path if path else file
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+
+
+def test_files_named_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"`((?:stepdpo_trl|tests)/[\w/.]+)`", text):
+        assert (ROOT / path.replace("NAME", "openai")).exists() or "NAME" in path, path

@@ -1,0 +1,159 @@
+"""Preparation of step data: rows become the columns `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOConfig
+
+from .. import __version__
+from .config import STEP_OPTIONS, StepDPOConfig
+from .tokenization import StepTokenizer
+
+logger = get_logger(__name__)
+
+
+def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig) -> StepTokenizer:
+    """
+    Create the tokenizer of step pairs that is used in training.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer or processor of the policy.
+        args ([`StepDPOConfig`] or [`~trl.DPOConfig`]):
+            Training configuration. A [`~trl.DPOConfig`] has the default options for step data.
+
+    Returns:
+        [`StepTokenizer`]: Tokenizer of step pairs.
+    """
+    multimodal = isinstance(processing_class, ProcessorMixin)
+    tokenizer: Any = processing_class.tokenizer if multimodal else processing_class
+    # A processor can have a chat template when its tokenizer has none
+    chat_template: Any = processing_class.chat_template if multimodal else None
+    return StepTokenizer(
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        multimodal=multimodal,
+        max_length=args.max_length,
+        **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
+    )
+
+
+def prepare_step_dataset(
+    dataset: Dataset | IterableDataset, encode: StepTokenizer, where: str, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """
+    Tokenize step data and handle overlong rows.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Step pairs.
+        encode ([`StepTokenizer`]):
+            Tokenizer of step pairs.
+        where (`str`):
+            Name of the dataset in messages, such as `"train dataset"`.
+        num_proc (`int`, *optional*):
+            Number of processes. Not used for streaming datasets.
+
+    Returns:
+        `Dataset` or `IterableDataset`: The dataset with the additional columns `prompt_ids`, `chosen_ids` and
+        `rejected_ids`.
+
+    Raises:
+        ValueError: If a row is invalid, or if no row is left. Rows of a streaming dataset are checked when they are
+            drawn.
+    """
+    if isinstance(dataset, IterableDataset):
+        stream = _StreamEncoder(encode, where)
+        dataset = dataset.map(stream).filter(stream.keeps).remove_columns("overlong")
+        get_first_row(dataset, f"{where}, without the rows longer than max_length={encode.max_length},")
+        return dataset
+
+    with PartialState().main_process_first():  # the other processes read its cache
+        dataset = dataset.map(
+            _encode_row,
+            with_indices=True,
+            # The fingerprint of the cache covers the arguments but not the code of `encode`, so it needs the version
+            fn_kwargs={"encode": encode, "where": where, "version": __version__},
+            num_proc=num_proc,
+            desc=f"Tokenizing {where}",
+        )
+        overlong = sum(tokens > 0 for tokens in dataset["overlong"])
+        if overlong and encode.overlong_prefix == "drop":
+            dataset = dataset.filter(_fits, input_columns="overlong", desc=f"Dropping overlong rows from {where}")
+    if overlong:
+        logger.warning(_overlong_message(encode, f"{overlong} rows", where))
+    if len(dataset) == 0:
+        raise ValueError(
+            f"The {where} is empty after dropping all of its {overlong} rows, which are longer than "
+            f"max_length={encode.max_length}. Increase `max_length`, or set `overlong_prefix='truncate'`."
+        )
+    return dataset.remove_columns("overlong")
+
+
+def get_first_row(dataset: Dataset | IterableDataset, where: str) -> dict[str, Any]:
+    """
+    Return the first row of a dataset.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The dataset.
+        where (`str`):
+            Name of the dataset in the error message.
+
+    Returns:
+        `dict[str, Any]`: The row.
+
+    Raises:
+        ValueError: If the dataset is empty.
+    """
+    for row in dataset:
+        return row
+    raise ValueError(f"The {where} is empty. Check how it was loaded and filtered.")
+
+
+class _StreamEncoder:
+    """
+    Tokenizes the rows of a streaming dataset.
+
+    The length of a stream is unknown, so overlong rows are logged at the 1st, 2nd, 4th, 8th, ... of them. Each worker
+    counts the rows that it has drawn.
+    """
+
+    def __init__(self, encode: StepTokenizer, where: str) -> None:
+        self.encode = encode
+        self.where = where
+        self.drawn = 0
+        self.overlong = 0
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.drawn += 1
+        # Rows of a sharded or shuffled stream have no index, so errors quote the prompt
+        row = self.encode(row, f"the row of the {self.where} with the prompt {str(row.get('prompt'))[:80]!r}")
+        if row["overlong"]:
+            self.overlong += 1
+            if self.overlong.bit_count() == 1:
+                rows = f"{self.overlong} of the {self.drawn} rows drawn so far"
+                logger.warning(_overlong_message(self.encode, rows, self.where))
+        return row
+
+    def keeps(self, row: dict[str, Any]) -> bool:
+        return _fits(row["overlong"]) or self.encode.overlong_prefix != "drop"
+
+
+def _encode_row(row: dict[str, Any], index: int, encode: StepTokenizer, where: str, version: str) -> dict[str, Any]:
+    return encode(row, f"row {index} of the {where}")
+
+
+def _fits(overlong: int) -> bool:
+    return overlong == 0
+
+
+def _overlong_message(encode: StepTokenizer, rows: str, where: str) -> str:
+    action = "dropped" if encode.overlong_prefix == "drop" else "truncated from the left, with their steps kept whole"
+    return (
+        f"{rows} of the {where} are longer than max_length={encode.max_length} and have been {action} "
+        f"(overlong_prefix={encode.overlong_prefix!r})."
+    )
