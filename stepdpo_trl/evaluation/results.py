@@ -45,7 +45,7 @@ def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
 
 def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], seed: int = 0) -> dict[str, Any]:
     """
-    Compare two models on the same problems, in pairs.
+    Compare two models on the same problems, paired by problem.
 
     Args:
         first (`Sequence[ProblemAnswers]`):
@@ -122,13 +122,14 @@ def _difference(results: dict[str, Any]) -> list[str]:
     first, second = (measured["model"] for measured in results["results"])
     difference, test = results["difference"], results["difference"]["mcnemar"]
     points, interval = 100 * difference["accuracy"], difference["interval"]
-    shown = f"{points:+.1f} percentage points (no interval: it is the same on every problem)"
+    shown = f"{points:+.1f} percentage points (no interval: the same difference on every problem)"
     if interval:
         low, high = interval
         shown = f"{show(points, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
-    solved = "solved by majority vote" if results["num_samples"] > 1 else "solved"
+    solved = "Solved by majority vote" if results["num_samples"] > 1 else "Solved"
     return [
         f"{first} minus {second}: {shown}",
-        f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first only {test['only_first']}, by the second "
-        f"only {test['only_second']}, by both {test['both']}, by neither {test['neither']}",
+        f"McNemar's exact test: p = {test['p']:.2g}",
+        f"{solved}: both {test['both']}, first only {test['only_first']}, second only {test['only_second']}, "
+        f"neither {test['neither']}",
     ]

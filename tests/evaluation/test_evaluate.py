@@ -93,7 +93,9 @@ def test_results_match_the_records(tmp_path, checker):
     printed = table(results)
     assert f"{outcomes.count('unreadable')} no final answer" in printed
     assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in printed
-    assert f"p = {test['p']:.2g}; solved by majority vote by the first only {only[0]}" in printed
+    assert f"McNemar's exact test: p = {test['p']:.2g}\n" in printed
+    solved = f"both {test['both']}, first only {only[0]}, second only {only[1]}, neither {test['neither']}"
+    assert f"\nSolved by majority vote: {solved}" in printed
 
 
 def test_a_rerun_samples_nothing_and_changes_no_file(tmp_path, checker):

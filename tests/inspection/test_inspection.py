@@ -108,7 +108,7 @@ def test_the_reference_of_an_adapter_is_its_base_model(chat_model, tmp_path, cap
         assert float(reference) == pytest.approx(expected_reference, abs=1e-4)
         assert abs(float(policy) - float(reference)) > 0.1  # training has changed it
     assert float(MARGIN.findall(out)[0]) == pytest.approx(expected["eval_rewards/margins"], abs=1e-4)
-    assert f"under the reference model \n{chat_model}" in out.replace("model " + chat_model, "model \n" + chat_model)
+    assert f"with the reference model \n{chat_model}" in out.replace("model " + chat_model, "model \n" + chat_model)
 
 
 def test_each_token_matches_the_reference_implementation(chat_model, tmp_path):
@@ -236,7 +236,7 @@ def test_terminal_without_color():
         "",
         "· space, ↵ end of line, → tab, ◌ part of a character",
         "log π: log-probability of the token under policy, in nats",
-        "ratio: log π - log π_ref, under the reference model ref",
+        "ratio: log π - log π_ref, with the reference model ref",
     ]
 
 
