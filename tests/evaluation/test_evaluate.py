@@ -92,7 +92,7 @@ def test_results_match_the_records(tmp_path, checker):
     assert test["both"] + test["neither"] + sum(only) == 40
     printed = table(results)
     assert f"{outcomes.count('unreadable')} no final answer" in printed
-    assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in printed
+    assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in " ".join(printed.split())
     assert f"McNemar's exact test: p = {test['p']:.2g}\n" in printed
     solved = f"both {test['both']}, first only {only[0]}, second only {only[1]}, neither {test['neither']}"
     assert f"\nSolved by majority vote: {solved}" in printed
