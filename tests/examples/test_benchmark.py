@@ -104,7 +104,7 @@ def test_a_difference_is_an_error(examples):
     check = examples.script.check_first_step
     assert check([side(0.7), side(0.7014)], None, "bfloat16")["grad_norm"] == pytest.approx(0.002)
     for other in (0.7014, float("nan")):
-        with pytest.raises(SystemExit, match="do not compute the same"):
+        with pytest.raises(SystemExit, match="do not compute the same loss"):
             check([side(0.7), side(other)], None, "float32")
 
 
@@ -140,7 +140,7 @@ def test_command_line(tiny_config, tmp_path):
     command += ["four-per-problem", "--batch-size", "4", "--rounds", "3", "--steps", "1", "--profile", "--json"]
     done = subprocess.run([*command, str(tmp_path / "figures.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "flatter whoever scores fewer" in done.stdout
+    assert "favor the trainer with fewer" in done.stdout
     assert "pairs per second" in done.stdout
     assert "making batches" in done.stdout
     assert "attention" in done.stdout
@@ -172,11 +172,11 @@ def test_command_line(tiny_config, tmp_path):
         (["--length", "equal"], "unrecognized arguments: --length"),
         (["--lengths", "equals"], "invalid choice: 'equals'"),
         (["--settings", "some"], "invalid choice: 'some'"),
-        (["--rounds", "0"], "'0' is not a whole number from 1"),
+        (["--rounds", "0"], "'0' is not a whole number of at least 1"),
         (["--dataset", "pairs.jsonl"], "needs a tokenizer"),
-        (["--dataset", "pairs.jsonl", "--lengths", "long"], "Leave one of them out"),
+        (["--dataset", "pairs.jsonl", "--lengths", "long"], "Remove one of them"),
         (["--dataset", "no/pairs.jsonl", "--model", "gpt2"], "which does not exist"),
-        (["--all", "--settings", "same"], "--all chooses the rows itself"),
+        (["--all", "--settings", "same"], "--all selects the rows itself"),
         (["--config", "qwen"], "neither a file nor one of small, qwen2.5-7b"),
         (["--model", "gpt2", "--config", "qwen2.5-7b"], "not allowed with argument --model"),
         (["--json", "no/such/file.json"], "does not exist"),

@@ -34,7 +34,7 @@ def test_the_other_model_goes_on_from_any_right_step():
         steps = split_steps(solution)
         for number in range(1, len(steps) + 1):
             prefix = steps.prefix(number)
-            text = prefix + model.go_on(model.render(problem.text, prefix)).text
+            text = prefix + model.complete(model.render(problem.text, prefix)).text
             assert check_answer(problem.answer, text).outcome == "right"
             anew = split_steps(text, steps.style)
             assert len(anew) == len(steps)
