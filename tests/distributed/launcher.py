@@ -164,15 +164,15 @@ def main() -> None:
     import importlib.util
 
     import datasets  # noqa: F401
-    import torch
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("deepspeed"):
         import deepspeed  # noqa: F401
 
-    import stepdpo_trl
-    import tests.distributed.stages
-    import tests.distributed.train  # noqa: F401
+    import tests.distributed.stages  # noqa: F401
+    from stepdpo_trl.quickstart import MODEL_PATH
+
+    AutoTokenizer.from_pretrained(MODEL_PATH), AutoModelForCausalLM.from_pretrained(MODEL_PATH)  # fills caches
 
     gc.collect()
     gc.freeze()  # the forks' collections need not look at the imported modules
