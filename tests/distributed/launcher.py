@@ -1,7 +1,7 @@
 """
-Run scripts in forks of one warm process, so that a test session imports torch, TRL and DeepSpeed once for all of them.
+Run scripts in forks of one warm process, which imports torch, TRL and DeepSpeed once per test session.
 
-As a module: `run_script` and `launch`, called by the tests. As a script: the warm process itself.
+Tests call `run_script` and `launch`. Run as a script, this file is the warm process.
 """
 
 import gc
@@ -23,13 +23,17 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
 
 
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @cache
 def _server() -> subprocess.Popen[str]:
-    """Start the warm process, which ends when its standard input is closed, at the latest when pytest exits."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    """Start the warm process. It ends when pytest does, since its standard input is closed then."""
     command = [sys.executable, str(Path(__file__))]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def run_script(
@@ -44,7 +48,7 @@ def run_script(
         *arguments (`object`):
             Its command line.
         accelerate (`list[str]`, *optional*):
-            Options of `accelerate launch`. If set, the script runs in as many processes as they ask for.
+            Options of `accelerate launch`. If set, accelerate launches the script in its processes.
         timeout (`float`, *optional*, defaults to `300`):
             Seconds after which the script and all its processes are killed.
 
@@ -54,13 +58,17 @@ def run_script(
     argv = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         request = {"argv": argv, "accelerate": accelerate, "timeout": timeout, "folder": folder}
+        request |= {"environment": _environment(), "cwd": os.getcwd()}
         server = _server()
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        returncode = int(server.stdout.readline())
+        reply = server.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"{Path(__file__).name} exited with code {server.wait()}. Its errors are above.")
+        returncode = int(reply)
         output, errors = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
     if returncode == -signal.SIGKILL:
-        errors += f"\nKilled, at the latest after {timeout} seconds."
+        errors += f"\n{script} was killed. Its timeout is {timeout} seconds."
     return subprocess.CompletedProcess(argv, returncode, output, errors)
 
 
@@ -71,7 +79,7 @@ def launch(config: Path, script: Path, *arguments: object, options: tuple[str, .
 
 
 def _fork(work: Callable[[], object]) -> int:
-    """Call `work` in a child process and return its process id. No interpreter teardown: Gloo's threads may abort it."""
+    """Call `work` in a child process, without interpreter teardown, which Gloo's threads may abort. Return its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -98,12 +106,14 @@ def _run_as_main(argv: list[str]) -> None:
 
 
 def _fork_workers(args) -> None:
-    """Replace `torch.distributed.run.run`: fork the workers of one machine, with the environment that it gives them."""
+    """Replace `torch.distributed.run.run`: fork the workers of one machine, with its environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     count = int(args.nproc_per_node)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count)
+    )
 
     def work(rank: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -114,13 +124,13 @@ def _fork_workers(args) -> None:
         pid, status = os.wait()
         workers.discard(pid)
         if os.waitstatus_to_exitcode(status):
-            for worker in workers:  # would wait for the one that failed
+            for worker in workers:  # they would wait for the failed one
                 os.kill(worker, signal.SIGKILL)
             raise SystemExit(1)
 
 
 def _run_one(args) -> None:
-    """Replace the launcher of a single process: run the script here, with the environment that it gives it."""
+    """Replace `simple_launcher`: run the script in this process, with its environment variables."""
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     os.environ.update(prepare_simple_launcher_cmd_env(args)[1])
@@ -128,8 +138,12 @@ def _run_one(args) -> None:
 
 
 def _serve_one(request: dict) -> None:
-    """Run one request in this process, a fork of the warm one."""
+    """Serve a request in this process, a fork of the warm one."""
     os.setsid()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if request["accelerate"] is None:
@@ -140,13 +154,13 @@ def _serve_one(request: dict) -> None:
 
     torch.distributed.run.run = _fork_workers
     launch.simple_launcher = _run_one
-    os.chdir(FOLDER)  # the configurations name their DeepSpeed files relative to it
+    os.chdir(FOLDER)  # accelerate configurations refer to their DeepSpeed files by name
     args = launch.launch_command_parser().parse_args([*request["accelerate"], *request["argv"]])
     launch.launch_command(args)
 
 
 def _wait(pid: int, timeout: float) -> int:
-    """Return the exit code of a child. Kills it and its processes after `timeout` seconds."""
+    """Return the exit code of a child. Kill its process group after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -158,7 +172,7 @@ def _wait(pid: int, timeout: float) -> int:
 
 
 def main() -> None:
-    """Import what the scripts need, then serve requests until the input ends."""
+    """Import the libraries, then serve requests until standard input is closed."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import importlib.util
@@ -175,7 +189,7 @@ def main() -> None:
     AutoTokenizer.from_pretrained(MODEL_PATH), AutoModelForCausalLM.from_pretrained(MODEL_PATH)  # fills caches
 
     gc.collect()
-    gc.freeze()  # the forks' collections need not look at the imported modules
+    gc.freeze()  # keeps the imported modules out of the forks' garbage collections
     for line in sys.stdin:
         request = json.loads(line)
         pid = _fork(lambda request=request: _serve_one(request))

@@ -137,8 +137,8 @@ def test_out_of_memory_is_caught(examples):
 
 
 def test_command_line(tiny_config, tmp_path):
-    options = ["--config", tiny_config, "--lengths", "four-per-problem", "--batch-size", 4, "--rounds", 3, "--steps", 1]
-    options += ["--profile", "--json", tmp_path / "figures.json"]
+    options = ["--config", tiny_config, "--lengths", "four-per-problem", "--batch-size", 4, "--rounds", 3]
+    options += ["--steps", 1, "--profile", "--json", tmp_path / "figures.json"]
     done = run_script(EXAMPLES / "benchmark_throughput.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "flatter whoever scores fewer" in done.stdout

@@ -1,4 +1,4 @@
-"""The vLLM back end against a stand-in for vLLM: what it is asked, on which device, and what comes back."""
+"""The vLLM inference backend, tested with a fake `vllm` module: requests, devices and completions."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ class LLM:
 def test_a_copy_on_each_gpu(tmp_path, monkeypatch):
     (tmp_path / "vllm.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))  # of the workers
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))  # for the worker processes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr(vllm, "BATCH", 2)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)

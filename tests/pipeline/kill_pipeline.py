@@ -75,7 +75,7 @@ def fork(path):
 
 
 def kill_repeatedly(path, kills, whole):
-    """Kill a run of `whole` bytes at `kills` moments spread over it. Return the stage reached by each killed attempt."""
+    """Kill a run of `whole` bytes `kills` times, evenly spread. Return the stage reached at each kill."""
     rng = random.Random(0)
     stages = []
     for moment in ((kill + rng.random()) / (kills + 1) for kill in range(kills)):

@@ -251,9 +251,7 @@ def test_stages_on_two_processes(overrides, tmp_path):
     """Runs the real `accelerate launch` with new interpreters. The other tests fork their processes."""
     config, *script = map(str, two_processes("qwen2_7b_step_sdpo.py", "zero3", overrides))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, "--config_file", config, *script], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, "--config_file", config, *script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     # A bfloat16 row scored in one batch and trained in another differs by a tenth of a nat, times beta = 0.5
     assert [rows for rows, _ in stages(tmp_path / "out", "model.safetensors", tolerance=0.05)] == [4, 4]

@@ -1,4 +1,4 @@
-"""sDPO on two processes under DDP, ZeRO and FSDP2: same weights as separate runs on one process, also after resuming."""
+"""sDPO on two processes under DDP, ZeRO and FSDP2, compared with separate runs on one process."""
 
 import pytest
 from safetensors.torch import load_file
