@@ -96,7 +96,7 @@ class Scale:
         return self.epochs * self.pairs // self.batch
 
 
-QUICK = Scale(70, 6, 1, 1, 2, 12, 6, 1, (100,), (3e-5,), (0.4,), (2e-4,), 1, 2)
+QUICK = Scale(50, 6, 1, 1, 2, 6, 4, 1, (100,), (3e-5,), (0.4,), (2e-4,), 1, 2)
 
 
 def parse_args() -> argparse.Namespace:

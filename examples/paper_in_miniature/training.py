@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,12 @@ def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
     return dict(reversed(natural.items())) if split == "reversed" else natural
 
 
+@cache
+def held_out_problems() -> list[ArithmeticProblem]:
+    """Draw the test and the validation problems together, so that they do not overlap."""
+    return make_problems(2 * LARGEST_SET, "held_out", OPERATIONS)
+
+
 def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float]) -> Mapping[str, Any]:
     """
     Evaluate a model on held-out problems.
@@ -261,8 +268,7 @@ def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float])
         `dict`: For `"greedy"` and `"sampled"`, whether each problem was solved, and the number of solutions without a
         final answer.
     """
-    # Draw all problems at once, so that validation and test problems are disjoint
-    problems = make_problems(2 * LARGEST_SET, "held_out", OPERATIONS)
+    problems = held_out_problems()
     problems = problems[LARGEST_SET:][:count] if tuning else problems[:count]
     result: dict[str, Any] = {}
     for temperature in temperatures:

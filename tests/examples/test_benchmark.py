@@ -1,16 +1,17 @@
-"""The throughput benchmark counts right, says what it measured, and refuses what it cannot run."""
+"""The throughput benchmark: its counts, its report and its argument checks."""
 
 import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config
+
+from ..distributed.launcher import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,7 +69,7 @@ def test_four_pairs_of_a_problem_extend_each_other(examples):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
-    """Positions are counted in the model. Here they are counted in the batches."""
+    """The benchmark counts positions in the model; this test counts them in the batches."""
     args = argparse.Namespace(batch_size=2, dtype="float32", output_dir=str(tmp_path), peft=lora, seed=0, steps=2)
     base = examples.inputs.load_model(None, tiny_config, torch.float32, "cpu")
     pairs = examples.inputs.write_pairs("math-step-dpo", 8, 100, seed=0)
@@ -96,7 +97,7 @@ def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
     assert all(weights[0][name] is weights[1][name] for name in frozen)
 
 
-def test_a_difference_is_an_error(examples):
+def test_difference_between_sides_raises(examples):
     def side(grad_norm):
         logged = {**dict.fromkeys(examples.script.CHECKED, 0.7), "grad_norm": grad_norm}
         return argparse.Namespace(first_step=lambda pairs: logged)
@@ -108,7 +109,7 @@ def test_a_difference_is_an_error(examples):
             check([side(0.7), side(other)], None, "float32")
 
 
-def test_a_side_without_enough_memory(examples, capsys):
+def test_side_out_of_memory_is_reported(examples, capsys):
     turn = examples.measure.Turn(2.0, 30, 20, 1.5, 0.01, None, None)
     summary = examples.script.summarize([[turn, None], [turn, turn]])
     assert summary["medians"]["StepDPOTrainer"]["pairs_per_second"] == 2.0
@@ -136,9 +137,9 @@ def test_out_of_memory_is_caught(examples):
 
 
 def test_command_line(tiny_config, tmp_path):
-    command = [sys.executable, str(EXAMPLES / "benchmark_throughput.py"), "--config", tiny_config, "--lengths"]
-    command += ["four-per-problem", "--batch-size", "4", "--rounds", "3", "--steps", "1", "--profile", "--json"]
-    done = subprocess.run([*command, str(tmp_path / "figures.json")], capture_output=True, text=True)
+    options = ["--config", tiny_config, "--lengths", "four-per-problem", "--batch-size", 4, "--rounds", 3]
+    options += ["--steps", 1, "--profile", "--json", tmp_path / "figures.json"]
+    done = run_script(EXAMPLES / "benchmark_throughput.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "favor the trainer with fewer" in done.stdout
     assert "pairs per second" in done.stdout
@@ -157,7 +158,7 @@ def test_command_line(tiny_config, tmp_path):
             assert turn["positions_per_unique"] == turn["positions"] / turn["unique_tokens"]
         speeds = [turn["pairs_per_second"] for turn in turns]
         assert row["medians"][name]["pairs_per_second"] == statistics.median(speeds)
-    # Grouped: the four pairs of a problem share it
+    # The four pairs of a problem are in one batch and share its prefix
     assert row["medians"]["StepDPOTrainer"]["positions_per_unique"] == 1
     assert row["medians"]["StepDPOTrainer"]["unique_tokens"] < row["medians"]["DPOTrainer"]["unique_tokens"]
     ratio = row["ratios"]["pairs_per_second"]

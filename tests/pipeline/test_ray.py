@@ -1,4 +1,4 @@
-"""Shards on a local Ray give what one process gives."""
+"""Shards on a local Ray cluster give the results of one process."""
 
 import json
 
@@ -54,8 +54,8 @@ def test_shards_on_ray(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_on_ray(tmp_path, capfd):
-    """The solutions of two shards are those of one process; what is wrong is said as by one process."""
+def test_command_line_on_ray(tmp_path, capfd):
+    """Two shards give the solutions of one process, and the same error message."""
     problems = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(6, "pairs")]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]
@@ -68,14 +68,14 @@ def test_the_command_line_on_ray(tmp_path, capfd):
     assert {**parts[0], **parts[1]} == dict(Log(tmp_path / "whole" / "solutions.jsonl"))
     capfd.readouterr()
     assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
-    told = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
+    error = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
     shard = tmp_path / "parts" / "shard-0-of-2"
-    assert told.startswith(f"`collect` in {shard} was started with other settings:\n  seed: 0 in this run, 1 now\n")
-    assert told.count("was started with other settings") == 2  # one for each shard
+    assert error.startswith(f"`collect` in {shard} was started with other settings:\n  seed: 0 in this run, 1 now\n")
+    assert error.count("was started with other settings") == 2  # one for each shard
 
 
 @pytest.mark.slow
-def test_what_is_wrong_in_one_shard_leaves_the_others(tmp_path, capsys):
+def test_error_in_one_shard_leaves_the_others(tmp_path, capsys):
     def work(session, folder, shard):
         if shard[0] == 0:
             raise ValueError("It is wrong here.")

@@ -1,7 +1,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from stepdpo_trl.quickstart import (
     split_labelled_steps,
     write_solution,
 )
+
+from ..distributed.launcher import run_script
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 TEXT = "What is 7 + 3 * 4 - 5?"
@@ -278,8 +279,7 @@ def test_quickstart_rejects_invalid_arguments(arguments, message, monkeypatch, c
 
 @pytest.mark.slow
 def test_quickstart_raises_accuracy(tmp_path):
-    arguments = ["--problems", "300", "--output_dir", str(tmp_path)]
-    run = subprocess.run([sys.executable, str(QUICKSTART), *arguments], capture_output=True, text=True)
+    run = run_script(QUICKSTART, "--problems", "150", "--output_dir", tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Warning" not in run.stdout + run.stderr
     for name in ("greedy", "sampled"):
