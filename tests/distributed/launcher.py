@@ -186,7 +186,10 @@ def main() -> None:
     import tests.distributed.stages  # noqa: F401
     from stepdpo_trl.quickstart import MODEL_PATH
 
-    AutoTokenizer.from_pretrained(MODEL_PATH), AutoModelForCausalLM.from_pretrained(MODEL_PATH)  # fills caches
+    (
+        AutoTokenizer.from_pretrained(MODEL_PATH),
+        AutoModelForCausalLM.from_pretrained(MODEL_PATH),
+    )  # fills transformers' caches
 
     gc.collect()
     gc.freeze()  # keeps the imported modules out of the forks' garbage collections

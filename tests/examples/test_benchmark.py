@@ -69,7 +69,7 @@ def test_four_pairs_of_a_problem_extend_each_other(examples):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
-    """The benchmark counts positions in the model; this test counts them in the batches."""
+    """Compare the positions counted in the model with those counted in the batches."""
     args = argparse.Namespace(batch_size=2, dtype="float32", output_dir=str(tmp_path), peft=lora, seed=0, steps=2)
     base = examples.inputs.load_model(None, tiny_config, torch.float32, "cpu")
     pairs = examples.inputs.write_pairs("math-step-dpo", 8, 100, seed=0)

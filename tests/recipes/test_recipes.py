@@ -1,4 +1,4 @@
-"""Recipes: their settings, a short run of each on a tiny model, and their accelerate configurations."""
+"""Settings of the recipes, short runs on a tiny model, and their accelerate configurations."""
 
 import json
 import math

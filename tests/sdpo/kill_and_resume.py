@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-if importlib.util.find_spec("deepspeed"):  # accelerate would import it in each fork
+if importlib.util.find_spec("deepspeed"):  # otherwise accelerate imports it in each fork
     import deepspeed  # noqa: F401
 from stepdpo_trl.sdpo import reference
 from stepdpo_trl.sdpo import report as sdpo_report
