@@ -157,8 +157,15 @@ def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
         return {"model": "local-completions", "model_args": arguments, "batch_size": 1}
     arguments = {"pretrained": model.model, "dtype": model.dtype}
     arguments |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
+    arguments |= {"revision": model.revision} if model.revision else {}
     if model.backend == "vllm":
+        arguments |= {"tokenizer_revision": model.tokenizer_revision} if model.tokenizer_revision else {}
         return {"model": "vllm", "model_args": arguments, "batch_size": batch_size or "auto"}
+    if model.revision != model.tokenizer_revision:
+        raise RunError(
+            f"--revision {model.revision} and --tokenizer {model.tokenizer} cannot be combined with --tasks: "
+            "lm-evaluation-harness would load that revision of the tokenizer as well. Remove --tokenizer."
+        )
     from torch.cuda import is_available
 
     arguments |= {"peft": model.adapter} if model.adapter else {}

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
-
+from .progress import progress_bar
 from .run_directory import RunDirectory
 from .tasks import Service, Task, run_tasks
 
@@ -47,7 +46,7 @@ class TaskRunner:
         Yields:
             `Any`: The results of the tasks, see [`~stepdpo_trl.runs.tasks.run_tasks`].
         """
-        with tqdm(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
+        with progress_bar(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
             for result in run_tasks(tasks, self.services):
                 yield result
                 bar.update(1)

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from tqdm.auto import tqdm
-
 from ..data.answers import AnswerChecker, Check
 from ..generation import Completion, Generator, Request, Sampling
+from .progress import progress_bar
 from .run_directory import Log
 
 T = TypeVar("T")
@@ -144,7 +143,7 @@ class RecordedModel:
         self.seen.update(request.key for request in requests)
         missing = sum(request.key not in self.log for request in batch)
         if missing:
-            with tqdm(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
+            with progress_bar(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
                 tokens = 0
                 for part in self.generator.generate(batch, self.sampling, self.log):
                     self.log.extend((request.key, {"stage": self.stage, **vars(reply)}) for request, reply in part)

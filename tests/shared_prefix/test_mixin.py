@@ -245,10 +245,7 @@ def refused(tmp_path, model, **options):
 
 UNSUPPORTED = {
     "gpt_oss": ("attention sinks", {"num_local_experts": 4}),
-    "qwen3_next": (
-        "carry a state",
-        {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4},
-    ),
+    "qwen3_next": ("carry a state", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
     "lfm2": ("carry a state", {"layer_types": ["conv", "full_attention"]}),
     "mamba": ("carry a state", {}),
     "falcon_h1": ("carry a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),

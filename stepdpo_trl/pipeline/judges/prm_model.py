@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from ...data.prompts import PROMPT_SUFFIXES
 from ...generation import GenerationError
+from ...runs.progress import progress_bar
 from ...runs.run_directory import Log
 from .prm import PRMRequest
 
@@ -174,7 +174,7 @@ class RecordedPRM:
         """
         todo = sorted((r for r in requests if r.key not in self.log), key=lambda r: sum(map(len, r.steps)))
         size = self.model.batch_size
-        for start in tqdm(range(0, len(todo), size), "  prm", unit=" batches", leave=False, disable=not todo):
+        for start in progress_bar(range(0, len(todo), size), "  prm", unit=" batches", leave=False, disable=not todo):
             batch = todo[start : start + size]
             scores = self.model.score([(request.problem, request.steps) for request in batch])
             self.log.extend((request.key, {"scores": each}) for request, each in zip(batch, scores, strict=True))
