@@ -1,7 +1,7 @@
 """
 Throughput of trl.DPOTrainer and StepDPOTrainer on preference pairs with images, alternating in one process.
 
-    python examples/benchmark_vision.py                            # 6 million parameters, for a CPU
+    python examples/benchmark_vision.py                            # 3 million parameters, for a CPU
     python examples/benchmark_vision.py --all --json vision.json   # all rows of the table in shared_prefix/README.md
 
 The model has the architecture of Qwen2.5-VL and random weights. A pair has one image of about 600 tokens, a prefix of
@@ -10,8 +10,8 @@ Trainer's own loop: in each round one step of warm-up, then --steps steps, which
 processing, policy and reference forward, backward, optimizer). Before that, one step on two pairs must result in the
 same loss, log-probabilities and gradient norm.
 
---lengths: "varied" (log-normal, coefficient of variation 0.5), "equal" (no padding to save), or "four-per-problem"
-(varied, four pairs of each problem and its image in a batch).
+--lengths: "varied" (images of 408 to 792 tokens, texts log-normal with a coefficient of variation of 0.5), "equal"
+(no padding to save), or "four-per-problem" (varied, four pairs of each problem and its image in a batch).
 --settings: "same" (DPOTrainer's defaults on both sides) or "recommended" (StepDPOTrainer with reference scores
 computed in advance and without gradient checkpointing, DPOTrainer with its defaults).
 
@@ -86,14 +86,14 @@ def make_processor() -> ImageTextProcessor:
     return ImageTextProcessor(Qwen2VLImageProcessorPil(), tokenizer)
 
 
-def make_model(processor: ImageTextProcessor) -> Qwen2_5_VLForConditionalGeneration:
-    """Create a Qwen2.5-VL with a decoder of 5 million parameters and a tower in proportion to that of 7B."""
+def make_model(processor: ImageTextProcessor) -> Any:
+    """Create a Qwen2.5-VL with a small decoder and a tower in proportion to that of 7B."""
     text = {
         "vocab_size": len(processor.tokenizer),
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
         "bos_token_id": None,
@@ -102,15 +102,16 @@ def make_model(processor: ImageTextProcessor) -> Qwen2_5_VLForConditionalGenerat
     }
     vision = {
         "depth": 4,
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_heads": 3,
-        "out_hidden_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_heads": 2,
+        "out_hidden_size": 192,
         "fullatt_block_indexes": [3],
     }
     ids = {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
-    return Qwen2_5_VLForConditionalGeneration(config).to("cuda" if CUDA else "cpu")
+    model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    return model.to("cuda" if CUDA else "cpu")
 
 
 def draw_pairs(lengths: str, number: int, seed: int) -> list[dict[str, Any]]:
@@ -135,8 +136,7 @@ def draw_pairs(lengths: str, number: int, seed: int) -> list[dict[str, Any]]:
 
     pairs: list[dict[str, Any]] = []
     while len(pairs) < number:
-        width = 24
-        height = max(1, round(length(600) / width))
+        width, height = 24, 25 if lengths == "equal" else int(writer.rng.integers(17, 34))
         pixels = writer.rng.integers(0, 256, (height * PATCH, width * PATCH, 3), dtype=np.uint8)
         image, problem = Image.fromarray(pixels), writer.words(length(150))
         for _ in range(4 if lengths == "four-per-problem" else 1):
@@ -240,7 +240,7 @@ def make_sides(pairs: list[dict[str, Any]], lengths: str, settings: str, args: a
     transformers.set_seed(args.seed)
     processor = make_processor()
     base = make_model(processor)
-    common = {
+    common: dict[str, Any] = {
         "per_device_train_batch_size": args.batch_size,
         "max_length": None,
         "num_train_epochs": 1,
@@ -255,7 +255,7 @@ def make_sides(pairs: list[dict[str, Any]], lengths: str, settings: str, args: a
         "save_strategy": "no",
         "report_to": "none",
     }
-    own = {"shared_prefix": "on", "group_by_prompt": lengths == "four-per-problem"}
+    own: dict[str, Any] = {"shared_prefix": "on", "group_by_prompt": lengths == "four-per-problem"}
     if settings == "recommended":
         own["gradient_checkpointing"] = False
     sides = []
@@ -283,6 +283,9 @@ def run_row(lengths: str, settings: str, args: argparse.Namespace) -> dict[str, 
     pairs = draw_pairs(lengths, turn * args.rounds, args.seed)
     print(f"\n{lengths}, settings: {settings}", flush=True)
     sides = make_sides(pairs, lengths, settings, args)
+    print(
+        f"    {sides[0].trainer.model.num_parameters():,} parameters, batches of {args.batch_size} pairs", flush=True
+    )
     dataset = datasets.Dataset.from_list(pairs)
     differences = {}
     for side in sides:

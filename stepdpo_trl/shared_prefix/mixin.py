@@ -19,9 +19,17 @@ from transformers import PretrainedConfig
 
 from .forward import share_prefixes
 from .memory import CheckpointingAdvice, count_tokens
-from .support import decoder, why_not_shared
+from .support import decoder, encodes_images_once, why_not_shared
 from .tree import PrefixTree, build_tree
-from .vision import IMAGE_KEYS, TYPE_KEYS, ImageLayout, with_image_positions
+from .vision import (
+    IMAGE_KEYS,
+    TYPE_KEYS,
+    ImageLayout,
+    encode_images_once,
+    image_arguments,
+    images_are_repeated,
+    with_image_positions,
+)
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -88,6 +96,7 @@ class PrefixSharing(DPOTrainer):
     args: Any
     shared_prefix = "off"
     shares_prefixes: bool | None = None
+    _encodes_images_once = False
 
     def _start_sharing(self) -> None:
         """Share prefixes if requested and exact."""
@@ -108,7 +117,9 @@ class PrefixSharing(DPOTrainer):
         elif reason:
             budget = self.max_tokens_per_forward
             no_budget = f" max_tokens_per_forward={budget} has no effect." if budget is not None else ""
-            logger.warning(f"Prefixes are not shared because {reason}.{no_budget}")
+            self._encodes_images_once = encodes_images_once(self)
+            once = " Each image is still encoded only once." if self._encodes_images_once else ""
+            logger.warning(f"Prefixes are not shared because {reason}.{once}{no_budget}")
 
     @property
     def max_tokens_per_forward(self) -> int | None:
@@ -128,7 +139,7 @@ class PrefixSharing(DPOTrainer):
         """Replace the padded rows of a batch by their labeled tokens, and make the models accept its tree."""
         tree: PrefixTree | None = inputs.get(TREE)
         if tree is None:
-            return inputs
+            return inputs if whole else self._with_images_once(inputs, *models)
         rest = {name: value for name, value in inputs.items() if name != TREE}
         if whole:
             return rest
@@ -140,6 +151,14 @@ class PrefixSharing(DPOTrainer):
         rows = {"input_ids": tree.input_ids, "completion_mask": tree.completion_mask, "attention_mask": tree.uses}
         tree = with_image_positions(tree, inputs, decoder(models[0]).base_model)
         return {**rest, **rows, TREE: self._in_step(tree)}
+
+    def _with_images_once(self, inputs: dict[str, Any], *models: Any) -> dict[str, Any]:
+        """Make the models encode each image once if the batch repeats its images for the rejected rows."""
+        if not self._encodes_images_once or not images_are_repeated(inputs, image_arguments(decoder(models[0]))):
+            return inputs
+        for model in filter(None, models):
+            encode_images_once(decoder(model))
+        return {**inputs, "repeated_images": True}
 
     def _in_step(self, tree: PrefixTree) -> PrefixTree:
         """Pad the tree to the same number of packs on all processes, because sharded models synchronize per layer."""

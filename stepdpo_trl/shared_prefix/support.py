@@ -9,7 +9,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from .forward import text_decoder
-from .vision import BLOCKS, VISION_MODEL_TYPES
+from .vision import BLOCKS, ENCODED_ONCE, VISION_MODEL_TYPES, takes_encoded_images
 
 # Model types that the tests compare with separate sequences
 TESTED_MODEL_TYPES = (
@@ -65,6 +65,17 @@ def _trainer_reason(trainer: Any) -> str | None:
     return f"{used[0]} parallelism splits sequences or heads" if used else None
 
 
+def encodes_images_once(trainer: Any) -> bool:
+    """Return whether padded rows can use each encoded image twice, for the chosen and for the rejected row."""
+    models = [decoder(model) for model in (trainer.model, trainer.ref_model) if model is not None]
+    return (
+        trainer._is_vision_dataset
+        and type(trainer.data_collator) in COLLATORS
+        and not trainer.args.torch_compile
+        and all(model.config.model_type in ENCODED_ONCE and takes_encoded_images(model) for model in models)
+    )
+
+
 def decoder(model: Any) -> Any:
     """Return the causal language model without the wrappers of PEFT, DDP, DeepSpeed and FSDP."""
     model = getattr(model, "module", model)
@@ -84,6 +95,8 @@ def _model_reason(model: Any) -> str | None:
     config = model.config.get_text_config()
     if config is not model.config and model.config.model_type not in VISION_MODEL_TYPES:
         return f"it has not been tested for {model.config.model_type!r}, only for {', '.join(VISION_MODEL_TYPES)}"
+    if config is not model.config and not takes_encoded_images(model):
+        return f"{type(model).__name__} does not accept encoded images in this version of Transformers"
     if getattr(getattr(model.config, "vision_config", None), "model_type", None) == "pixtral":
         return f"{type(model).__name__} has a Pixtral vision tower, which has not been tested"
     text_model = text_decoder(model.base_model)

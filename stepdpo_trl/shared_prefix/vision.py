@@ -9,9 +9,11 @@ placeholders through the argument `mm_encoder_outputs`.
 """
 
 import dataclasses
+import functools
+import inspect
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,14 @@ from transformers import PretrainedConfig
 from .tree import PrefixTree, build_tree
 
 # Model types by the layout of their images in a batch, see `ImageLayout`
-PATCHES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PATCHES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 ANYRES = ("llava_onevision",)
 TILES = ("idefics3", "smolvlm")
 STACKED = ("gemma3", "internvl", "llava")
 BLOCKS = ("gemma3",)  # the tokens of an image attend to all of its tokens
 VISION_MODEL_TYPES = tuple(sorted(PATCHES + ANYRES + TILES + STACKED))
+# Model types without prefix sharing whose rows can receive encoded images
+ENCODED_ONCE = (*VISION_MODEL_TYPES, "aya_vision", "glm4v", "qwen3_5")
 
 # Keys of a batch that describe images or the types of tokens
 IMAGE_KEYS = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
@@ -237,7 +241,7 @@ class ImageFeatures:
         def pick(features: Any) -> Any:
             return features[images] if isinstance(features, torch.Tensor) else [features[i] for i in images]
 
-        selected = SimpleNamespace(pooler_output=pick(self.pooled))
+        selected = types.SimpleNamespace(pooler_output=pick(self.pooled))
         if self.deepstack is not None:
             selected.deepstack_features = [pick(layer) for layer in self.deepstack]
         return {"image": selected}
@@ -248,6 +252,55 @@ def encode_images(backbone: Any, tree: PrefixTree) -> ImageFeatures | None:
     if not tree.images:
         return None
     return ImageFeatures(backbone.get_image_features(**tree.images, return_dict=True))
+
+
+def takes_encoded_images(model: Any) -> bool:
+    """Return whether a model accepts encoded images, which older versions of Transformers do not."""
+    return "mm_encoder_outputs" in inspect.signature(type(model.base_model).forward).parameters
+
+
+def image_arguments(model: Any) -> list[str]:
+    """Return the names of the arguments from which a model encodes images."""
+    parameters = inspect.signature(model.base_model.get_image_features).parameters
+    return [name for name in IMAGE_KEYS if name in parameters]
+
+
+def images_are_repeated(batch: dict[str, Any], names: list[str]) -> bool:
+    """Return whether the second half of the images of a batch equals the first, as the rejected rows of pairs do."""
+    inputs = [batch[name] for name in names if batch.get(name) is not None]
+    return "pixel_values" in batch and all(
+        len(value) % 2 == 0 and torch.equal(*value.tensor_split(2)) for value in map(torch.as_tensor, inputs)
+    )
+
+
+def encode_images_once(model: Any) -> None:
+    """
+    Make a model accept `repeated_images=True`, with which it encodes only the first half of the images of a batch.
+
+    The images of the rejected rows are those of the chosen rows, so the features are used for both. Without the
+    argument, the model is unchanged. Repeated calls have no effect.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model, without the wrapper of PEFT.
+    """
+    backbone, names = model.base_model, image_arguments(model)
+    # Stays true if others wrap the forward later. In an unpickled copy both are the forward of the class
+    if getattr(backbone, "forward_with_all_images", backbone.forward) != backbone.forward:
+        return
+    backbone.forward_with_all_images = backbone.forward
+
+    @functools.wraps(type(backbone).forward)
+    def forward(self: Any, *args: Any, repeated_images: bool = False, **kwargs: Any) -> Any:
+        if repeated_images:
+            given = {name: torch.as_tensor(kwargs[name]) for name in names if kwargs.get(name) is not None}
+            halves = {name: value.tensor_split(2)[0] for name, value in given.items()}
+            features = ImageFeatures(self.get_image_features(**halves, return_dict=True))
+            images = list(range(len(features.pooled)))
+            kwargs = {**kwargs, "pixel_values": None, "mm_encoder_outputs": features.select(images * 2)}
+        return self.forward_with_all_images(*args, **kwargs)
+
+    backbone.forward = types.MethodType(forward, backbone)
 
 
 def with_image_positions(tree: PrefixTree, batch: dict[str, Any], backbone: Any) -> PrefixTree:

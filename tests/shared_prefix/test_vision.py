@@ -14,7 +14,15 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stepdpo_trl.shared_prefix.forward import share_prefixes
 from stepdpo_trl.shared_prefix.mixin import TREE, SharedPrefixCollator
-from stepdpo_trl.shared_prefix.vision import VISION_MODEL_TYPES, ImageLayout, with_image_positions
+from stepdpo_trl.shared_prefix.vision import (
+    ENCODED_ONCE,
+    VISION_MODEL_TYPES,
+    ImageLayout,
+    encode_images_once,
+    image_arguments,
+    images_are_repeated,
+    with_image_positions,
+)
 
 from ..tiny import plain_rows
 from ..training import assert_same_weights, logged, make_trainer, weights
@@ -102,10 +110,9 @@ class Batch:
 
 def token_types(model, input_ids):
     """Return the types of tokens that the processor of a model returns."""
-    names = {"qwen2_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
-    names |= dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), "mm_token_type_ids")
-    name = names.get(model.config.model_type)
-    return {name: (input_ids == PLACEHOLDER).int()} if name else {}
+    if hasattr(model.base_model, "get_rope_index"):
+        return {"mm_token_type_ids": (input_ids == PLACEHOLDER).int()}
+    return {"token_type_ids": (input_ids == PLACEHOLDER).int()} if model.config.model_type == "gemma3" else {}
 
 
 def separate(model, batch):
@@ -138,7 +145,10 @@ def assert_equal(model, batch, packs=False):
     found = shared(model, batch.tree(model, packs))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    found_gradients = gradients(model, found)
+    assert_same_gradients(gradients(model, found), expected_gradients)
+
+
+def assert_same_gradients(found_gradients, expected_gradients):
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in found_gradients.items():
         scale = expected_gradients[name].norm()
@@ -202,6 +212,89 @@ def test_each_image_and_each_token_once(name, packs):
     else:
         assert pixels.numel() == sum(images[i]["pixel_values"].numel() for i in (0, 1, 3))
     assert len(tree.packs) > 1 if packs else tree.tokens == batch.unique_tokens(model)
+
+
+def test_tokens_of_an_image_attend_to_later_ones():
+    """Without an effect, the comparison with separate sequences would not test the blocks of Gemma 3."""
+    model = tiny_vision_model("gemma3")
+    batch = Batch(model, [[0]])
+    expected = separate(model, batch)
+    ids = torch.tensor([batch.rows[0]])
+    causal = token_logps(model(input_ids=ids, **collate(model, batch.images[:1])).logits, ids)[0]
+    assert (causal[-len(expected[0]) :] - expected[0]).abs().max() > 1e-3
+
+
+def test_images_without_a_token_between_them():
+    """The tokens of two such images attend to each other in Gemma 3, so their features cannot be shared."""
+    model = tiny_vision_model("gemma3")
+    batch = Batch(model, [[0, 1]])
+    keep = [token not in (3, 4) for token in batch.rows[0]]
+    rows, labels = [
+        [np.array([value for value, kept in zip(one, keep, strict=False) if kept]) for one in both]
+        for both in (batch.rows[:1], batch.labels[:1])
+    ]
+    padded = {**collate(model, batch.images[:1]), "token_type_ids": None}
+    with pytest.raises(ValueError, match="Images follow each other without a token between them"):
+        ImageLayout.of(model.config).build_tree(padded, rows, labels)
+
+
+def test_dummy_packs():
+    """Processes that shard a model run the same number of packs. The additional ones have no images."""
+    model = tiny_vision_model("qwen3_vl")
+    batch = Batch(model, PAIRS["mixed"])
+    share_prefixes(model)
+    tree = batch.tree(model)
+    for one, other in zip(shared(model, tree.padded(3)), shared(model, tree), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_load_balance_of_experts():
+    model = tiny_vision_model("qwen3_vl_moe")
+    batch = Batch(model, PAIRS["mixed"])
+    inputs = {name: value for name, value in batch.padded.items() if name != "completion_mask"}
+    expected = model(**inputs, output_router_logits=True).aux_loss
+    share_prefixes(model)
+    tree = batch.tree(model)
+    output = model(input_ids=tree.input_ids, attention_mask=tree.uses, prefix_tree=tree, output_router_logits=True)
+    torch.testing.assert_close(output.aux_loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava"])
+def test_attention_functions(name, attention):
+    model = tiny_vision_model(name)
+    model.set_attn_implementation(attention)
+    assert_equal(model, Batch(model, PAIRS["mixed"]))
+
+
+@pytest.mark.parametrize("name", ENCODED_ONCE)
+def test_padded_rows_with_each_image_once(name):
+    model = tiny_vision_model(name)
+    batch = Batch(model, PAIRS["mixed"])
+    inputs = {name: value for name, value in batch.padded.items() if name != "completion_mask"}
+
+    def logps(**options):
+        return [
+            row[mask.bool()]
+            for row, mask in zip(
+                token_logps(model(**inputs, **options).logits, inputs["input_ids"]),
+                batch.padded["completion_mask"][:, 1:],
+                strict=True,
+            )
+        ]
+
+    expected = logps()
+    expected_gradients = gradients(model, expected)
+    assert images_are_repeated(inputs, image_arguments(model))
+    encode_images_once(model)
+    encode_images_once(model)
+    found = logps(repeated_images=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, found), expected_gradients)
+    assert not images_are_repeated(
+        {**inputs, "pixel_values": inputs["pixel_values"].cumsum(0)}, image_arguments(model)
+    )
 
 
 def test_all_supported_model_types_are_tested():

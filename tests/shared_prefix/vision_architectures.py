@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from ..tiny import byte_level_tokenizer
-from .architectures import MIXED, SIZE, VOCABULARY
+from .architectures import EXPERTS, MIXED, SIZE, VOCABULARY
 
 PLACEHOLDER = VOCABULARY - 1  # id of the placeholder token
 TEXT = {**SIZE, "num_hidden_layers": 3}
@@ -28,6 +28,17 @@ QWEN = {
     "text_config": {**TEXT, "rope_parameters": ROPE},
 }
 PATCH = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN3 = {
+    **PATCH,
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.2,
+}
 ENCODER = {
     "hidden_size": 24,
     "intermediate_size": 32,
@@ -69,20 +80,8 @@ VISION = {
         **QWEN,
         "vision_config": {**PATCH, "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
     },
-    "qwen3_vl": {
-        **QWEN,
-        "vision_config": {
-            **PATCH,
-            "depth": 3,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": 0.2,
-        },
-    },
+    "qwen3_vl": {**QWEN, "vision_config": QWEN3},
+    "qwen3_vl_moe": {**QWEN, "text_config": {**QWEN["text_config"], **EXPERTS}, "vision_config": QWEN3},
     "llava": {**LLAVA, "vision_config": {"model_type": "clip_vision_model", **ENCODER}, "vision_feature_layer": -2},
     "llava_onevision": {
         **LLAVA,
@@ -109,11 +108,39 @@ VISION = {
     },
 }
 
+# Without prefix sharing
+OTHER = {
+    "aya_vision": {
+        **LLAVA,
+        "text_config": {**TEXT, "model_type": "cohere2"},
+        "vision_config": {"model_type": "siglip_vision_model", **ENCODER, "vision_use_head": False},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+    "glm4v": {
+        **QWEN,
+        "vision_config": {**PATCH, "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+        | {"out_hidden_size": 32, "image_size": 32},
+    },
+    "qwen3_5": {
+        **QWEN,
+        "text_config": {
+            **QWEN["text_config"],
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "vision_config": {name: value for name, value in QWEN3.items() if "deepstack" not in name},
+    },
+}
+
 
 def tiny_vision_model(name: str, seed: int = 0, **options) -> torch.nn.Module:
     """Create a model in float32, with weights large enough for its probabilities to differ."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **{**VISION[name], **options})
+    config = AutoConfig.for_model(name, **{**{**VISION, **OTHER}[name], **options})
     model = AutoModelForImageTextToText.from_config(config).float().train()
     with torch.no_grad():  # towers and projectors initialize with small weights, some of them with zeros
         for name, parameter in model.named_parameters():
@@ -129,7 +156,7 @@ def draw_images(model: torch.nn.Module, number: int) -> list[dict[str, torch.Ten
     def pixels(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    if "qwen" in kind:
+    if "qwen" in kind or kind == "glm4v":
         sizes = [(4, 4), (4, 8), (8, 4), (4, 4)][:number]
         grids = [torch.tensor([[1, height, width]]) for height, width in sizes]
         return [{"pixel_values": pixels(int(g.prod()), 3 * 2 * 4 * 4), "image_grid_thw": g} for g in grids]
