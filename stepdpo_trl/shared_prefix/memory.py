@@ -68,12 +68,14 @@ def most_tokens(trainer: Any) -> int | None:
 
     Returns:
         `int` or `None`: Number of tokens, `None` if it is unknown because the train dataset is a stream or has images,
-        which become tokens only when a batch is created.
+        whose encoders need memory as well.
     """
     dataset = trainer.train_dataset
+    if getattr(trainer, "_is_vision_dataset", False):
+        return None
     if trainer.max_tokens_per_forward is not None:
         return int(trainer.max_tokens_per_forward)
-    if not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
+    if not isinstance(dataset, Dataset):
         return None
     return int(np.sort(count_tokens(dataset))[-trainer.args.per_device_train_batch_size :].sum())
 

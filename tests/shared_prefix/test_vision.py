@@ -1,6 +1,7 @@
 """Compares vision-language models on a prefix tree with the same models on separate sequences."""
 
 import copy
+import inspect
 import logging
 import random
 
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2_5_VLModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from stepdpo_trl.shared_prefix import support
 from stepdpo_trl.shared_prefix.forward import share_prefixes
 from stepdpo_trl.shared_prefix.mixin import TREE, SharedPrefixCollator
 from stepdpo_trl.shared_prefix.vision import (
@@ -51,6 +56,11 @@ PAIRS = {
     "none": [[], []],
 }
 TOWERS = ("visual", "vision_tower", "vision_model")
+
+
+# Transformers 5.3 does not have the argument yet
+if "mm_encoder_outputs" not in inspect.signature(Qwen2_5_VLModel.forward).parameters:
+    pytest.skip("this version of Transformers does not accept encoded images", allow_module_level=True)
 
 
 class Batch:
@@ -175,6 +185,24 @@ def test_equals_separate_sequences(name, packs, checkpointing):
 def test_images_per_pair(name, pairs):
     model = tiny_vision_model(name)
     assert_equal(model, Batch(model, PAIRS[pairs]))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from(["qwen2_5_vl", "llava_onevision", "smolvlm", "internvl"]),
+)
+def test_any_images(pairs, packs, name):
+    model = tiny_vision_model(name)
+    batch = Batch(model, pairs)
+    share_prefixes(model)
+    tree = batch.tree(model, packs)
+    if not packs:
+        assert tree.tokens == batch.unique_tokens(model)
+    with torch.no_grad():
+        for one, other in zip(shared(model, tree), separate(model, batch), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -334,7 +362,7 @@ MODES = {
 
 def vision_trainer(tmp_path, rows=None, model=lambda model: model, **options):
     processor = qwen_processor()
-    if "peft_config" not in options and model.__name__ != "ref_adapter":
+    if "peft_config" not in options and model is not ref_adapter:
         options = {"ref_model": qwen_model(processor, 1), **options}
     rows = Dataset.from_list(vision_rows() if rows is None else rows)
     options = {"max_length": None, "max_steps": 2, "processing_class": processor, **options}
@@ -383,6 +411,24 @@ def test_truncated_images(tmp_path):
         trainer.train()
 
 
+def test_padded_rows_encode_each_image_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(support, "VISION_MODEL_TYPES", ())
+    with caplog.at_level(logging.WARNING):
+        trainer = vision_trainer(tmp_path, model=copy.deepcopy)
+    assert "Each image is still encoded only once." in caplog.text
+    padded = vision_trainer(tmp_path, shared_prefix="off")
+    encoded = {}
+    for one in (trainer, padded):
+        encoded[one] = []
+        one.model.model.visual.register_forward_pre_hook(
+            lambda module, args, kwargs, own=encoded[one]: own.append(len(kwargs["grid_thw"])), with_kwargs=True
+        )
+        one.train()
+    assert [2 * number for number in encoded[trainer]] == encoded[padded]
+    assert logged(trainer, "loss") == pytest.approx(logged(padded, "loss"), rel=1e-4)
+    assert_same_weights(weights(trainer), weights(padded), rtol=1e-4, atol=2e-6)
+
+
 def test_untested_architectures(tmp_path, caplog):
     processor = qwen_processor()
     model = qwen_model(processor)
@@ -391,7 +437,7 @@ def test_untested_architectures(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(model, tmp_path, Dataset.from_list(vision_rows()), **options)
     (message,) = [record.message for record in caplog.records if "Prefixes are not shared" in record.message]
-    assert "because it has not been tested for 'other_vl', only for idefics3, " in message
+    assert "because it has not been tested for 'other_vl', only for gemma3, " in message
     trainer.train()
     with pytest.raises(ValueError, match="`shared_prefix='on'` is not possible because it has not been tested"):
         make_trainer(model, tmp_path, Dataset.from_list(vision_rows()), shared_prefix="on", **options)
