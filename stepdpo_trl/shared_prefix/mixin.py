@@ -28,6 +28,7 @@ from .vision import (
     encode_images_once,
     image_arguments,
     images_are_repeated,
+    images_processed_once,
     with_image_positions,
 )
 
@@ -62,7 +63,8 @@ class SharedPrefixCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples into a batch."""
-        batch = self.collator(examples)
+        with images_processed_once(self.collator):
+            batch = self.collator(examples)
         present = batch["attention_mask"].bool()
         rows, labels = (
             [row[mask].numpy() for row, mask in zip(batch[name], present, strict=True)]

@@ -8,11 +8,12 @@ model's own `get_image_features` encodes the different images, and each pack rec
 placeholders through the argument `mm_encoder_outputs`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,6 +253,48 @@ def encode_images(backbone: Any, tree: PrefixTree) -> ImageFeatures | None:
     if not tree.images:
         return None
     return ImageFeatures(backbone.get_image_features(**tree.images, return_dict=True))
+
+
+class _HalfOfImages:
+    """Image processor for lists whose second half repeats the first: it processes one half and repeats the result."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.image_processor, name)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        half = len(images) // 2 if isinstance(images, list) else 0
+        nested = half and all(isinstance(own, list) for own in images)
+        if not nested or [*map(_identities, images[:half])] != [*map(_identities, images[half:])]:
+            return self.image_processor(images, *args, **kwargs)
+        output = self.image_processor(images[:half], *args, **kwargs)
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor):
+                output[name] = torch.cat([value, value])
+            else:
+                output[name] = np.concatenate([value, value]) if isinstance(value, np.ndarray) else [*value, *value]
+        return output
+
+
+def _identities(images: list[Any]) -> list[int]:
+    return [id(image) for image in images]
+
+
+@contextlib.contextmanager
+def images_processed_once(collator: Any) -> Iterator[None]:
+    """Let a collator process each image once, although TRL passes it to the processor for both rows of a pair."""
+    processor: Any = getattr(collator, "processor", None)
+    original = getattr(processor, "image_processor", None)
+    if original is None:
+        yield
+        return
+    processor.image_processor = _HalfOfImages(original)
+    try:
+        yield
+    finally:
+        processor.image_processor = original
 
 
 def takes_encoded_images(model: Any) -> bool:

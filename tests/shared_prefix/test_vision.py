@@ -382,6 +382,25 @@ def test_training_equals_padded_sequences(mode, tmp_path):
     assert_same_weights(weights(shared_trainer), weights(padded_trainer), rtol=1e-4, atol=2e-6)
 
 
+def test_each_image_is_processed_once(tmp_path, monkeypatch):
+    """The batch is that of TRL's collator, which passes each image to the processor twice."""
+    trainer = vision_trainer(tmp_path, shared_prefix="on")
+    collator, processed = trainer.data_collator, []
+    processor = collator.collator.processor.image_processor
+    original = type(processor).__call__
+    monkeypatch.setattr(
+        type(processor),
+        "__call__",
+        lambda self, images, **options: processed.append(sum(map(len, images))) or original(self, images, **options),
+    )
+    ours, expected = collator(vision_rows()), collator.collator(vision_rows())
+    assert processed == [6, 12]
+    assert collator.collator.processor.image_processor is processor
+    assert ours.keys() - {TREE} == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
 def test_evaluate_and_predict(tmp_path):
     results = []
