@@ -10,6 +10,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PretrainedConfig, TrainerCallback
 
+from .support import has_images
+
 logger = get_logger(__name__)
 
 MARGIN = 1.3  # required ratio of free to estimated memory
@@ -71,7 +73,7 @@ def most_tokens(trainer: Any) -> int | None:
         whose encoders need memory as well.
     """
     dataset = trainer.train_dataset
-    if getattr(trainer, "_is_vision_dataset", False):
+    if has_images(trainer):
         return None
     if trainer.max_tokens_per_forward is not None:
         return int(trainer.max_tokens_per_forward)

@@ -30,7 +30,7 @@ TESTED_MODEL_TYPES = (
     "qwen3_moe",
     "smollm3",
 )
-# Collators whose batches are known. A subclass can add keys to a batch, and must be added here
+# Collators whose batches are known. Others, and subclasses, must be added because they can add keys to a batch
 COLLATORS: list[type] = [DataCollatorForPreference, DataCollatorForVisionPreference]
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 
@@ -65,11 +65,16 @@ def _trainer_reason(trainer: Any) -> str | None:
     return f"{used[0]} parallelism splits sequences or heads" if used else None
 
 
+def has_images(trainer: Any) -> bool:
+    """Return whether a trainer has ordinary pairs or step pairs with images."""
+    return bool(trainer._is_vision_dataset or getattr(trainer, "has_step_images", False))
+
+
 def encodes_images_once(trainer: Any) -> bool:
     """Return whether padded rows can use each encoded image twice, for the chosen and for the rejected row."""
     models = [decoder(model) for model in (trainer.model, trainer.ref_model) if model is not None]
     return (
-        trainer._is_vision_dataset
+        has_images(trainer)
         and type(trainer.data_collator) in COLLATORS
         and not trainer.args.torch_compile
         and all(model.config.model_type in ENCODED_ONCE and takes_encoded_images(model) for model in models)
