@@ -255,7 +255,7 @@ def encode_images(backbone: Any, tree: PrefixTree) -> ImageFeatures | None:
     return ImageFeatures(backbone.get_image_features(**tree.images, return_dict=True))
 
 
-class _HalfOfImages:
+class HalfOfImages:
     """Image processor for lists whose second half repeats the first: it processes one half and repeats the result."""
 
     def __init__(self, image_processor: Any) -> None:
@@ -270,11 +270,13 @@ class _HalfOfImages:
         if not nested or [*map(_identities, images[:half])] != [*map(_identities, images[half:])]:
             return self.image_processor(images, *args, **kwargs)
         output = self.image_processor(images[:half], *args, **kwargs)
+        if not all(isinstance(value, (torch.Tensor, np.ndarray, list)) for value in output.values()):
+            return self.image_processor(images, *args, **kwargs)
         for name, value in output.items():
             if isinstance(value, torch.Tensor):
                 output[name] = torch.cat([value, value])
             else:
-                output[name] = np.concatenate([value, value]) if isinstance(value, np.ndarray) else [*value, *value]
+                output[name] = np.concatenate([value, value]) if isinstance(value, np.ndarray) else value + value
         return output
 
 
@@ -290,7 +292,7 @@ def images_processed_once(collator: Any) -> Iterator[None]:
     if original is None:
         yield
         return
-    processor.image_processor = _HalfOfImages(original)
+    processor.image_processor = HalfOfImages(original)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Compares vision-language models on a prefix tree with the same models on separate sequences."""
 
 import copy
+import importlib
 import inspect
 import logging
 import random
@@ -22,6 +23,7 @@ from stepdpo_trl.shared_prefix.mixin import TREE, SharedPrefixCollator
 from stepdpo_trl.shared_prefix.vision import (
     ENCODED_ONCE,
     VISION_MODEL_TYPES,
+    HalfOfImages,
     ImageLayout,
     encode_images_once,
     image_arguments,
@@ -399,6 +401,30 @@ def test_each_image_is_processed_once(tmp_path, monkeypatch):
     assert ours.keys() - {TREE} == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+IMAGE_PROCESSORS = {
+    "qwen2_vl": "Qwen2VL",
+    "clip": "CLIP",
+    "llava_onevision": "LlavaOnevision",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+    "got_ocr2": "GotOcr2",  # of InternVL
+    "gemma3": "Gemma3",
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_PROCESSORS)
+def test_repeated_images_of_image_processors(name):
+    module = importlib.import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+    processor = getattr(module, f"{IMAGE_PROCESSORS[name]}ImageProcessorPil")()
+    first, second, third = (row["images"][0] for row in single_images()[:3])
+    for images in ([[first, second], [third]] * 2, [[first], [second]] * 2):
+        expected = processor([list(own) for own in images], return_tensors="pt")
+        found = HalfOfImages(processor)([list(own) for own in images], return_tensors="pt")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
