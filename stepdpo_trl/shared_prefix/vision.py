@@ -256,7 +256,13 @@ def encode_images(backbone: Any, tree: PrefixTree) -> ImageFeatures | None:
 
 
 class HalfOfImages:
-    """Image processor for lists whose second half repeats the first: it processes one half and repeats the result."""
+    """
+    Image processor that processes the first half of its images only if the second half repeats it.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            Image processor that it replaces.
+    """
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
@@ -265,6 +271,7 @@ class HalfOfImages:
         return getattr(self.image_processor, name)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Process the images of several rows, given as lists."""
         half = len(images) // 2 if isinstance(images, list) else 0
         nested = half and all(isinstance(own, list) for own in images)
         if not nested or [*map(_identities, images[:half])] != [*map(_identities, images[half:])]:
