@@ -15,7 +15,8 @@ same loss, log-probabilities and gradient norm.
 --settings: "same" (DPOTrainer's defaults on both sides) or "recommended" (StepDPOTrainer with reference scores
 computed in advance and without gradient checkpointing, DPOTrainer with its defaults).
 
-Positions are the tokens that the policy embeds, including padding. Unique tokens are the nodes of a trie of each
+The speedup is that of the time that passes on a GPU, and that of processor time on a CPU, because other processes can
+slow down one of the trainers more than the other. Positions are the tokens that the policy embeds, including padding. Unique tokens are the nodes of a trie of each
 batch. Vision-tower runs count the images that the policy's tower encodes. The peak memory is that of the tensors that
 one step allocates.
 """
@@ -61,6 +62,7 @@ VOCABULARY = 2000
 TABLE = [("varied", "same"), ("varied", "recommended"), ("equal", "same"), ("four-per-problem", "same")]
 FORMATS = {
     "pairs_per_second": ("pairs per second", "{:.2f}"),
+    "pairs_per_processor_second": ("pairs per second of processor time", "{:.2f}"),
     "positions_per_unique": ("positions computed / unique tokens", "{:.3f}"),
     "tower_runs_per_image": ("vision-tower runs / image", "{:.2f}"),
     "peak_memory_gib": ("peak memory of a step, GiB", "{:.2f}"),
@@ -158,6 +160,20 @@ def token_names(pair: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
+class ProcessorStopwatch(Stopwatch):
+    """Stopwatch that also measures processor time, which other processes of the machine do not change."""
+
+    processor_seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start or stop."""
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step == 1:
+            self.processor_start = time.process_time()
+        elif control.should_training_stop:
+            self.processor_seconds = time.process_time() - self.processor_start
+
+
 class Side:
     """
     A trainer and its measurements.
@@ -171,7 +187,7 @@ class Side:
 
     def __init__(self, trainer: Any, steps: int) -> None:
         self.trainer = trainer
-        self.stopwatch = Stopwatch(steps)
+        self.stopwatch = ProcessorStopwatch(steps)
         self.recorder = trainer.data_collator = Recorder(trainer.data_collator)
         self.encoded: list[int] = []  # images of each run of the policy's tower
         trainer.remove_callback(PrinterCallback)
@@ -199,6 +215,7 @@ class Side:
         images = [len({pair["prompt_ids"][1][0] for pair in batch}) for batch in named]
         return {
             "pairs_per_second": sum(map(len, batches)) / self.stopwatch.seconds,
+            "pairs_per_processor_second": sum(map(len, batches)) / self.stopwatch.processor_seconds,
             "positions_per_unique": self.stopwatch.positions / sum(map(count_unique, named)),
             "tower_runs_per_image": sum(self.encoded[1 : 1 + steps]) / sum(images),
         }
@@ -305,8 +322,9 @@ def run_row(lengths: str, settings: str, args: argparse.Namespace) -> dict[str, 
         {name: statistics.median(one[name] for one in own) for name in own[0]} | {"peak_memory_gib": peak}
         for own, peak in zip(turns, memory, strict=True)
     ]
-    quotients = [two["pairs_per_second"] / one["pairs_per_second"] for one, two in zip(*turns, strict=True)]
-    speedup = medians[1]["pairs_per_second"] / medians[0]["pairs_per_second"]
+    speed = "pairs_per_second" if CUDA else "pairs_per_processor_second"
+    quotients = [two[speed] / one[speed] for one, two in zip(*turns, strict=True)]
+    speedup = medians[1][speed] / medians[0][speed]
     print(f"    {'':<36}{NAMES[0]:>16}{NAMES[1]:>16}")
     for name, (title, style) in FORMATS.items():
         print(f"    {title:<36}" + "".join(f"{style.format(own[name]):>16}" for own in medians))
