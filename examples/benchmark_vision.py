@@ -17,7 +17,7 @@ computed in advance and without gradient checkpointing, DPOTrainer with its defa
 
 The speedup is that of the time that passes on a GPU, and that of processor time on a CPU, because other processes can
 slow down one of the trainers more than the other. Positions are the tokens that the policy embeds, including padding.
-Unique tokens are the nodes of a trie of each batch. Vision-tower runs count the images that the policy's tower encodes.
+Unique tokens are the nodes of a trie of each batch. Vision-tower runs count the images that the tower encodes.
 The peak memory is that of the tensors that one step allocates.
 """
 
