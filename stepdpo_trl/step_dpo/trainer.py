@@ -126,7 +126,7 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if isinstance(train_dataset, (list, dict)):
             if sdpo is None:
                 raise TypeError(
-                    f"`train_dataset` is a {type(train_dataset).__name__} of data sets. Pass "
+                    f"`train_dataset` is a {type(train_dataset).__name__} of datasets. Pass "
                     "`callbacks=[SDPOCallback()]` to train on them in stages (sDPO), or pass a single dataset, for "
                     "example joined with `datasets.concatenate_datasets`."
                 )

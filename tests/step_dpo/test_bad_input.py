@@ -144,7 +144,7 @@ def test_options_are_checked_in_the_config(tmp_path):
 
 
 def overlong_limit(model, output_dir, fits):
-    """Return a `max_length` that `fits` of the eight rows do not exceed."""
+    """Return the `max_length` for which `fits` of the eight rows are short enough."""
     rows = make_trainer(model, output_dir).train_dataset
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     return sorted(lengths)[fits - 1]
