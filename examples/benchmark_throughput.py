@@ -84,7 +84,7 @@ FORMATS = {
     "pairs_per_second": ("pairs per second", "{:.2f}"),
     "positions_per_unique": ("positions computed / unique tokens", "{:.3f}"),
     "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
-    "utilization": ("model FLOPs utilisation", "{:.1%}"),
+    "utilization": ("model FLOPs utilization", "{:.1%}"),
     "collator_share": ("share of time making batches", "{:.2%}"),
 }
 
