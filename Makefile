@@ -18,13 +18,13 @@ help:  ## Show this help
 quickstart: $(VENV)/.core  ## Train a small model with Step-DPO and print its accuracy before and after
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.test  ## Run all the tests
+test: $(VENV)/.test  ## Run all tests (up to seven minutes on two cores)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-fast: $(VENV)/.test  ## Run the tests that take seconds
+test-fast: $(VENV)/.test  ## Run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
-test-oldest:  ## Run all the tests on the oldest supported TRL
+test-oldest:  ## Run all tests on the oldest supported TRL
 	mkdir -p .venv-oldest
 	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt

@@ -1,4 +1,4 @@
-"""Models and pairs for `benchmark_throughput.py`: random weights, random words, lengths as in real data."""
+"""Models and pairs for `benchmark_throughput.py`: random weights, and random words with realistic lengths."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 CONFIGS = {
-    # 10 million parameters. A large vocabulary would flatter whoever scores fewer positions, see `CPU_NOTE`
+    # 10 million parameters. The vocabulary is small for the reason in `CPU_NOTE`
     "small": Qwen2Config(
         vocab_size=2000,
         hidden_size=320,
@@ -46,16 +46,18 @@ CONFIGS = {
     ),
 }
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-SIGMA = math.sqrt(math.log(1 + 0.5**2))  # of the logarithm, for a coefficient of variation of 0.5
+SIGMA = math.sqrt(math.log(1 + 0.5**2))  # log-normal scale for a coefficient of variation of 0.5
 
 
 class Writer:
     """
-    Writes random words, in amounts that are log-normal around a median.
+    Generator of random words, with log-normally distributed lengths.
 
     Args:
-        vocabulary (`int`): Tokens of the model.
-        seed (`int`): Seed.
+        vocabulary (`int`):
+            Vocabulary size of the model.
+        seed (`int`):
+            Random seed.
     """
 
     def __init__(self, vocabulary: int, seed: int) -> None:
@@ -63,11 +65,11 @@ class Writer:
         self.vocabulary = vocabulary
 
     def length(self, median: int) -> int:
-        """Draw a length, between a fifth and four times the median."""
+        """Draw a length in words, clipped to between a fifth and four times the median."""
         return int(np.clip(self.rng.lognormal(math.log(median), SIGMA), median / 5, median * 4))
 
     def words(self, number: int) -> str:
-        """Write so many words, each with a space in front."""
+        """Return `number` random words, each with a leading space."""
         return "".join(f" w{word}" for word in self.rng.integers(len(SPECIAL_TOKENS), self.vocabulary, number))
 
 
@@ -90,7 +92,7 @@ def _four_per_problem(writer: Writer) -> list[dict[str, str]]:
     for _ in range(4):
         steps = {name: writer.words(writer.length(55)) for name in ("chosen", "rejected")}
         pairs.append({"prompt": problem, "initial_reason_steps": initial, **steps})
-        initial += writer.words(writer.length(55))  # a right step, but not the one that the pair prefers
+        initial += writer.words(writer.length(55))  # another step than the preferred one
     return pairs
 
 
@@ -99,7 +101,7 @@ def _ultrafeedback(writer: Writer) -> list[dict[str, str]]:
     return [{name: writer.words(writer.length(median)) for name, median in medians.items()}]
 
 
-# What each writes is the pairs of one problem
+# Each function returns the pairs of one problem
 LENGTHS: dict[str, Callable[[Writer], list[dict[str, str]]]] = {
     "math-step-dpo": _math_step_dpo,
     "long": lambda writer: _math_step_dpo(writer, prefix=2000),
@@ -111,16 +113,20 @@ LENGTHS: dict[str, Callable[[Writer], list[dict[str, str]]]] = {
 
 def write_pairs(lengths: str, number: int, vocabulary: int, seed: int) -> Dataset:
     """
-    Write pairs of random words.
+    Create pairs of random words.
 
     Args:
-        lengths (`str`): One of `LENGTHS`.
-        number (`int`): How many pairs.
-        vocabulary (`int`): Tokens of the model.
-        seed (`int`): Seed.
+        lengths (`str`):
+            Distribution of the lengths, a key of `LENGTHS`.
+        number (`int`):
+            Number of pairs.
+        vocabulary (`int`):
+            Vocabulary size of the model.
+        seed (`int`):
+            Random seed.
 
     Returns:
-        `Dataset`: The pairs, those of one problem next to each other.
+        `Dataset`: The pairs. Pairs of the same problem are adjacent.
     """
     writer, pairs = Writer(vocabulary, seed), list[dict[str, str]]()
     while len(pairs) < number:
@@ -130,10 +136,21 @@ def write_pairs(lengths: str, number: int, vocabulary: int, seed: int) -> Datase
 
 def load_pairs(dataset: str, number: int, seed: int) -> Dataset:
     """
-    Load pairs from the Hub or a file, and draw some.
+    Load pairs from the Hub or a file and draw a random sample.
+
+    Args:
+        dataset (`str`):
+            Dataset id, or path of a JSON Lines or Parquet file.
+        number (`int`):
+            Number of pairs to draw.
+        seed (`int`):
+            Random seed.
+
+    Returns:
+        `Dataset`: The sampled pairs.
 
     Raises:
-        SystemExit: If there are fewer.
+        SystemExit: If the dataset has fewer than `number` pairs.
     """
     if Path(dataset).is_file():
         kind = "parquet" if dataset.endswith(".parquet") else "json"
@@ -141,12 +158,15 @@ def load_pairs(dataset: str, number: int, seed: int) -> Dataset:
     else:
         pairs = load_dataset(dataset, split="train")
     if len(pairs) < number:
-        raise SystemExit(f"{dataset} has {len(pairs)} pairs, but rounds * (steps + 2) * batch size are {number}.")
+        raise SystemExit(
+            f"{dataset} has only {len(pairs)} pairs, but the benchmark needs rounds * (steps + 2) * batch size = "
+            f"{number}. Decrease --rounds, --steps or --batch-size."
+        )
     return pairs.shuffle(seed=seed).select(range(number))
 
 
 def load_tokenizer(model: str | None, vocabulary: int) -> Any:
-    """Load a model's tokenizer, or make one to which each word of a [`Writer`] is a token."""
+    """Load the tokenizer of `model`, or create one in which each word of a [`Writer`] is a token."""
     if model is not None:
         return AutoTokenizer.from_pretrained(model)
     special = {token: index for index, token in enumerate(SPECIAL_TOKENS.values())}
@@ -157,12 +177,12 @@ def load_tokenizer(model: str | None, vocabulary: int) -> Any:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """Look up one of `CONFIGS`, or read a `config.json` or the folder that it is in."""
+    """Return an entry of `CONFIGS`, or load a `config.json` by its path or its folder."""
     return CONFIGS[name] if name in CONFIGS else AutoConfig.from_pretrained(name)
 
 
 def load_model(model: str | None, config: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Load `model`, or make one from its config, with random weights, where it is to be."""
+    """Load `model` on the device, or create a model with random weights from `config`."""
     if model is not None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         return loaded.to(device)
@@ -171,11 +191,11 @@ def load_model(model: str | None, config: str, dtype: torch.dtype, device: str) 
 
 
 def share_weights(model: PreTrainedModel) -> Any:
-    """Copy a model but for its parameters, which both then hold."""
+    """Copy a model without copying its parameters, which both models then share."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def count_linear(model: Any) -> int:
-    """Count the parameters by which every token is multiplied: all but embeddings and head."""
+    """Count the parameters that every token is multiplied by, that is, all but the embeddings and the head."""
     ends = {id(end.weight): end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     return int(model.num_parameters()) - sum(weight.numel() for weight in ends.values())

@@ -1,4 +1,4 @@
-"""Meters for `benchmark_throughput.py`: what a trainer does in a turn, how fast, and where its time goes."""
+"""Measurements for `benchmark_throughput.py`: throughput, computed tokens, memory and profiles of a trainer."""
 
 import gc
 import time
@@ -13,19 +13,19 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
 CUDA = torch.cuda.is_available()
-# Of dense products in bfloat16
+# Dense matrix products in bfloat16
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 def synchronize() -> None:
-    """Wait for the device."""
+    """Wait until the device has finished."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def count_unique(batch: Sequence[dict[str, Any]]) -> int:
-    """Count the tokens of a batch, those that its sequences begin with alike once: the nodes of their trie."""
+    """Count the tokens of a batch, with shared prefixes counted once. These are the nodes of its trie."""
     root: dict[int, Any] = {}
     nodes = 0
     for pair in batch:
@@ -40,7 +40,7 @@ def count_unique(batch: Sequence[dict[str, Any]]) -> int:
 
 
 class Recorder:
-    """Stands in front of a collator: keeps the pairs of each batch, and the time that it took."""
+    """Collator wrapper that records the pairs of each batch and the collation time."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -48,7 +48,7 @@ class Recorder:
         self.seconds: list[float] = []
 
     def __call__(self, pairs: list[dict[str, Any]]) -> Any:
-        """Make a batch."""
+        """Collate a batch."""
         start = time.perf_counter()
         batch = self.collator(pairs)
         self.seconds.append(time.perf_counter() - start)
@@ -57,7 +57,7 @@ class Recorder:
 
 
 class Stopwatch(TrainerCallback):
-    """Times the steps after the first, and stops when there have been enough."""
+    """Callback that times the steps after the first one and stops training after `steps` timed steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -66,12 +66,12 @@ class Stopwatch(TrainerCallback):
         self.memory_before = self.memory_peak = 0
 
     def count_positions(self, module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        """Count what is embedded for the policy, as a forward hook of its embeddings."""
+        """Count the embedded positions of the policy, as a forward hook of its embeddings."""
         if torch.is_grad_enabled():
             self.positions += inputs[0].numel()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start or stop."""
+        """Start the clock after the first step, and stop training after the last timed step."""
         if state.global_step not in (1, 1 + self.steps):
             return
         synchronize()
@@ -90,16 +90,23 @@ class Stopwatch(TrainerCallback):
 @dataclass(frozen=True)
 class Turn:
     """
-    Figures of one turn.
+    Measurements of one turn.
 
     Args:
-        pairs_per_second (`float`): Pairs trained on per second.
-        positions (`int`): Positions that went through the policy in its forwards.
-        unique_tokens (`int`): Nodes of the tries of the batches.
-        positions_per_unique (`float`): Their quotient.
-        collator_share (`float`): Share of the time in which batches were made.
-        peak_memory_gib (`float`, *optional*): Peak above weights and optimizer. `None` on a CPU.
-        utilisation (`float`, *optional*): Model FLOPs over what the device can do. `None` where that is not known.
+        pairs_per_second (`float`):
+            Number of pairs trained on per second.
+        positions (`int`):
+            Number of positions in the forward passes of the policy.
+        unique_tokens (`int`):
+            Number of nodes in the tries of the batches.
+        positions_per_unique (`float`):
+            `positions` divided by `unique_tokens`.
+        collator_share (`float`):
+            Share of the time spent in the collator.
+        peak_memory_gib (`float`, *optional*):
+            Peak memory in GiB above weights and optimizer state. `None` on CPU.
+        utilisation (`float`, *optional*):
+            Model FLOPs per second divided by the peak FLOPs of the device. `None` if the peak is unknown.
     """
 
     pairs_per_second: float
@@ -113,12 +120,15 @@ class Turn:
 
 class Side:
     """
-    One of the two trainers, and its meters.
+    One of the two trainers with its measurements.
 
     Args:
-        trainer (`~trl.DPOTrainer`): The trainer, made of whatever data.
-        steps (`int`): Timed steps of a turn.
-        linear (`int`): Parameters by which every token is multiplied.
+        trainer (`~trl.DPOTrainer`):
+            The trainer. Its training data is replaced in every turn.
+        steps (`int`):
+            Number of timed steps in a turn.
+        linear (`int`):
+            Number of parameters that every token is multiplied by.
     """
 
     def __init__(self, trainer: Any, steps: int, linear: int) -> None:
@@ -131,7 +141,7 @@ class Side:
         trainer.model.get_input_embeddings().register_forward_hook(self.stopwatch.count_positions)
 
     def train(self, pairs: Dataset) -> bool:
-        """Train on tokenized pairs. Returns whether there was enough memory."""
+        """Train on tokenized pairs and return whether the memory was sufficient."""
         self.trainer.train_dataset = pairs
         self.recorder.batches.clear()
         self.recorder.seconds.clear()
@@ -145,11 +155,11 @@ class Side:
         return False
 
     def first_step(self, pairs: Dataset) -> dict[str, float] | None:
-        """Train on one batch. Returns what the Trainer logs of it, `None` where there is too little memory."""
+        """Train on one batch and return the logged values, or `None` if the device runs out of memory."""
         return self.trainer.state.log_history[0] if self.train(pairs) else None
 
     def measure(self, pairs: Dataset) -> Turn | None:
-        """Train for one turn. `None` where there is too little memory."""
+        """Train for one turn and return its measurements, or `None` if the device runs out of memory."""
         if not self.train(pairs):
             return None
         steps, seconds = self.stopwatch.steps, self.stopwatch.seconds
@@ -166,7 +176,7 @@ class Side:
         )
 
     def collator_seconds(self) -> float:
-        """Time in which batches were made, in the timed part of the last turn. They are made one step ahead."""
+        """Return the collation time in the timed part of the last turn. Batches are collated one step ahead."""
         return sum(self.recorder.seconds[2 : 2 + self.stopwatch.steps])
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
@@ -181,10 +191,13 @@ class Side:
 
 class Phases(TrainerCallback):
     """
-    Times the parts of a trainer's steps. The device is waited for around each, so that a step takes longer.
+    Callback that times the parts of a training step.
+
+    It synchronizes the device around each part, which makes the steps slower.
 
     Args:
-        side (`Side`): The trainer and its meters, for nothing else from then on.
+        side (`Side`):
+            The trainer with its measurements. It cannot be used for other measurements afterwards.
     """
 
     def __init__(self, side: Side) -> None:
@@ -202,10 +215,10 @@ class Phases(TrainerCallback):
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            own = part if torch.is_grad_enabled() else "reference"  # which has no gradients
-            self._lap(own, -1)
+            measured = part if torch.is_grad_enabled() else "reference"  # only the reference has no gradients
+            self._lap(measured, -1)
             result = function(*args, **kwargs)
-            self._lap(own, 1)
+            self._lap(measured, 1)
             return result
 
         setattr(owner, name, timed)
@@ -215,20 +228,20 @@ class Phases(TrainerCallback):
         self.seconds[part] += sign * time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the optimizer's time."""
+        """Start timing the optimizer."""
         self._lap("optimizer", -1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
+        """Stop timing the optimizer."""
         self._lap("optimizer", 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the step that warms up."""
+        """Discard the warmup step."""
         if state.global_step == 1:
             self.seconds.clear()
 
     def shares(self) -> dict[str, float]:
-        """Share of each part in the turn that was last."""
+        """Return the share of each part in the time of the last turn."""
         parts, total = self.seconds, self.side.stopwatch.seconds
         named = {
             "making batches": self.side.collator_seconds(),
@@ -242,13 +255,13 @@ class Phases(TrainerCallback):
 
 
 def operator_shares(train: Callable[[], Any]) -> dict[str, float]:
-    """Share of attention and of matrix products in the device's time, forward and backward."""
+    """Return the shares of attention and matrix products in the device time of forward and backward passes."""
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
     with torch.profiler.profile(activities=activities) as profiler:
         train()
     shares: Counter[str] = Counter()
     for event in profiler.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CPU:  # kernels, which count for what launched them
+        if event.device_type != torch.autograd.DeviceType.CPU:  # kernel times are attributed to the launching operator
             continue
         attention = any(word in event.key for word in ("attention", "attn"))
         kind = "attention" if attention else "matrix products" if event.key in PRODUCTS else "other operators"

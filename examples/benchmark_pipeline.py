@@ -1,10 +1,11 @@
 """
-What step pairs cost: binary search against a linear scan of all prefixes, rounds against a flat 20 samples.
+Measure how many samples step pairs cost.
 
     python examples/benchmark_pipeline.py
 
-Both sides read the same samples, those of the quickstart's small model on long problems, so that verdicts and yield
-can be compared one by one. Takes about five minutes on two cores.
+The benchmark compares localization by binary search with a linear scan of all prefixes, and rectification in rounds
+with a fixed number of 20 samples. Both sides use the same samples of the quickstart model on long problems, so their
+verdicts and yields can be compared one by one. It takes about five minutes on two cores.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.collect import wrong_solutions
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.judges.protocol import Judge
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner
@@ -29,18 +31,21 @@ K, FLAT = 8, 20
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the arguments."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=60, help="problems of 8 and 9 steps (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--problems", type=int, default=60, help="number of problems with 8 or 9 steps (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="generation batch size (default: %(default)s)")
     args = parser.parse_args()
-    if args.problems < 1 or args.batch_size < 1:
-        parser.error("--problems and --batch_size must be at least 1.")
+    for name in ("problems", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, but must be at least 1.")
     return args
 
 
 def linear_scan(policy: Policy, k: int) -> Judge:
-    """`k` continuations of every prefix; the first of which none is right is lost."""
+    """Return a judge that samples `k` continuations after every step and names the first step after which all fail."""
 
     def judge(solution: Solution) -> Task[Verdict]:
         steps = split_steps(solution.text)
@@ -50,13 +55,13 @@ def linear_scan(policy: Policy, k: int) -> Judge:
             sampled += k
             if not any(continuation.check.outcome == RIGHT for continuation in continuations):
                 step = length
-        return Verdict(step, "linear scan", {"rollouts": sampled + k})  # and those behind the last step
+        return Verdict(step, "linear scan", {"rollouts": sampled + k})  # includes those after the last step
 
     return judge
 
 
 def main() -> None:
-    """Collect, localize both ways, rectify both ways, print."""
+    """Run the benchmark and print the results."""
     args = parse_args()
     drawn = make_problems(args.problems, "pairs", (8, 9))
     problems = [Problem(str(n), problem.text, problem.answer) for n, problem in enumerate(drawn)]
@@ -66,7 +71,7 @@ def main() -> None:
         session.collect(path, problems, "quickstart", model, prompt, Sampling(1.0, 1.0, 256), num_samples=4)
         before = count_samples(path)
         session.localize(path, "rollout", JudgeOptions(num_rollouts=K), {"batch_size": args.batch_size})
-        anew = count_samples(path) - before
+        new_samples = count_samples(path) - before
         session.rectify(path, max_attempts=FLAT, model={"batch_size": args.batch_size})
         generator = session.generator(model)
         policy = Policy("policy", prompt, generator.render, 0)
@@ -76,18 +81,18 @@ def main() -> None:
                 generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan", runner.name
             )
             runner.services["check"] = RecordedChecks(session.checker, run.log("checks"))
-            compare_localization(runner, policy, anew)
+            compare_localization(runner, policy, new_samples)
             compare_rectification(runner, policy)
 
 
 def count_samples(path: Path) -> int:
-    """Samples of the policy so far."""
+    """Return the number of samples drawn from the policy so far."""
     with RunDirectory(path) as run:
         return len(run.log("generations.policy"))
 
 
-def compare_localization(runner: TaskRunner, policy: Policy, anew: int) -> None:
-    """Print rollouts and verdicts of both searches, for solutions of 8 or more steps."""
+def compare_localization(runner: TaskRunner, policy: Policy, new_samples: int) -> None:
+    """Print the rollouts and verdicts of both searches for solutions with at least 8 steps."""
     verdicts = runner.run.log("verdicts.rollout")
     solutions = [s for s in wrong_solutions(runner.run) if verdicts[s.key]["step"] and len(split_steps(s.text)) >= 8]
     scan = linear_scan(policy, K)
@@ -96,15 +101,18 @@ def compare_localization(runner: TaskRunner, policy: Policy, anew: int) -> None:
     spent = sum(tried for seen in binary.values() for tried, _ in seen.values())
     scanned = sum(verdict.evidence["rollouts"] for verdict in linear.values())
     same = sum(verdicts[key]["step"] == verdict.step for key, verdict in linear.items())
-    print(f"\nLocalization of {len(linear)} wrong solutions of 8 or more steps, k = {K}")
-    print(f"    rollouts, linear scan       {scanned:>8,}   {scanned / len(linear):.1f} a solution")
-    print(f"    rollouts, binary search     {spent:>8,}   {spent / len(linear):.1f} a solution: {spent / scanned:.3f}")
-    print(f"    sampled anew, of all        {anew:>8,}   {anew / scanned:.3f}: others were there from collect")
+    per_solution, ratio = spent / len(linear), new_samples / scanned
+    print(f"\nLocalization of {len(linear)} wrong solutions with at least 8 steps, k = {K}")
+    print(f"    rollouts, linear scan       {scanned:>8,}   {scanned / len(linear):.1f} per solution")
+    print(
+        f"    rollouts, binary search     {spent:>8,}   {per_solution:.1f} per solution, ratio: {spent / scanned:.3f}"
+    )
+    print(f"    new samples, all solutions  {new_samples:>8,}   ratio: {ratio:.3f} (collect had drawn the others)")
     print(f"    same verdict                {same:>8,}   {same / len(linear):.1%}")
 
 
 def compare_rectification(runner: TaskRunner, policy: Policy) -> None:
-    """Print samples and yield of rounds and of a flat number."""
+    """Print the samples and yield of rectification in rounds and with a fixed number of samples."""
     corrections = runner.run.log("corrections.rollout")
     solutions = {s.key: s for s in wrong_solutions(runner.run) if s.key in corrections}
 
@@ -125,7 +133,7 @@ def compare_rectification(runner: TaskRunner, policy: Policy) -> None:
 
 
 def ordered(runner: TaskRunner, tasks: list[tuple[str, Task]]) -> list:
-    """Results of tasks in the order of the tasks."""
+    """Run tasks and return their results in the order of the tasks."""
 
     def named(key: str, task: Task) -> Task:
         return key, (yield from task)

@@ -1,27 +1,27 @@
 """
-Throughput of trl.DPOTrainer and StepDPOTrainer, turn and turn about in one process on the same pairs.
+Compare the throughput of trl.DPOTrainer and StepDPOTrainer on the same pairs in one process.
 
     python examples/benchmark_throughput.py                        # 10 million parameters, for a CPU
     python examples/benchmark_throughput.py --all --json cpu.json  # all rows of the README's table
-    python examples/benchmark_throughput.py --config qwen2.5-7b --peft --lengths long   # for a GPU of 80 GB
+    python examples/benchmark_throughput.py --config qwen2.5-7b --peft --lengths long   # for a GPU with 80 GB
 
-The model has random weights, unless --model names one, and the pairs are random words in lengths as in real data,
-unless --dataset names some. Both trainers get the same tokens: those that StepDPOTrainer makes of the pairs. In each
-round both train on the same new pairs, in the Trainer's own loop: one step to warm up, then --steps steps, timed as a
-whole (batches made, policy and reference forward, backward, optimizer). Before that, one step on two pairs has to
-give the same loss, log-probabilities and gradient norm on both sides.
+By default, the model has random weights and the pairs are random words with realistic lengths. Use --model and
+--dataset to benchmark real ones. Both trainers receive the tokens that StepDPOTrainer creates from the pairs. In each
+round, they take turns to train on the same new pairs with the training loop of the Trainer: one warmup step, then
+--steps steps, which are timed together (collator, policy and reference forward, backward, optimizer). Before the first
+round, both train one step on two pairs, which must give the same loss, log-probabilities and gradient norm.
 
---settings says which options the two have:
-    same          both those of DPOTrainer's defaults: reference in each step, gradient checkpointing
-    recommended   StepDPOTrainer precomputed reference scores and no gradient checkpointing, DPOTrainer its defaults
-    tuned         both precomputed reference scores and no gradient checkpointing
-Reference scores are precomputed once, before what is timed: a forward of all pairs.
+--settings selects the options of the two trainers:
+    same          both use the defaults of DPOTrainer: reference in each step, gradient checkpointing
+    recommended   StepDPOTrainer precomputes the reference and does not checkpoint, DPOTrainer uses its defaults
+    tuned         both precompute the reference and do not checkpoint
+Precomputing the reference takes one forward pass over all pairs, which is not timed.
 
-Reported are medians over the rounds, and their quotient with the least and the greatest quotient of a round.
-Positions are what goes through the policy in its forwards, padding included. Unique tokens are the nodes of a trie of
-each batch, counted here once more. Memory is the peak above weights and optimizers. Model FLOPs utilisation counts for
-each unique token 6 times the parameters of the linear layers (4 with LoRA, whose frozen weights need no gradients),
-and 2 times more where the reference is computed in the step; attention, head and recomputation do not count.
+The results are medians over the rounds, and the ratio of the medians with the smallest and largest ratio of a round.
+Positions are counted in the forward passes of the policy and include padding. Unique tokens are the nodes of a trie of
+each batch. Memory is the peak above weights and optimizer state. Model FLOPs utilisation counts 6 FLOPs per unique
+token and parameter of the linear layers (4 with LoRA, whose frozen weights need no gradients), and 2 more if the
+reference is computed in the step. It does not count attention, head and recomputation.
 """
 
 import argparse
@@ -75,10 +75,10 @@ TABLE = [("math-step-dpo", settings) for settings in SETTINGS] + [
     (lengths, "same") for lengths in ("equal", "four-per-problem", "ultrafeedback")
 ]
 CPU_NOTE = (
-    "On a CPU TRL's fused head scores every position, so a large vocabulary would flatter whoever scores fewer; the\n"
-    "small model has one of 2,000."
+    "On CPU, TRL's fused head scores every position, so a large vocabulary would favor the trainer with fewer\n"
+    "positions. The vocabulary of the small model therefore has only 2,000 tokens."
 )
-CHECKED = ("loss", "logps/chosen", "logps/rejected", "grad_norm")  # of what the first step logs
+CHECKED = ("loss", "logps/chosen", "logps/rejected", "grad_norm")  # logged values of the first step to compare
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative
 FORMATS = {
     "pairs_per_second": ("pairs per second", "{:.2f}"),
@@ -90,55 +90,66 @@ FORMATS = {
 
 
 def parse_args() -> argparse.Namespace:
-    """Read and check the arguments."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--lengths", choices=LENGTHS, help="lengths of the pairs (math-step-dpo)")
-    parser.add_argument("--dataset", help="instead: data set id, or a .jsonl or .parquet file; needs --model")
-    parser.add_argument("--settings", choices=SETTINGS, help="options of the two sides (same)")
-    parser.add_argument("--all", action="store_true", help="the rows of the README's table, one after the other")
+    parser.add_argument("--lengths", choices=LENGTHS, help="lengths of the random pairs (default: math-step-dpo)")
+    parser.add_argument(
+        "--dataset", help="dataset id, or a .jsonl or .parquet file, to use instead of random pairs; needs --model"
+    )
+    parser.add_argument("--settings", choices=SETTINGS, help="options of the two trainers (default: same)")
+    parser.add_argument("--all", action="store_true", help="measure all rows of the README's table")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="model id or folder")
     model.add_argument(
-        "--config", default="small", help=f"{', '.join(CONFIGS)} or a config.json: random weights (%(default)s)"
+        "--config",
+        default="small",
+        help=f"{', '.join(CONFIGS)} or a config.json, for a model with random weights (default: %(default)s)",
     )
-    parser.add_argument("--peft", action="store_true", help="LoRA of rank 64 on all linear layers")
+    parser.add_argument("--peft", action="store_true", help="train LoRA of rank 64 on all linear layers")
     parser.add_argument(
-        "--dtype", choices=TOLERANCE, default="bfloat16" if CUDA else "float32", help="of the weights (%(default)s)"
+        "--dtype",
+        choices=TOLERANCE,
+        default="bfloat16" if CUDA else "float32",
+        help="dtype of the weights (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=_count, default=8, help="pairs of a step (%(default)s)")
-    parser.add_argument("--rounds", type=_count, default=5, help="turns of each side (%(default)s)")
-    parser.add_argument("--steps", type=_count, default=4, help="timed steps of a turn (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, pairs and order (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also say where StepDPOTrainer's time goes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--batch-size", type=_count, default=8, help="number of pairs per step (default: %(default)s)")
+    parser.add_argument("--rounds", type=_count, default=5, help="number of turns per trainer (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=_count, default=4, help="number of timed steps per turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of weights, pairs and order (default: %(default)s)"
+    )
+    parser.add_argument("--profile", action="store_true", help="also print the time profile of StepDPOTrainer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     args = parser.parse_args()
     if args.all and (args.lengths or args.settings or args.dataset):
-        parser.error("--all chooses the rows itself. Leave --lengths, --settings and --dataset out.")
+        parser.error("--all selects the rows itself. Remove --lengths, --settings and --dataset.")
     if args.dataset and args.lengths:
-        parser.error("--dataset and --lengths both choose the pairs. Leave one of them out.")
+        parser.error("--dataset and --lengths both select the pairs. Remove one of them.")
     if args.dataset and not args.model:
-        parser.error("--dataset is text and needs a tokenizer. Say with --model whose.")
+        parser.error("--dataset contains text and needs a tokenizer. Pass --model as well.")
     if args.dataset and args.dataset.endswith((".jsonl", ".json", ".parquet")) and not Path(args.dataset).is_file():
-        parser.error(f"--dataset is {args.dataset!r}, which does not exist.")
+        parser.error(f"--dataset is {args.dataset!r}, which does not exist. Fix the path.")
     if args.config not in CONFIGS and not Path(args.config).exists():
         parser.error(f"--config is {args.config!r}, which is neither a file nor one of {', '.join(CONFIGS)}.")
     if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json is in {str(args.json.parent)!r}, which does not exist. Create it first.")
+        parser.error(f"--json is in the folder {str(args.json.parent)!r}, which does not exist. Create it first.")
     return args
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def make_sides(
     base: Any, tokenizer: Any, pairs: datasets.Dataset, options: dict[str, Any], settings: str, args: Any
 ) -> list[Side]:
-    """Make DPOTrainer and StepDPOTrainer, the latter with `options`, of the weights of a model."""
+    """Create both trainers from the weights of a model. `options` are passed to StepDPOConfig."""
     common = {
         "per_device_train_batch_size": args.batch_size,
         "max_length": None,
@@ -150,20 +161,20 @@ def make_sides(
         "dataloader_pin_memory": CUDA,
         "disable_tqdm": True,
         "logging_strategy": "no",
-        "logging_first_step": True,  # which is not timed
+        "logging_first_step": True,  # the first step is not timed
         "save_strategy": "no",
         "report_to": "none",
     }
     stock, own = SETTINGS[settings]
     kinds = (
-        # DPOTrainer knows no steps: it is made with one pair, and trains on the tokens that StepDPOTrainer has of all
+        # DPOTrainer cannot tokenize steps: it starts with one pair and gets the tokens of StepDPOTrainer later
         (trl.DPOTrainer, trl.DPOConfig(args.output_dir, **common, **stock), pairs.select([0])),
         (StepDPOTrainer, StepDPOConfig(args.output_dir, **common, **own, **options), pairs),
     )
     lora = peft.LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     sides = []
     for kind, config, rows in kinds:
-        transformers.set_seed(args.seed)  # of the adapter
+        transformers.set_seed(args.seed)  # same adapter for both
         trainer = kind(
             model=share_weights(base) if args.peft else copy.deepcopy(base),
             ref_model=None if args.peft or config.precompute_ref_log_probs else share_weights(base),
@@ -178,28 +189,30 @@ def make_sides(
 
 def check_first_step(sides: list[Side], pairs: datasets.Dataset, dtype: str) -> dict[str, float]:
     """
-    Train both sides on a small batch, and compare what they log of it.
+    Train both sides on a small batch and compare the values that they log.
 
     Returns:
-        `dict`: Relative differences. Empty where a side has too little memory.
+        `dict`: Relative difference of each value. Empty if the device runs out of memory.
 
     Raises:
-        SystemExit: If a difference is more than rounding.
+        SystemExit: If a difference is larger than rounding errors.
     """
     stock, own = (side.first_step(pairs) for side in sides)
     if stock is None or own is None:
         return {}
     differences = {name: abs(own[name] - stock[name]) / abs(stock[name]) for name in CHECKED}
-    print(f"    loss of the first step: {stock['loss']:.6f} and {own['loss']:.6f}. Relative differences:")
+    print(f"    Loss of the first step: {stock['loss']:.6f} and {own['loss']:.6f}. Relative differences:")
     print("    " + ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()), flush=True)
-    if not all(difference <= TOLERANCE[dtype] for difference in differences.values()):  # NaN is not
-        raise SystemExit(f"That is more than {TOLERANCE[dtype]:.0e}: the two do not compute the same.")
+    if not all(difference <= TOLERANCE[dtype] for difference in differences.values()):  # also fails for NaN
+        raise SystemExit(
+            f"A difference exceeds the tolerance of {TOLERANCE[dtype]:.0e}: the trainers do not compute the same loss."
+        )
     return differences
 
 
 def run_row(base: Any, tokenizer: Any, lengths: str, settings: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one row of the table, and print it."""
-    turn_pairs = (args.steps + 2) * args.batch_size  # a step to warm up, and the batch that is made ahead
+    """Measure one row of the table and print it."""
+    turn_pairs = (args.steps + 2) * args.batch_size  # one more for warmup, one more because batches are prefetched
     number = turn_pairs * args.rounds
     if args.dataset:
         pairs = load_pairs(args.dataset, number, args.seed)
@@ -220,20 +233,24 @@ def run_row(base: Any, tokenizer: Any, lengths: str, settings: str, args: argpar
     row |= summarize(turns)
     print_row(row)
     if args.profile and None not in turns[1]:
-        print_shares("operators of StepDPOTrainer", operator_shares(lambda: sides[1].measure(rows)))
+        print_shares("Operators of StepDPOTrainer", operator_shares(lambda: sides[1].measure(rows)))
         phases = Phases(sides[1])
         sides[1].measure(rows)
-        print_shares("a step of StepDPOTrainer", phases.shares())
+        print_shares("Training step of StepDPOTrainer", phases.shares())
     return row
 
 
 def summarize(turns: list[list[Turn | None]]) -> dict[str, Any]:
     """
-    Sum up the turns of DPOTrainer and of StepDPOTrainer.
+    Summarize the turns of DPOTrainer and StepDPOTrainer.
+
+    Args:
+        turns (`list[list[Turn | None]]`):
+            Turns of DPOTrainer and turns of StepDPOTrainer. `None` if the device ran out of memory.
 
     Returns:
-        `dict`: `turns` and `medians` of each, by name, and `ratios`, StepDPOTrainer over DPOTrainer: the quotient of
-        the medians, and the least and the greatest of a round. What is not known, or was too large, is `None`.
+        `dict`: `turns` and `medians` by trainer, and `ratios` of StepDPOTrainer to DPOTrainer: the ratio of the
+        medians, and the smallest and largest ratio of a round. Unknown values are `None`.
     """
     medians: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
     ratios: dict[str, Any] = {}
@@ -251,13 +268,13 @@ def summarize(turns: list[list[Turn | None]]) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Print the medians of both sides, and their ratios."""
-    print(f"    {'':<36}{NAMES[0]:>16}{NAMES[1]:>16}   ratio (least to greatest of a round)")
+    """Print the medians of both sides and their ratios."""
+    print(f"    {'':<36}{NAMES[0]:>16}{NAMES[1]:>16}   ratio (range over the rounds)")
     fits = [None not in row["turns"][name] for name in NAMES]
     for figure, (title, style) in FORMATS.items():
         values = [row["medians"][name][figure] for name in NAMES]
         if any(fits) and values == [None, None]:
-            continue  # not known on this machine
+            continue  # not available on this machine
         cells = ["out of memory" if value is None else style.format(value) for value in values]
         ratio = row["ratios"][figure]
         text = "{of_medians:.2f} ({least:.2f} to {greatest:.2f})".format(**ratio) if ratio else "-"
@@ -265,12 +282,12 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def print_shares(title: str, shares: dict[str, float]) -> None:
-    """Print where time goes."""
-    print(f"    Of {title}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+    """Print the shares of a profile."""
+    print(f"    {title}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, GPU, versions."""
+    """Return the processor, the GPU and the versions of the libraries."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -285,7 +302,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark."""
     args = parse_args()
     start = time.perf_counter()
     datasets.disable_progress_bars()

@@ -1,10 +1,10 @@
 """
-Step-DPO with LoRA on a small model: one GPU, or a CPU and some patience.
+Train a small model with Step-DPO and LoRA on one GPU, or more slowly on a CPU.
 
     python examples/lora_smollm2.py
 
-trains HuggingFaceTB/SmolLM2-135M-Instruct on xinlai/Math-Step-DPO-10K. Model and data may be local instead: a folder
-with a GGUF file (`--gguf_file`, needs the extra `gguf`) and a file of step pairs, as in
+This trains HuggingFaceTB/SmolLM2-135M-Instruct on xinlai/Math-Step-DPO-10K. To use local files instead, pass a folder
+with a GGUF file (`--gguf_file`, needs the extra `gguf`) and a file with step pairs:
 
     python examples/lora_smollm2.py --model_name_or_path FOLDER --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf \
         --dataset pairs.jsonl
@@ -25,22 +25,28 @@ PAIRS = "xinlai/Math-Step-DPO-10K"
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default=MODEL, help="model id or folder")
-    parser.add_argument("--gguf_file", help="name of the GGUF file in that folder")
-    parser.add_argument("--dataset", default=PAIRS, help="data set id, or a .jsonl or .parquet file")
-    parser.add_argument("--test_size", type=int, default=13, help="pairs held out for evaluation")
-    parser.add_argument("--output_dir", default="outputs/smollm2-step-dpo")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=0.4)
-    parser.add_argument("--num_train_epochs", type=float, default=1)
-    parser.add_argument("--max_steps", type=int, default=-1, help="stop after so many optimizer steps")
+    parser.add_argument("--model_name_or_path", default=MODEL, help="model id or folder (default: %(default)s)")
+    parser.add_argument("--gguf_file", help="name of the GGUF file in the model folder")
+    parser.add_argument(
+        "--dataset", default=PAIRS, help="dataset id, or a .jsonl or .parquet file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test_size", type=int, default=13, help="number of pairs held out for evaluation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output_dir", default="outputs/smollm2-step-dpo", help="folder for the adapter (default: %(default)s)"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.4, help="beta of the DPO loss (default: %(default)s)")
+    parser.add_argument("--num_train_epochs", type=float, default=1, help="number of epochs (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=-1, help="number of optimizer steps; overrides the epochs")
     return parser.parse_args()
 
 
 def load_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from the Hub or a folder; GGUF blocks are unpacked, since they cannot be trained on."""
+    """Load model and tokenizer from the Hub or a folder. GGUF weights are dequantized for training."""
     options = {}
     if gguf_file:
         options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
@@ -57,7 +63,7 @@ def load_pairs(dataset: str) -> Dataset:
 
 
 def main() -> None:
-    """Evaluate, train, evaluate, save."""
+    """Train the adapter, evaluate it on held-out pairs before and after, and save it."""
     args = parse_args()
     model, tokenizer = load_model(args.model_name_or_path, args.gguf_file)
     pairs = load_pairs(args.dataset).train_test_split(test_size=args.test_size, seed=0)
@@ -92,7 +98,7 @@ def main() -> None:
     trainer.save_model()
     for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
         print(f"held-out {key:20} {before[f'eval_{key}']:9.4f} -> {after[f'eval_{key}']:9.4f}")
-    print(f"adapter saved to {args.output_dir}")
+    print(f"The adapter was saved to {args.output_dir!r}.")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """
-Make the model and the step pairs of the quickstart from nothing.
+Create the model and the step pairs of the quickstart from scratch.
 
     python examples/make_quickstart_model.py --output_dir quickstart
 
-The model is trained from scratch on solutions written by made-up students, who can do every step and sometimes work
-from left to right where a multiplication comes first (`MISTAKES`): so it has the right step in its distribution and
-does not reliably take it. This is by construction, and kinder to preference optimization than a model that does not
-know the right step. The step pairs are nothing but the model's own samples at temperature 1: its first wrong step, and
-a right step from the same prefix whose solution ends right. Pretraining takes about 13 minutes on one idle core,
-collecting the pairs about one.
+The model is trained from scratch on solutions by simulated students. They master every single operation, but sometimes
+compute from left to right although a multiplication comes first (`MISTAKES`). The model therefore knows the right step
+but does not choose it reliably. This is intended, and easier for preference optimization than a model that does not
+know the right step. The step pairs consist only of the model's own samples at temperature 1: its first wrong step, and
+a right step from the same prefix with a right final answer. Pretraining takes about 13 minutes on one idle core, and
+collecting the pairs takes about one minute.
 
-How the quickstart's settings were found: accuracy on 1,000 held-out problems after 4 epochs in batches of 32, greedy
-and sampled at temperature 1 (95 % intervals are within +-3 points). Before training 76.0 and 71.1.
+The settings of the quickstart were chosen by the accuracy on 1,000 held-out problems after 4 epochs with batches of
+32, with greedy decoding and with sampling at temperature 1 (95 % intervals are within +-3 points). Before training,
+the accuracies are 76.0 and 71.1.
 
     learning rate   beta   seed   greedy   sampled
     1.5e-5          0.4    0        91.6      83.5
@@ -21,14 +22,14 @@ and sampled at temperature 1 (95 % intervals are within +-3 points). Before trai
     3e-5            0.1    0        97.9      91.3
     6e-5            0.4    0        97.4      94.0
     1e-4            0.4    0        85.2      78.0   too high: rewards/rejected falls to -4.8
-    3e-4            0.4    0        17.4      16.5   breaks: -7.7
+    3e-4            0.4    0        17.4      16.5   breaks down: rewards/rejected falls to -7.7
     DPO on the rest of the solutions (full_chosen, full_rejected) instead of the steps:
     3e-5            0.4    0        91.0      80.1
 
-Seeds 3 and 4 gave 97.9 greedy as well. The seed is that of the pairs' order; the model and the pairs are the same.
-An earlier task, sums of two-digit numbers with wrong carries, gained nothing at any learning rate although the pairs'
-reward accuracy was above 0.9: there the model found its operands in the problem by a mechanism it had barely learnt,
-and every update damaged that first. What preference optimization adds shows where the rest of the skill is firm.
+Seeds 3 and 4 also gave 97.9 with greedy decoding. The seed only changes the order of the pairs.
+An earlier task, sums of two-digit numbers with wrong carries, did not improve at any learning rate, although the
+reward accuracy of the pairs was above 0.9. That model had barely learned to find the operands in the problem, and
+every update damaged this ability first. Preference optimization helps if the model masters the rest of the task.
 """
 
 import argparse
@@ -67,32 +68,32 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# One token for "\nStep 3:", one for each number with the space before it, words otherwise. A step such as
-# " 3 * 4 = 12" begins and ends where tokens do.
+# One token for "\nStep 3:", one for each number with its leading space, and words otherwise. The start and end of a
+# step such as " 3 * 4 = 12" are token boundaries.
 TOKEN_PATTERN = r"\n?Step \d+:| ?\d+|,? ?[^\s\d]+|\s"
 
 UPDATES = 1500
-LEARNING_RATE = 3e-3  # at the peak; warms up, and decays to 2 % of it
+LEARNING_RATE = 3e-3  # peak value, after warmup and before the decay to 2 %
 WARMUP = 100
-N_OPERATIONS = (2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 7, 8, 9)  # of the problems in the corpus, by frequency
-STEPS_PER_BATCH = 180  # reasoning steps in a batch, whatever the length of the solutions
+N_OPERATIONS = (2, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6, 7, 8, 9)  # lengths of the corpus problems, by frequency
+STEPS_PER_BATCH = 180  # number of reasoning steps in a batch
 
-# How often a student works the leftmost operation although a multiplication is due. Greedy decoding follows the
-# majority and so makes the first mistake wherever it can, the second only when it samples.
+# How often a student computes the leftmost operation although a multiplication comes first. Greedy decoding follows
+# the majority, so it always makes the first mistake; the second one only occurs with sampling.
 MISTAKES = {"2 + 3 * 4": 0.7, "other": 0.15}
 
 
 def student_solution(rng: random.Random, problem: ArithmeticProblem) -> str:
     """
-    Write a solution as a student would, who sometimes works from left to right where a multiplication comes first.
+    Write a student's solution, which sometimes computes from left to right although a multiplication comes first.
 
-    Mistakes are drawn for each step on its own; what follows is worked from what the mistake has left. Students notice
-    values that are not between 0 and 60, and begin again.
+    Mistakes are drawn independently for each step, and later steps continue from their result. If a value is not
+    between 0 and 60, the student starts over.
     """
     while True:
         left, choices = problem, []
         while left.operators and all(SMALLEST <= number <= LARGEST for number in left.numbers):
-            index = left.due
+            index = left.next_index
             if index > 0:
                 kind = "2 + 3 * 4" if left.operators[:2] == ("+", "*") else "other"
                 index = 0 if rng.random() < MISTAKES[kind] else index
@@ -111,7 +112,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
             Texts of the corpus.
 
     Returns:
-        `PreTrainedTokenizerFast`: Tokenizer that gives back any text as it was.
+        `PreTrainedTokenizerFast`: Tokenizer that encodes and decodes any text without loss.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -128,7 +129,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Every number of the problems and answers, and the steps of longer problems, however rare in the corpus
+    # Include all numbers and the labels of longer problems, which may be rare in the corpus
     numbers = "".join(f"\\boxed{{{number}}} {number} " for number in range(SMALLEST, LARGEST + 1))
     steps = ["Step 1:", *(f"\nStep {number}:" for number in range(1, 11))]
     tokenizer.train_from_iterator(texts + [numbers, *steps] * 60, trainer)
@@ -145,11 +146,11 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 class Corpus:
     """
-    Problems with the solutions of students, each written once.
+    Endless corpus of problems with solutions by simulated students.
 
     Args:
         seed (`int`):
-            Seed of problems and mistakes.
+            Random seed for problems and mistakes.
     """
 
     def __init__(self, seed: int) -> None:
@@ -157,27 +158,27 @@ class Corpus:
         self.problems = {n: iterate_problems("corpus", n, seed) for n in set(N_OPERATIONS)}
 
     def write(self, n_operations: int) -> str:
-        """Write the next problem of that length."""
+        """Return the next problem with `n_operations` operations and its solution, as a chat."""
         problem = next(self.problems[n_operations])
         solution = student_solution(self.rng, problem)
         return f"{START}user\n{problem.text}{END}\n{START}assistant\n{solution}{END}"
 
     def batch(self) -> list[str]:
-        """Write a batch of problems of one length."""
+        """Return a batch of problems with the same number of operations."""
         n_operations = self.rng.choice(N_OPERATIONS)
         return [self.write(n_operations) for _ in range(STEPS_PER_BATCH // n_operations)]
 
 
 def pretrain(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Train tokenizer and model on solutions of students.
+    Train the tokenizer and the model on solutions by simulated students.
 
     Args:
         seed (`int`):
-            Seed of corpus and initialization.
+            Random seed for corpus and initialization.
 
     Returns:
-        `PreTrainedModel`, `PreTrainedTokenizerBase`: The model and its tokenizer.
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model and its tokenizer.
     """
     set_seed(seed)
     corpus = Corpus(seed)
@@ -205,9 +206,9 @@ def pretrain(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         for group in optimizer.param_groups:
             decay = 0.51 + 0.49 * math.cos(math.pi * update / UPDATES)
             group["lr"] = LEARNING_RATE * min((update + 1) / WARMUP, decay)
-        # Solutions of one length have as many tokens: no padding
+        # No padding needed: problems with the same number of operations have the same number of tokens
         input_ids = torch.tensor(tokenizer(corpus.batch())["input_ids"])
-        # Problems are random numbers: only the assistant's turn can be learnt
+        # The problems are random, so only the assistant turn is trained on
         is_start = input_ids[0] == torch.tensor(tokenizer.convert_tokens_to_ids(START))
         targets = input_ids[:, int(is_start.nonzero()[1]) + 1 :]
         logits = model(input_ids[:, :-1], logits_to_keep=targets.shape[1]).logits
@@ -224,23 +225,23 @@ def collect_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, attempts: int = 4
 ) -> list[dict[str, str]]:
     """
-    Sample solutions from the model, and for its first wrong steps sample right ones.
+    Sample solutions from the model, find their first wrong steps, and sample right steps in their place.
 
     Args:
         model (`PreTrainedModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            Tokenizer of the model.
         count (`int`):
-            How many pairs to collect, each from another problem.
+            Maximum number of pairs, each from a different problem.
         seed (`int`):
-            Seed of problems and sampling.
+            Random seed for problems and sampling.
         attempts (`int`, *optional*, defaults to `4`):
-            How often to sample on from the last right step until the rest of the solution is right. A mistake that
-            the model never avoids gives no pair.
+            Maximum number of continuations to sample from the last right step. If none of them is right, the mistake
+            gives no pair.
 
     Returns:
-        `list[dict]`: Rows in the columns of `xinlai/Math-Step-DPO-10K`.
+        `list[dict]`: Step pairs with the columns of `xinlai/Math-Step-DPO-10K`.
     """
     set_seed(seed)
     problems = make_problems(2 * count, "pairs", seed=seed)
@@ -250,7 +251,7 @@ def collect_pairs(
     mistakes = []
     for problem, solution in zip(problems, solutions, strict=True):
         index, steps = first_wrong_step(problem, solution), split_labelled_steps(solution)
-        # Right, or wrong in the number of steps: there is no step to reject
+        # There is no step to reject if the solution is right or has a wrong number of steps
         if index is None or index > min(len(steps), len(problem.operators)) or " = " not in steps[index - 1]:
             continue
         before = "".join(f"Step {number}:{step}\n" for number, step in enumerate(steps[: index - 1], start=1))
@@ -263,24 +264,24 @@ def collect_pairs(
         left = [number for number in range(len(mistakes)) if number not in pairs]
         if not left:
             break
-        tries = generate_solutions(
+        continuations = generate_solutions(
             model,
             tokenizer,
             [mistakes[number][0].text for number in left],
             [mistakes[number][2] for number in left],
             temperature=1.0,
-            description=f"Mending them, attempt {attempt + 1} of {attempts}",
+            description=f"Correcting mistakes, attempt {attempt + 1} of {attempts}",
         )
-        for number, mended in zip(left, tries, strict=True):
+        for number, corrected in zip(left, continuations, strict=True):
             problem, index, prefix, solution = mistakes[number]
-            if first_wrong_step(problem, mended) is None and read_result(mended) == problem.answer:
+            if first_wrong_step(problem, corrected) is None and read_result(corrected) == problem.answer:
                 pairs[number] = {
                     "dataset": "stepdpo_trl-quickstart",
                     "prompt": problem.text,
                     "initial_reason_steps": prefix,
-                    "chosen": split_labelled_steps(mended)[index - 1],
+                    "chosen": split_labelled_steps(corrected)[index - 1],
                     "rejected": split_labelled_steps(solution)[index - 1],
-                    "full_chosen": mended.removeprefix(prefix),
+                    "full_chosen": corrected.removeprefix(prefix),
                     "full_rejected": solution.removeprefix(prefix),
                     "answer": problem.answer,
                 }
@@ -288,11 +289,13 @@ def collect_pairs(
 
 
 def main() -> None:
-    """Make everything and save it."""
+    """Create the model and the step pairs, and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("quickstart"), help="where to save (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=600, help="step pairs to collect (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn (%(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("quickstart"), help="folder for model and pairs (default: %(default)s)"
+    )
+    parser.add_argument("--pairs", type=int, default=600, help="maximum number of step pairs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args()
 
     model, tokenizer = pretrain(args.seed)
@@ -305,7 +308,7 @@ def main() -> None:
     pairs = collect_pairs(model, tokenizer, args.pairs, args.seed)
     lines = [json.dumps(pair) + "\n" for pair in pairs]
     (args.output_dir / "step_pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"{len(pairs)} step pairs, model and tokenizer are in {str(args.output_dir)!r}.")
+    print(f"Saved {len(pairs)} step pairs, the model and the tokenizer to {str(args.output_dir)!r}.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
-Step-DPO on a small model, in a minute or two on a CPU: measure, train on step pairs, measure again.
+Train a small model with Step-DPO and measure its accuracy before and after, in one or two minutes on a CPU.
 
     python examples/quickstart.py
 
-The model (0.8 million parameters) and the step pairs, which come from its own mistakes, are part of the package;
-nothing is downloaded. `examples/make_quickstart_model.py` made both and says how.
+The model (0.8 million parameters) and the step pairs, which were built from its own mistakes, are part of the package,
+so nothing is downloaded. `examples/make_quickstart_model.py` created both.
 """
 
 import argparse
@@ -26,26 +26,32 @@ from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, count_correct, make_p
 
 
 def parse_args() -> argparse.Namespace:
-    """Read and check the arguments."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="outputs/quickstart", help="where to save the model (%(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=3e-5, help="learning rate (%(default)s)")
-    parser.add_argument("--beta", type=float, default=0.4, help="beta of the DPO loss (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the pairs (%(default)s)")
-    parser.add_argument("--problems", type=int, default=1000, help="held-out problems to measure on (%(default)s)")
+    parser.add_argument(
+        "--output_dir", default="outputs/quickstart", help="folder for the trained model (default: %(default)s)"
+    )
+    parser.add_argument("--learning_rate", type=float, default=3e-5, help="learning rate (default: %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.4, help="beta of the DPO loss (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the order of the pairs (default: %(default)s)")
+    parser.add_argument(
+        "--problems", type=int, default=1000, help="number of held-out problems for evaluation (default: %(default)s)"
+    )
     args = parser.parse_args()
     for name in ("learning_rate", "beta"):
         if not 0 < getattr(args, name) < float("inf"):
-            parser.error(f"--{name} is {getattr(args, name)}, but must be above 0. Leave it out to use the default.")
+            parser.error(f"--{name} is {getattr(args, name)}, but must be positive. Remove it to use the default.")
     if args.problems < 1:
-        parser.error(f"--problems is {args.problems}, but there must be at least 1. 1000 give an interval of +-3 %.")
+        parser.error(
+            f"--problems is {args.problems}, but must be at least 1. With 1000, the 95 % interval is +-3 points."
+        )
     if args.seed < 0:
-        parser.error(f"--seed is {args.seed}, but must not be negative. Any whole number from 0 will do.")
+        parser.error(f"--seed is {args.seed}, but must not be negative. Pass a whole number of at least 0.")
     return args
 
 
 def main() -> None:
-    """Measure, train, measure, report."""
+    """Measure the accuracy, train the model, and measure again."""
     args = parse_args()
     start = time.perf_counter()
     datasets.disable_progress_bars()
@@ -55,13 +61,13 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     pairs = datasets.Dataset.from_json(str(PAIRS_PATH))
     problems = make_problems(args.problems, "held_out")
-    print(f"Model: {model.num_parameters():,} parameters. Training data: {len(pairs)} step pairs, such as\n")
+    print(f"Model: {model.num_parameters():,} parameters. Training data: {len(pairs)} step pairs such as\n")
     for column in ("prompt", "initial_reason_steps", "chosen", "rejected"):
         print(f"    {column + ':':<22}{pairs[0][column]!r}")
     print(flush=True)
 
     def measure(when: str) -> dict[str, Accuracy]:
-        set_seed(0)  # the same draws before and after
+        set_seed(0)  # same random numbers before and after
         return {
             name: Accuracy(count_correct(model, tokenizer, problems, temperature, f"{when}, {name}"), len(problems))
             for name, temperature in (("greedy", 0.0), ("sampled", 1.0))

@@ -1,9 +1,9 @@
 """
-Step-DPO of Qwen2-7B-Instruct on Math-Step-DPO-10K with the paper's settings (qwen2_7b.yaml).
+Train Qwen2-7B-Instruct with Step-DPO on Math-Step-DPO-10K, using the paper's settings (qwen2_7b.yaml).
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml recipes/qwen2_7b.py [--option value ...]
 
-The options override the file; `--config FILE` takes another recipe's file instead.
+Command-line options override the file. Pass `--config FILE` to run another recipe.
 """
 
 from pathlib import Path

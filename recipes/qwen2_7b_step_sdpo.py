@@ -1,10 +1,10 @@
 """
-Step-DPO of Qwen2-7B-Instruct on Math-Step-DPO-10K in two stages (qwen2_7b_step_sdpo.yaml).
+Train Qwen2-7B-Instruct with Step-DPO on Math-Step-DPO-10K in two sDPO stages (qwen2_7b_step_sdpo.yaml).
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml \\
         recipes/qwen2_7b_step_sdpo.py [--option value ...]
 
-The options override the file; `--config FILE` takes another recipe's file instead.
+Command-line options override the file. Pass `--config FILE` to run another recipe.
 """
 
 from pathlib import Path
@@ -17,11 +17,17 @@ from stepdpo_trl.cli.train import main
 
 def early_errors_first(dataset: Dataset) -> Dataset:
     """
-    Two stages of about equal size: pairs whose error comes early in the solution, then those whose error comes late.
+    Split the pairs into two stages of about equal size: early errors first, late errors second.
 
-    The paper orders sources by how well the model tells their pairs apart, which takes a pass of that model over the
-    data. How much of the solution precedes the error can be read off the row, and a later error needs a longer chain
-    of steps to be got right first.
+    The paper orders data sources by the reward accuracy of the initial model, which requires a forward pass over the
+    data. The length of the prefix needs no model, and a late error requires a longer chain of correct steps before it.
+
+    Args:
+        dataset (`Dataset`):
+            The step pairs.
+
+    Returns:
+        `Dataset`: The step pairs with an additional `stage` column, 1 or 2.
     """
     lengths = [len(steps or "") for steps in dataset[:]["initial_reason_steps"]]
     middle = median(lengths)

@@ -1,11 +1,11 @@
 """
-Stepwise DPO of SOLAR 10.7B in two stages, OpenOrca and then UltraFeedback (solar_10_7b_sdpo.yaml, arXiv 2403.19270).
+Train SOLAR 10.7B with sDPO in two stages, OpenOrca and UltraFeedback (solar_10_7b_sdpo.yaml, arXiv 2403.19270).
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml \\
         recipes/solar_10_7b_sdpo.py [--option value ...]
 
-The options override the file; `--config FILE` takes another recipe's file instead. The data sets are listed in the
-file; here their columns are made equal, as stages need.
+Command-line options override the file. Pass `--config FILE` to run another recipe. The file lists the datasets. This
+script converts them to the same columns, because all stages must have the same columns.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ COLUMNS = Features({"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES
 
 
 def orca_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `Intel/orca_dpo_pairs`: texts, and a system prompt that may be empty."""
+    """Convert a row of `Intel/orca_dpo_pairs`, which has plain texts and a system prompt that may be empty."""
     system = [{"role": "system", "content": row["system"]}] if row["system"] else []
     return {
         "prompt": [*system, {"role": "user", "content": row["question"]}],
@@ -30,12 +30,12 @@ def orca_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def ultrafeedback_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `allenai/ultrafeedback_binarized_cleaned`: whole conversations, equal up to the last message."""
+    """Convert a row of `allenai/ultrafeedback_binarized_cleaned`, whose conversations differ in the last message."""
     return {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
 
 
 def convert(dataset: Dataset) -> Dataset:
-    """Either data set as conversational preference pairs."""
+    """Convert either dataset to conversational preference pairs."""
     pair = orca_pair if "question" in dataset.column_names else ultrafeedback_pair
     return dataset.map(pair, remove_columns=dataset.column_names, features=COLUMNS)
 

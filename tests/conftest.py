@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -6,12 +7,12 @@ from hypothesis import settings
 
 from .tiny import CHATML, byte_level_tokenizer, save_tiny_model
 
-# Tiny matrices: a second thread costs more than it computes. Subprocesses take it from the environment.
+# The matrices are so small that one thread is fastest. Subprocesses inherit the environment variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")  # bars are not what a failed test is read for
+os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars clutter the output of failed tests
 torch.set_num_threads(1)
 
-# The same examples each time where a failure would block others; new ones elsewhere
+# Use fixed examples in CI, where a random failure would block unrelated changes
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
@@ -24,6 +25,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # each training run calls gc.collect(), a third of its time if it scans the imported modules too
+
+
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory):
     """Path of a tiny model whose tokenizer has a chat template."""
@@ -32,5 +37,5 @@ def chat_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory):
-    """Path of a tiny model whose tokenizer has none."""
+    """Path of a tiny model whose tokenizer has no chat template."""
     return save_tiny_model(tmp_path_factory.mktemp("plain-model"), byte_level_tokenizer())

@@ -1,20 +1,20 @@
-"""Eq. 2 of Step-DPO (arXiv 2406.18629) in plain torch: an oracle that shares no code with TRL or with this package."""
+"""Equation 2 of Step-DPO (arXiv 2406.18629) in plain torch, independent of TRL and this package."""
 
 import torch
 
 
 def step_log_prob(model, prefix, step):
-    """log pi(step | prefix) of one unpadded sequence, token by token."""
+    """Return log pi(step | prefix) of one unpadded sequence, summed token by token."""
     logits = model(torch.tensor([prefix + step])).logits[0]
     total = torch.zeros(())
     for offset, token in enumerate(step):
-        # the token at position t is predicted at t - 1
+        # the logits at position t - 1 predict the token at position t
         total = total + torch.log_softmax(logits[len(prefix) + offset - 1], dim=-1)[token]
     return total
 
 
 def step_dpo_loss(policy, reference, pairs, beta):
-    """Mean of -log sigmoid(beta * (win log-ratio - lose log-ratio)) over pairs of (prefix, win, lose) token ids."""
+    """Return the mean of -log sigmoid(beta * (win log-ratio - lose log-ratio)) over (prefix, win, lose) token ids."""
     losses = []
     for prefix, win, lose in pairs:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A made-up student instead of a model: works chains of operations, sometimes in the wrong order or miscounting."""
+"""Simulated student in place of a model. It solves chains of operations and sometimes miscalculates."""
 
 import random
 import re
@@ -14,16 +14,17 @@ from stepdpo_trl.quickstart.arithmetic import OPENING, draw_problem
 
 class Student:
     """
-    Answers as a generator does. What is wrong stays wrong: from a wrong step the right answer is reached by luck only.
+    Generator that solves arithmetic problems step by step. A wrong step is not corrected by later ones.
 
     Args:
-        mistakes: How often a step is miscounted.
-        delay: Seconds for an answer.
-        unreadable: How often a solution ends without an answer.
+        mistakes: Probability of a wrong result per step.
+        delay: Seconds per answer.
+        unreadable: Probability that a solution ends without an answer.
+        wordings: Number of wordings of a step.
     """
 
-    def __init__(self, mistakes: float = 0.2, delay: float = 0.0, unreadable: float = 0.0):
-        self.mistakes, self.delay, self.unreadable = mistakes, delay, unreadable
+    def __init__(self, mistakes: float = 0.2, delay: float = 0.0, unreadable: float = 0.0, wordings: int = 1):
+        self.mistakes, self.delay, self.unreadable, self.wordings = mistakes, delay, unreadable, wordings
         self.asked: list[str] = []
 
     def render(self, user: str, response_prefix: str) -> str:
@@ -60,7 +61,8 @@ class Student:
             )
             left = left[: operation.start()] + str(value) + left[operation.end() :]
             rest = f", leaving {left}" if re.search(r" [*+-] ", left) else ""
-            lines.append(f" {operation[0]} = {value}{rest}")
+            wording = " so" * rng.randrange(self.wordings) if self.wordings > 1 else ""
+            lines.append(f"{wording} {operation[0]} = {value}{rest}")
             number += 1
         steps = f"\nStep {len(before) + 2}:"
         text = lines[0]
@@ -70,7 +72,7 @@ class Student:
 
 
 def draw_records(count: int, operations: int = 4, seed: int = 0) -> list[Record]:
-    """Problems with their answers."""
+    """Draw problems with their answers."""
     rng = random.Random(seed)
     drawn = {problem.text: problem for problem in (draw_problem(rng, operations) for _ in range(20 * count))}
     return [Record(f"p{n}", text, problem.answer) for n, (text, problem) in enumerate(drawn.items())][:count]

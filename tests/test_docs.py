@@ -1,4 +1,4 @@
-"""The documentation: its commands run, with the quickstart's model in place of large ones, and its links lead somewhere."""
+"""Run the commands of the documentation with the quickstart model, and check its links, options and Python blocks."""
 
 import json
 import re

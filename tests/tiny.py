@@ -1,4 +1,4 @@
-"""Small models, tokenizers and data, made on the spot."""
+"""Tiny models, tokenizers and datasets, created on the fly."""
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -13,7 +13,7 @@ CORPUS = ["Let's think step by step.\nStep 1: 12 + 30 = 42\nStep 2: the answer i
 
 
 def byte_level_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as in GPT-2, Qwen and Llama 3, with `CHATML` or no chat template."""
+    """Create a byte-level BPE tokenizer as in GPT-2, Qwen and Llama 3, optionally with a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -27,7 +27,7 @@ def byte_level_tokenizer(chat_template: str | None = None) -> PreTrainedTokenize
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over text with "▁" for spaces, one put before every text, bytes for the unknown, and BOS: as in Llama 2."""
+    """Create a tokenizer as in Llama 2: "▁" for spaces and before every text, byte fallback, and a BOS token."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     characters = sorted({c for text in CORPUS for c in text if c not in "\n "} | {"▁"})
     merges = [("S", "t"), ("St", "e"), ("Ste", "p"), ("▁", "Step"), ("▁", "="), ("▁", "▁"), ("▁", "+"), ("▁", "t")]
@@ -47,7 +47,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token a character: `characters[i]` has id `i`, then come `<pad>` and `</s>`."""
+    """Create a character tokenizer: `characters[i]` has id `i`, followed by `<pad>` and `</s>`."""
     vocab = {character: index for index, character in enumerate([*characters, "<pad>", "</s>"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.Fuse()
@@ -62,7 +62,7 @@ TOKENIZERS = {
 
 
 def tiny_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers with weights large enough for its probabilities to differ."""
+    """Create a two-layer Qwen2 whose weights are large enough for clearly different probabilities."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -78,14 +78,14 @@ def tiny_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def save_tiny_model(path: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> str:
-    """Save model and tokenizer, to be loaded by name as a user would."""
+    """Save a tiny model and its tokenizer, and return the path."""
     tiny_model(len(tokenizer), seed).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
 def step_rows(number: int = 8) -> list[dict[str, str]]:
-    """Step pairs of several lengths, some with an empty prefix."""
+    """Create step pairs of different lengths, some with an empty prefix."""
     rows = []
     for i in range(number):
         steps = "".join(f"Step {k + 1}: {i} + {k} = {i + k}\n" for k in range(i % 3))
@@ -101,7 +101,7 @@ def step_rows(number: int = 8) -> list[dict[str, str]]:
 
 
 def plain_rows(number: int = 8) -> list[dict[str, str]]:
-    """Ordinary preference pairs."""
+    """Create ordinary preference pairs."""
     return [
         {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in step_rows(number)
     ]

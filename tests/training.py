@@ -1,4 +1,4 @@
-"""Trainers on tiny models, and what to compare of them."""
+"""Trainers for tiny models, and helpers to compare their results."""
 
 import torch
 from datasets import Dataset
@@ -31,11 +31,11 @@ def config(output_dir, cls=StepDPOConfig, **options):
 
 
 def make_trainer(model, output_dir, rows=None, cls=StepDPOTrainer, config_cls=StepDPOConfig, **options):
-    """Trainer on step rows; options of the trainer are passed on, the others go into the config."""
+    """Create a trainer on step rows. Trainer arguments are passed to the trainer, all others to its config."""
     names = ("callbacks", "compute_metrics", "eval_dataset", "peft_config", "processing_class")
     names += ("quantization_config", "ref_model", "optimizers")
     trainer_options = {name: options.pop(name) for name in names if name in options}
-    torch.manual_seed(0)  # older TRL draws the adapter without setting the seed
+    torch.manual_seed(0)  # older TRL versions initialize the adapter without setting the seed
     rows = step_rows() if rows is None else rows
     dataset = Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
     return cls(model, args=config(output_dir, config_cls, **options), train_dataset=dataset, **trainer_options)

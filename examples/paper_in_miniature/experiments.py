@@ -1,12 +1,12 @@
 """
-The experiments of Step-DPO and sDPO in miniature: the quickstart's small model, its own mistakes, five seeds.
+Run the experiments of Step-DPO and sDPO in miniature, with the quickstart model, its own mistakes and five seeds.
 
     python examples/paper_in_miniature/run.py
 
-From nothing: problems are drawn, pairs collected by the data pipeline, every method tuned on validation problems with
-the same number of trials, trained with the same number of pairs and updates, and measured on test problems. Two
-processes work side by side. What is done is in `runs.jsonl`, and the same command goes on after an interruption.
-README.md beside this file says what came out.
+The data pipeline collects step pairs from the model's mistakes. Every method is tuned on validation problems with the
+same number of trials, trained with the same number of pairs and updates, and evaluated on test problems. Two processes
+run in parallel. Finished runs are stored in `runs.jsonl`, so the same command resumes after an interruption. README.md
+in this folder describes the results.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # these matrices are small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are so small that one thread is fastest
 warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402
@@ -42,27 +42,37 @@ datasets.disable_progress_bars()
 @dataclass(frozen=True)
 class Scale:
     """
-    How much is done.
+    Size of the experiments.
 
     Args:
-        problems (`int`):
-            From which pairs are collected.
-        pairs, epochs, batch (`int`):
-            Of each run. A seed draws its pairs from those collected.
-        held_out (`int`):
-            Pairs that are followed and not trained on.
-        test, validation (`int`):
-            Problems.
-        seeds (`int`):
-            Runs of each method.
-        trial_seeds (`tuple`):
-            Seeds of trials. One may be lucky at a learning rate that is too high for others.
-        rates, betas (`tuple`):
-            Settings that are tried for each method.
-        sft_rates (`tuple`):
-            As many for supervised fine-tuning, which has no beta.
-        stages, stage_pairs (`int`):
-            Of the loop.
+        problems (`int`, *optional*, defaults to `900`):
+            Number of problems from which pairs are collected.
+        pairs (`int`, *optional*, defaults to `64`):
+            Number of pairs per run. Each seed draws them from the collected pairs.
+        epochs (`int`, *optional*, defaults to `4`):
+            Number of epochs per run.
+        batch (`int`, *optional*, defaults to `16`):
+            Batch size in pairs.
+        held_out (`int`, *optional*, defaults to `48`):
+            Number of evaluation pairs, which are not trained on.
+        test (`int`, *optional*, defaults to `500`):
+            Number of test problems.
+        validation (`int`, *optional*, defaults to `250`):
+            Number of validation problems.
+        seeds (`int`, *optional*, defaults to `5`):
+            Number of runs per method.
+        trial_seeds (`tuple[int, ...]`, *optional*, defaults to `(100, 101)`):
+            Seeds of the tuning trials. With a single seed, a learning rate that is too high may be selected by chance.
+        rates (`tuple[float, ...]`, *optional*):
+            Learning rates to try.
+        betas (`tuple[float, ...]`, *optional*):
+            Values of beta to try.
+        sft_rates (`tuple[float, ...]`, *optional*):
+            Learning rates to try for SFT, which has no beta, so that all methods have the same number of trials.
+        stages (`int`, *optional*, defaults to `4`):
+            Number of stages of the loop.
+        stage_pairs (`int`, *optional*, defaults to `32`):
+            Number of pairs per stage of the loop.
     """
 
     problems: int = 900
@@ -82,27 +92,32 @@ class Scale:
 
     @property
     def updates(self) -> int:
-        """Of each run."""
+        """Number of updates per run."""
         return self.epochs * self.pairs // self.batch
 
 
-QUICK = Scale(70, 6, 1, 1, 2, 12, 6, 1, (100,), (3e-5,), (0.4,), (2e-4,), 1, 2)
+QUICK = Scale(50, 6, 1, 1, 2, 6, 4, 1, (100,), (3e-5,), (0.4,), (2e-4,), 1, 2)
 
 
 def parse_args() -> argparse.Namespace:
-    """Read and check the arguments."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/paper_in_miniature"), help="(%(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="that work side by side (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="see that it runs: nothing is learnt")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/paper_in_miniature"),
+        help="folder for runs and results (default: %(default)s)",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="check that everything runs, without useful results")
     args = parser.parse_args()
     if args.processes < 1:
-        parser.error(f"--processes is {args.processes}, but there must be at least 1.")
+        parser.error(f"--processes is {args.processes}, but must be at least 1.")
     return args
 
 
 def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Scale) -> Any:
-    """Train one arm and measure it, on validation problems with a seed of trials, on test problems otherwise."""
+    """Train an arm and evaluate it, on validation problems for the trial seeds and on test problems otherwise."""
     rows = read_rows(Path(folder) / f"{ARMS[arm].source}.jsonl")
     held_out, tuning = rows[-scale.held_out :], seed in scale.trial_seeds
     rows = random.Random(seed).sample(rows[: -scale.held_out], scale.pairs)
@@ -115,43 +130,48 @@ def trial(folder: str, arm: str, rate: float, beta: float, seed: int, scale: Sca
 
 
 def before(scale: Scale) -> Any:
-    """Measure the model that all begin with."""
+    """Evaluate the initial model."""
     return measure(load(), scale.test, False, (0.0, 1.0))
 
 
 class Runs:
     """
-    Work for several processes, of which nothing is done twice.
+    Runner of jobs in several processes that skips finished jobs.
 
     Args:
         log (`Log`):
-            What is done.
+            Log of the finished jobs.
         pool (`ProcessPoolExecutor`):
-            The processes.
+            Pool of worker processes.
     """
 
     def __init__(self, log: Log, pool: ProcessPoolExecutor) -> None:
         self.log, self.pool = log, pool
 
-    def do(self, what: str, jobs: Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]) -> None:
-        """Run jobs, each with its key."""
-        left = {self.pool.submit(work, *given): key for key, work, given in jobs if key not in self.log}
-        for future in tqdm(as_completed(left), total=len(left), desc=what, disable=False):
+    def do(self, description: str, jobs: Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]) -> None:
+        """Run the jobs, given as `(key, function, arguments)`, whose keys are not in the log yet."""
+        left = {self.pool.submit(function, *given): key for key, function, given in jobs if key not in self.log}
+        for future in tqdm(as_completed(left), total=len(left), desc=description, disable=False):
             self.log.append(left[future], {"result": future.result()})
 
 
 def main() -> None:
-    """Collect, tune, train, join, report."""
+    """Run all experiments and write the report."""
     args = parse_args()
     scale = QUICK if args.quick else Scale()
     out: Path = args.output_dir
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "runs.jsonl")
-    asked = json.loads(json.dumps({**asdict(scale), "processes": args.processes}))  # as it is read again
+    requested = json.loads(
+        json.dumps({**asdict(scale), "processes": args.processes})
+    )  # tuples become lists, as in log
     if "scale" not in log:
-        log.append("scale", asked)
-    if log["scale"] != asked:
-        raise SystemExit(f"{out} holds runs of another scale or number of processes. Take another --output_dir.")
+        log.append("scale", requested)
+    if log["scale"] != requested:
+        raise SystemExit(
+            f"{out} contains runs of another scale or number of processes. Pass the options of those runs, or another "
+            "--output_dir."
+        )
     start = time.perf_counter()
     with ProcessPoolExecutor(args.processes, get_context("spawn"), set_up) as pool:
         runs = Runs(log, pool)
@@ -176,14 +196,14 @@ def main() -> None:
         loops = (
             (f"loop/{kind}/{seed}", loop_run, (path, kind, seed, settings, scale)) for seed in seeds for kind in KINDS
         )
-        runs.do("In turns", loops)
+        runs.do("Loop", loops)
     minutes = log["minutes"]["result"] if "minutes" in log else 0.0
     log.append("minutes", {"result": minutes + (time.perf_counter() - start) / 60})
     print(write_report(log, out))
 
 
 def collect(runs: Runs, out: Path, scale: Scale, parts: int) -> str:
-    """Collect pairs, and write those of each source into a file of one folder."""
+    """Collect pairs, write the pairs of each source to a file, and return the folder of these files."""
     folder = out / "pairs"
     given = [(str(folder), (index, parts), scale.problems, 128) for index in range(parts)]
     runs.do("Collecting pairs", ((f"pairs/{index}", make_shard, given[index]) for index in range(parts)))
@@ -192,6 +212,9 @@ def collect(runs: Runs, out: Path, scale: Scale, parts: int) -> str:
         runs.log.append("facts", {"result": facts})
     for source, rows in pairs.items():
         if len(rows) < scale.pairs + scale.held_out:
-            raise SystemExit(f"{scale.problems} problems give only {len(rows)} pairs by {source}.")
+            raise SystemExit(
+                f"{scale.problems} problems yield only {len(rows)} pairs for the source {source!r}, but "
+                f"{scale.pairs + scale.held_out} are needed. Increase `problems` in `Scale`."
+            )
         write_rows(folder / f"{source}.jsonl", rows)
     return str(folder)

@@ -1,4 +1,4 @@
-"""The loop that joins both papers: each stage's pairs come anew from the model of the last one, its reference too."""
+"""Combine both papers: every stage samples fresh step pairs from its reference, the model of the previous stage."""
 
 import tempfile
 from pathlib import Path
@@ -11,17 +11,17 @@ from stepdpo_trl import StepDPOConfig, StepDPOTrainer
 from stepdpo_trl.pipeline.loop import MODEL, PAIRS, RUN, run_loop
 from stepdpo_trl.quickstart import MODEL_PATH
 
-# Whose pairs a stage has: the last stage's model's; the first model's, others in each stage; those of the first stage
+# Pairs of a stage: sampled from the previous stage's model, different pairs of the initial model, or always the same
 KINDS = ("fresh pairs", "the first model's pairs", "the first stage's pairs")
 
 
 def first_folder(out: str, seed: int) -> Path:
-    """Where the first model's pairs are, which two kinds share."""
+    """Return the folder with the pairs of the initial model, which two kinds share."""
     return Path(out) / "loop" / f"first-model-{seed}"
 
 
 def first_pairs(out: str, seed: int, scale: Any) -> int:
-    """Make the first model's pairs, enough for all stages."""
+    """Collect enough pairs of the initial model for all stages, and return their number."""
     folder = first_folder(out, seed)
     count = scale.stages * scale.stage_pairs
     rows = fresh_pairs(folder / RUN, str(MODEL_PATH), count, 1000 * seed, 64)
@@ -31,22 +31,22 @@ def first_pairs(out: str, seed: int, scale: Any) -> int:
 
 def loop_run(out: str, kind: str, seed: int, settings: tuple[float, float], scale: Any) -> list[dict[str, Any]]:
     """
-    Train in stages and measure after each.
+    Train in stages and evaluate the model of each stage.
 
     Args:
         out (`str`):
             Folder of the experiments.
         kind (`str`):
-            One of [`KINDS`].
+            Pairs of the stages, one of [`KINDS`].
         seed (`int`):
-            Seed of problems, samples and order.
-        settings (`tuple`):
+            Random seed for problems, samples and the order of the pairs.
+        settings (`tuple[float, float]`):
             Learning rate and beta.
         scale (`Scale`):
-            Stages, pairs, problems.
+            Size of the experiments.
 
     Returns:
-        `list[dict]`: For each stage, what was measured and the samples that the pairs took.
+        `list[dict]`: Evaluation results of each stage.
     """
     rate, beta = settings
     updates = max(1, scale.epochs * scale.stage_pairs // scale.batch)
@@ -56,9 +56,9 @@ def loop_run(out: str, kind: str, seed: int, settings: tuple[float, float], scal
         if kind == KINDS[0]:
             rows = fresh_pairs(folder / RUN, model, scale.stage_pairs, 1000 * seed + number, 64)
         else:
-            of_first = read_rows(first_folder(out, seed) / PAIRS)
+            available = read_rows(first_folder(out, seed) / PAIRS)
             begin = scale.stage_pairs * (number - 1) if kind == KINDS[1] else 0
-            rows = of_first[begin : begin + scale.stage_pairs]
+            rows = available[begin : begin + scale.stage_pairs]
         write_rows(folder / PAIRS, rows)
 
     def train(number: int, model: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pictures."""
+"""Draw the figures of the report."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563eb", "#d97706", "#16803c"
 
 
 def draw(log: Log, out: Path) -> None:
-    """Draw all of them."""
+    """Draw all figures and save them to a folder."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
     for name, picture in PICTURES:
         figure = picture(log)
@@ -26,7 +26,7 @@ def draw(log: Log, out: Path) -> None:
 
 
 def methods(log: Log) -> Any:
-    """Accuracy of each method, greedy."""
+    """Plot the greedy accuracy of each method."""
     figure, axis = plt.subplots(figsize=(7, 2.8))
     arms = ("before", *METHODS)
     for place, arm in enumerate(reversed(arms)):
@@ -43,7 +43,7 @@ def methods(log: Log) -> Any:
 
 
 def tuning(log: Log) -> Any:
-    """Accuracy on validation problems over the learning rate, each with its better beta."""
+    """Plot the validation accuracy over the learning rate, with the better beta for each rate."""
     figure, axis = plt.subplots(figsize=(6, 3))
     colors = {"SFT": GREEN, "DPO": GREY, "DPOTrainer on steps": ORANGE, "Step-DPO": BLUE}
     for arm, color in colors.items():
@@ -59,7 +59,7 @@ def tuning(log: Log) -> Any:
 
 
 def curves(log: Log) -> Any:
-    """Reward accuracy and margin on held-out pairs while training: figure 2 of Step-DPO."""
+    """Plot reward accuracy and margin on held-out pairs during training, as in figure 2 of Step-DPO."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
     for arm, color in (("DPO", GREY), ("Step-DPO", BLUE)):
         runs = [[entry for entry in r["log"] if "eval_rewards/margins" in entry] for r in results_of(log, arm)]
@@ -77,7 +77,7 @@ def curves(log: Log) -> Any:
 
 
 def stages(log: Log) -> Any:
-    """Loss from S and from the reference: figure 3 of sDPO; accuracies beside it."""
+    """Plot the loss of stage 2 when started from S and from the reference, as in figure 3 of sDPO, and accuracies."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
     for arm, color, name in (("sDPO", BLUE, "from M₁, the reference"), (STAGED[-1], ORANGE, "from S")):
         runs = [[entry["loss"] for entry in r["log"] if "loss" in entry] for r in results_of(log, arm)]
@@ -98,7 +98,7 @@ def stages(log: Log) -> Any:
 
 
 def turns(log: Log) -> Any:
-    """Accuracy after each stage, with fresh pairs and with fixed ones."""
+    """Plot the accuracy after each stage of the loop, with fresh and with fixed pairs."""
     figure, axis = plt.subplots(figsize=(6, 3))
     first = mean_and_half(solved(results_of(log, "before"), "greedy"))[0]
     for kind, color in zip(KINDS, (GREEN, BLUE, GREY), strict=True):

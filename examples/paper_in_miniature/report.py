@@ -1,4 +1,4 @@
-"""What came out: tables with means and intervals, and pictures."""
+"""Write the report of the experiments: tables with means and intervals, and figures."""
 
 import json
 import math
@@ -19,12 +19,12 @@ HOW = ("greedy", "sampled")
 
 
 def best_settings(log: Log, arm: str) -> tuple[float, float]:
-    """Learning rate and beta with which most validation problems are solved; the lowest if several are."""
+    """Return the learning rate and beta with the highest validation accuracy, or the lowest of them if tied."""
     return max(trials(log, ARMS[arm].tuned_as or arm), key=lambda trial: trial[1])[0]
 
 
 def trials(log: Log, arm: str) -> list[tuple[tuple[float, float], float]]:
-    """Settings of an arm in ascending order, with the share of validation problems solved, mean of the seeds."""
+    """Return the settings of an arm in ascending order, with the validation accuracy averaged over seeds."""
     found: dict[tuple[float, float], list[float]] = {}
     for key in log:
         kind, *names = key.split("/")
@@ -35,7 +35,7 @@ def trials(log: Log, arm: str) -> list[tuple[tuple[float, float], float]]:
 
 
 def results_of(log: Log, arm: str) -> list[dict[str, Any]]:
-    """What each seed of an arm gave, with the settings chosen for it."""
+    """Return the test results of each seed of an arm with its best settings."""
     if arm == "before":
         return [log["test/before"]["result"]]
     rate, beta = best_settings(log, arm)
@@ -43,34 +43,35 @@ def results_of(log: Log, arm: str) -> list[dict[str, Any]]:
 
 
 def solved(results: Iterable[dict[str, Any]], how: str) -> np.ndarray:
-    """Of shape `(seeds, problems)`."""
+    """Return whether each problem was solved, as an array of shape `(seeds, problems)`."""
     return np.array([result[how]["solved"] for result in results], dtype=float)
 
 
 def mean_and_half(table: np.ndarray) -> tuple[float, float]:
     """
-    Mean of `(seeds, problems)` and half its 95 % interval.
+    Return the mean of an array of shape `(seeds, problems)` and the half-width of its 95 % interval, in percent.
 
-    Seeds and problems are both a sample: the variance is that of the mean over seeds and that over problems.
+    Both seeds and problems are random samples, so the variance is the sum of the variances over seeds and over
+    problems.
     """
     squared = sum(np.var(means, ddof=1) / len(means) for means in (table.mean(0), table.mean(1)) if len(means) > 1)
     return 100 * float(table.mean()), 196 * math.sqrt(squared)
 
 
 def percent(table: np.ndarray, signed: bool = False) -> str:
-    """Such as "81.2 +- 1.4"."""
+    """Format the mean and half-width of the interval, such as "81.2 +- 1.4"."""
     mean, half = mean_and_half(table)
     return f"{mean:{'+' if signed else ''}.1f} +- {half:.1f}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def comparison(log: Log, arms: Sequence[str], against: str) -> str:
-    """Accuracy of arms, and the difference from one of them on the same problems."""
+    """Format a table of accuracies and paired differences from the arm `against`."""
     rows = []
     base = {how: solved(results_of(log, against), how) for how in HOW}
     for arm in arms:
@@ -85,13 +86,13 @@ def comparison(log: Log, arms: Sequence[str], against: str) -> str:
 
 
 def settings_of(log: Log, arm: str) -> str:
-    """Chosen learning rate and beta."""
+    """Format the learning rate and beta of an arm."""
     rate, beta = best_settings(log, arm)
     return f"{rate:g}" + (f", beta {beta:g}" if beta else "")
 
 
 def localizers(log: Log) -> str:
-    """What each localizer finds, and what its pairs are worth."""
+    """Format a table of the verdicts, pairs and resulting accuracy of each judge."""
     facts = log["facts"]["result"]
     rows = []
     for source, arm in LOCALIZERS.items():
@@ -105,36 +106,36 @@ def localizers(log: Log) -> str:
                 *(percent(solved(results, how)) for how in HOW),
             ]
         )
-    head = ["first wrong step by", "right", "pairs", "samples a pair", "greedy, %", "sampled, %"]
+    head = ["judge of the first wrong step", "right", "pairs", "samples per pair", "greedy, %", "sampled, %"]
     return markdown(head, rows)
 
 
 def credit(log: Log) -> str:
-    """Where the reward margin of held-out pairs comes from."""
+    """Format a table of the margin growth on held-out pairs, within the step and after it."""
     rows = []
     for arm in ("DPO", "Step-DPO"):
         found = [result["margins"] for result in results_of(log, arm)]
         step, whole = (np.mean([margins[name] for margins in found]) for name in ("step", "whole"))
         rows.append([arm, f"{step:+.2f}", f"{whole - step:+.2f}"])
-    return markdown(["growth of log p(chosen) - log p(rejected), nats", "in the step", "behind it"], rows)
+    return markdown(["growth of log p(chosen) - log p(rejected), nats", "in the step", "after the step"], rows)
 
 
 def stages(log: Log) -> str:
-    """How the references see the second stage's pairs."""
+    """Format a table of the mean gamma_ref of the second stage's pairs under each model."""
     rows = []
     for arm in STAGED[1:4]:
         seen: dict[str, list[float]] = {}
         for result in results_of(log, arm):
             gammas = [entry["sdpo/gamma_ref"] for entry in result["log"] if "sdpo/gamma_ref" in entry]
-            last = {name: entry[name] for entry in result["log"] for name in entry if name.startswith("gamma_")}
-            for name, value in (("start", last["gamma_start"]), ("middle", gammas[1]), ("end", last["gamma_end"])):
+            ends = {name: entry[name] for entry in result["log"] for name in entry if name.startswith("gamma_")}
+            for name, value in (("start", ends["gamma_start"]), ("middle", gammas[1]), ("end", ends["gamma_end"])):
                 seen.setdefault(name, []).append(value)
         rows.append([arm, *(f"{np.mean(seen[name]):+.2f}" for name in ("start", "middle", "end"))])
     return markdown(["mean gamma_ref of the second stage's pairs under", "S", "M_1", "M_2, trained on them"], rows)
 
 
-def in_turns(log: Log) -> str:
-    """Accuracy after each stage."""
+def loop(log: Log) -> str:
+    """Format a table of the accuracy after each stage of the loop."""
     rows = []
     for kind in KINDS:
         runs = [log[key]["result"] for key in sorted(log) if key.startswith(f"loop/{kind}/")]
@@ -144,7 +145,7 @@ def in_turns(log: Log) -> str:
 
 
 def tuning(log: Log) -> str:
-    """All trials."""
+    """Format a table of all tuning trials."""
     rows = []
     for arm in (arm for arm in ARMS if not ARMS[arm].tuned_as):
         found = trials(log, arm)
@@ -154,14 +155,14 @@ def tuning(log: Log) -> str:
 
 
 def used(log: Log) -> dict[str, Any]:
-    """The runs behind the tables. Problems solved are a text with a 1 for each, in their order."""
+    """Return the results behind the tables. Solved problems are encoded as strings of 0 and 1."""
     tests = {arm: results_of(log, arm) for arm in ("before", *ARMS)}
     others = {key: log[key]["result"] for key in log if key.split("/")[0] in ("facts", "tune", "loop")}
     return compact({"test": tests, **others})
 
 
 def compact(value: Any) -> Any:
-    """With lists of 0 and 1 as texts, and five digits of each figure."""
+    """Shorten results: join lists of 0 and 1 to strings, and round floats to five significant digits."""
     if isinstance(value, dict):
         return {name: compact(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -170,16 +171,16 @@ def compact(value: Any) -> Any:
 
 
 def write_report(log: Log, out: Path) -> str:
-    """Write tables and pictures, and return the tables."""
+    """Write tables, results and figures, and return the tables with a summary."""
     from pictures import draw
 
     parts = {
         "Methods": comparison(log, ("before", *METHODS), "DPO"),
         "Credit": credit(log),
-        "Localizers": localizers(log),
-        "In stages": comparison(log, STAGED, "Step-DPO"),
+        "Localization": localizers(log),
+        "sDPO": comparison(log, STAGED, "Step-DPO"),
         "References": stages(log),
-        "In turns": in_turns(log),
+        "Loop": loop(log),
         "Tuning": tuning(log),
     }
     text = "\n".join(f"## {title}\n\n{table}\n" for title, table in parts.items())
@@ -187,4 +188,4 @@ def write_report(log: Log, out: Path) -> str:
     (out / "results.json").write_text(json.dumps(used(log)))
     draw(log, out)
     minutes = log["minutes"]["result"]
-    return f"{text}\n{minutes:.0f} minutes. Tables, pictures and every run are in {str(out)!r}."
+    return f"{text}\nThe experiments took {minutes:.0f} minutes. Tables, figures and all runs are in {str(out)!r}."

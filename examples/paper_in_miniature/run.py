@@ -1,7 +1,7 @@
-"""The experiments: `python examples/paper_in_miniature/run.py`. See README.md."""
+"""Run the experiments: `python examples/paper_in_miniature/run.py`. See README.md."""
 
 if __name__ == "__main__":
-    # Here, because processes that check answers import this file, and need none of it
+    # Worker processes of the answer checker import this file and must not import the experiments
     from experiments import main
 
     main()

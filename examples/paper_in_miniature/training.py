@@ -1,8 +1,9 @@
-"""The methods that are compared, each trained by its own trainer on the same number of pairs and updates."""
+"""Training and evaluation of the compared methods, with the same number of pairs and updates for each."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from stepdpo_trl import SDPOCallback, StepDPOConfig, StepDPOTrainer, measure_gamma, split_stages
 from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, generate_solutions, make_problems, read_result
 
-LARGEST_SET = 500  # of problems
+LARGEST_SET = 500  # maximum number of test or validation problems
 
 Rows = list[dict[str, Any]]
 
@@ -23,18 +24,20 @@ Rows = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Arm:
     """
-    What is trained.
+    Variant of a training method.
 
     Args:
         method (`str`):
-            `"sft"` on right solutions, `"dpo"` on whole solutions, `"stock"` (trl.DPOTrainer on step rows), `"step"`.
+            `"sft"` (SFT on right solutions), `"dpo"` (DPO on whole solutions), `"stock"` (trl.DPOTrainer on step rows)
+            or `"step"` (Step-DPO).
         source (`str`, *optional*, defaults to `"arithmetic"`):
-            Where the pairs come from.
+            Source of the pairs.
         split (`str`, *optional*):
-            How they are split into the two stages of sDPO: `"natural"`, `"reversed"`, `"random"`; `"from S"` is
-            `"natural"` with the second stage begun from the first model instead of the reference.
+            Split of the pairs into two sDPO stages: `"natural"`, `"reversed"`, `"random"`, or `"from S"`, which is
+            `"natural"` with the second stage starting from the initial model instead of the reference. By default,
+            there are no stages.
         tuned_as (`str`, *optional*):
-            The arm whose settings it takes, a variant of the same method.
+            Arm of the same method whose settings to use. By default, the arm is tuned itself.
     """
 
     method: str
@@ -59,17 +62,17 @@ ARMS = {
 
 
 def load(path: Any = MODEL_PATH) -> Any:
-    """The small model, or one trained from it."""
+    """Load a model, by default the quickstart model."""
     return AutoModelForCausalLM.from_pretrained(path)
 
 
 def tokenizer() -> Any:
-    """Its tokenizer."""
+    """Load the tokenizer of the quickstart model."""
     return AutoTokenizer.from_pretrained(MODEL_PATH)
 
 
 def rows_for(method: str, rows: Rows) -> Dataset:
-    """Pairs in the form that a method learns from."""
+    """Convert step pairs to the dataset format of a method."""
     columns = (
         "prompt",
         "initial_reason_steps",
@@ -80,7 +83,7 @@ def rows_for(method: str, rows: Rows) -> Dataset:
     )
     if method == "step":
         return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-    if method == "stock":  # as TRL's users do: the template's text and the prefix as a prompt
+    if method == "stock":  # as with plain TRL: the rendered chat template and the prefix form the prompt
         template = tokenizer().apply_chat_template
         texts = [
             template([{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True)
@@ -110,14 +113,14 @@ def rows_for(method: str, rows: Rows) -> Dataset:
 
 
 def options(folder: str, updates: int, batch: int, learning_rate: float, seed: int, **more: Any) -> dict[str, Any]:
-    """What all trainers are given."""
+    """Return the training arguments that all trainers share."""
     return {
         "output_dir": folder,
-        "max_steps": updates,  # in stages: of each
+        "max_steps": updates,  # per stage
         "learning_rate": learning_rate,
         "seed": seed,
         "per_device_train_batch_size": batch,
-        "dataloader_drop_last": True,  # so that every update sees as many pairs
+        "dataloader_drop_last": True,  # every update has the same number of pairs
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "max_length": None,
@@ -134,7 +137,7 @@ def options(folder: str, updates: int, batch: int, learning_rate: float, seed: i
 
 
 def fit(trainer: Any) -> list[dict[str, float]]:
-    """Train, and return what was logged."""
+    """Train and return the log history."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return list(trainer.state.log_history)
@@ -148,20 +151,24 @@ def train(
 
     Args:
         arm (`Arm`):
-            What.
-        rows, held_out (`list[dict]`):
-            Pairs to train on, and pairs whose accuracy and margin are followed (may be empty).
+            The arm to train.
+        rows (`list[dict]`):
+            Training pairs.
+        held_out (`list[dict]`):
+            Evaluation pairs. Pass an empty list to skip evaluation during training.
         updates (`int`):
-            How many, of all stages together.
+            Total number of updates of all stages.
         batch (`int`):
-            Pairs in each.
-        learning_rate, beta (`float`):
-            Settings. SFT has no beta.
+            Number of pairs per update.
+        learning_rate (`float`):
+            Learning rate.
+        beta (`float`):
+            Beta of the DPO loss. Ignored for SFT.
         seed (`int`):
-            Seed of the order of the rows, and of a random split.
+            Random seed for the order of the rows and for a random split.
 
     Returns:
-        `PreTrainedModel`, `list[dict]`: The model, and what was logged.
+        `tuple[PreTrainedModel, list[dict]]`: The trained model and the log history.
     """
     model, data = load(), rows_for(arm.method, rows)
     follow: dict[str, Any] = {}
@@ -187,7 +194,7 @@ def train(
 def train_in_stages(
     model: Any, split: str, data: Dataset, given: dict[str, Any], beta: float
 ) -> list[dict[str, float]]:
-    """Train in two stages, and return what was logged and how the references see the second stage's pairs."""
+    """Train in two stages and return the log history with the mean gamma of the second stage under both models."""
     stages = split_sources(data, split, given["seed"])
     if split != "from S":
         args = StepDPOConfig(**given, beta=beta, precompute_ref_log_probs=True)
@@ -204,19 +211,19 @@ def train_in_stages(
         args = StepDPOConfig(**given, beta=beta)
         log += fit(StepDPOTrainer(model, reference, args=args, train_dataset=second, processing_class=tokenizer()))
     second = list(stages.values())[1]
-    for name, seen_by in (("gamma_start", load()), ("gamma_end", model)):
-        log.append({name: float(np.mean(gamma_of(seen_by, second)))})
+    for name, scorer in (("gamma_start", load()), ("gamma_end", model)):
+        log.append({name: float(np.mean(gamma_of(scorer, second)))})
     return log
 
 
 def gamma_of(model: Any, data: Dataset) -> np.ndarray:
-    """log p(chosen) - log p(rejected) of each pair."""
+    """Return log p(chosen) - log p(rejected) of each pair, of shape `(pairs,)`."""
     with tempfile.TemporaryDirectory() as folder:
         return measure_gamma(model, data, StepDPOConfig(**options(folder, 1, 32, 1e-5, 0)), tokenizer())
 
 
 def margins(model: Any, rows: Rows) -> dict[str, float]:
-    """How much more a model tells pairs apart than before training: by the step alone, and by the whole solutions."""
+    """Return the mean growth of log p(chosen) - log p(rejected) during training, for steps and whole solutions."""
     found = {}
     for name, method in (("step", "step"), ("whole", "dpo")):
         data = rows_for(method, rows)
@@ -225,7 +232,7 @@ def margins(model: Any, rows: Rows) -> dict[str, float]:
 
 
 def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
-    """Two stages: problems of few and of many operations, in one order or the other, or both in each."""
+    """Split pairs into two stages: problems with few and with many operations, in either order, or mixed."""
     sizes = [len(ArithmeticProblem.parse(prompt).operators) for prompt in data["prompt"]]
     middle = float(np.median(sizes))
     named = data.add_column("source", ["short" if size <= middle else "long" for size in sizes])
@@ -237,29 +244,35 @@ def split_sources(data: Dataset, split: str, seed: int) -> dict[str, Dataset]:
     return dict(reversed(natural.items())) if split == "reversed" else natural
 
 
+@cache
+def held_out_problems() -> list[ArithmeticProblem]:
+    """Draw the test and the validation problems together, so that they do not overlap."""
+    return make_problems(2 * LARGEST_SET, "held_out", OPERATIONS)
+
+
 def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float]) -> Mapping[str, Any]:
     """
-    Solve held-out problems.
+    Evaluate a model on held-out problems.
 
     Args:
         model (`PreTrainedModel`):
             The model.
         count (`int`):
-            How many problems.
+            Number of problems.
         tuning (`bool`):
-            Whether they are those to tune on rather than those to test on.
+            Whether to use the validation problems instead of the test problems.
         temperatures (`Sequence[float]`):
-            0 is greedy.
+            Sampling temperatures, with 0 for greedy decoding.
 
     Returns:
-        `dict`: By temperature, whether each problem is solved, and how many solutions have no final answer.
+        `dict`: For `"greedy"` and `"sampled"`, whether each problem was solved, and the number of solutions without a
+        final answer.
     """
-    # Drawn in one go, so that those to tune on are none of those to test on
-    problems = make_problems(2 * LARGEST_SET, "held_out", OPERATIONS)
+    problems = held_out_problems()
     problems = problems[LARGEST_SET:][:count] if tuning else problems[:count]
     result: dict[str, Any] = {}
     for temperature in temperatures:
-        set_seed(0)  # the same draws for every model
+        set_seed(0)  # same random numbers for every model
         texts = [problem.text for problem in problems]
         solutions = generate_solutions(model, tokenizer(), texts, temperature=temperature)
         answers = [read_result(solution) for solution in solutions]
@@ -271,5 +284,5 @@ def measure(model: Any, count: int, tuning: bool, temperatures: Sequence[float])
 
 
 def set_up() -> None:
-    """For a process of its own: these matrices are small."""
+    """Limit a worker process to one thread, which is fastest for such small matrices."""
     torch.set_num_threads(1)

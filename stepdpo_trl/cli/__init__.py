@@ -1,1 +1,1 @@
-"""The command line. Parses arguments and calls the package."""
+"""Command line: parsing of arguments and calls of the package."""

@@ -1,4 +1,4 @@
-"""Arguments of the command that measures accuracy: eval."""
+"""The command `eval`: measure accuracy."""
 
 import argparse
 from dataclasses import replace
@@ -11,53 +11,111 @@ from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import adapter_base
 from ..pipeline.policy import resolve_step_prompt
 from ..runs.run_directory import RunError
-from .options import add_command, model_options, model_spec, positive, text_of
+from .dry_run import estimate_eval
+from .options import (
+    OF_THE_FIRST_MODEL,
+    add_command,
+    log_and_dry_run_options,
+    model_options,
+    model_spec,
+    positive,
+    sampling_options,
+    share_options,
+    text_of,
+)
 
-# What holds where nothing is said. Said options are told from these, as some go with --problems alone.
+# Not passed to argparse, so that options that do not work with --tasks are only rejected if they were passed
 DEFAULTS: dict[str, Any] = {"prompt": "qwen2-boxed", "num_samples": 1, "temperature": 0.0, "top_p": 1.0}
-DEFAULTS |= {"max_new_tokens": 1024, "seed": 0}
-PROMPTS = {"arithmetic": "plain"}  # of known problems whose model was trained on another
+DEFAULTS |= {"top_k": 0, "max_new_tokens": 1024, "seed": 0}
+PROMPTS = {"arithmetic": "plain"}  # default prompts of problem sets, if not qwen2-boxed
+EXAMPLE = """\
+  stepdpo eval --problems gsm8k --model outputs/lora \\
+      --baseline Qwen/Qwen2.5-7B-Instruct --num-samples 4 --temperature 0.7 \\
+      --output-dir eval/gsm8k
+To resume after an interruption, rerun the same command."""
 
 
 def add_eval_command(commands: Any) -> None:
     """
-    Add the command.
+    Add the command to the main parser.
 
     Args:
         commands (`argparse._SubParsersAction`):
-            Where to.
+            The subparsers of the main parser.
     """
-    parser = add_command(commands, "eval", "measure the accuracy of a model, or compare two", _eval)
-    what = parser.add_mutually_exclusive_group(required=True)
+    parser = add_command(
+        commands,
+        "eval",
+        "Measure the accuracy of a model, or compare two models.",
+        _eval,
+        "Every answer is stored in the output folder, so that rerunning the same command resumes the evaluation.",
+        EXAMPLE,
+        usage="%(prog)s (--problems SET | --tasks TASK ...) --model MODEL\n    --output-dir DIR [options]",
+    )
+    group = parser.add_argument_group("Problems and output")
+    what = group.add_mutually_exclusive_group(required=True)
     sets = ", ".join(PROBLEM_SETS)
-    what.add_argument("--problems", metavar="SET", help=f"{sets}, or JSON lines or Parquet: problem, answer")
-    what.add_argument("--tasks", nargs="+", metavar="TASK", help="h4, gsm8k, math, or tasks of lm-evaluation-harness")
-    parser.add_argument(
-        "--output-dir", required=True, metavar="FOLDER", help="for answers, results.json, records.jsonl"
+    what.add_argument(
+        "--problems",
+        metavar="SET",
+        help=f"One of {sets} (their test splits), or a .jsonl or .parquet file with the columns problem and answer.",
     )
-    parser.add_argument("--limit", type=positive, help="the first so many problems")
-    _adapter(model_options(parser, "", "the model"), "")
-    _adapter(model_options(parser, "baseline-", "another one to compare it with", flag="--baseline"), "baseline-")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="few-shot examples (with --tasks)")
-    group = parser.add_argument_group("what it is asked (with --problems)")
-    group.add_argument("--prompt", help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template (qwen2-boxed)")
+    what.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="h4, gsm8k, math, or any tasks of lm-evaluation-harness."
+    )
     group.add_argument(
-        "--response-prefix", help="how every answer begins, such as 'Step 1:' (that of the named prompt)"
+        "--output-dir", required=True, metavar="DIR", help="Folder for answers, results.json and records.jsonl."
     )
-    group.add_argument("--num-samples", type=positive, help="solutions of each problem (1)")
-    group.add_argument("--temperature", type=float, help="(0: greedy)")
-    group.add_argument("--top-p", type=float, help="(1)")
-    group.add_argument("--max-new-tokens", type=int, help="(1024)")
-    group.add_argument("--seed", type=int, help="(0)")
+    group.add_argument("--limit", type=positive, metavar="N", help="Use the first N problems only.")
+    group.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="Examples before each problem (with --tasks). (default: that of the task)",
+    )
+    _adapter(
+        model_options(parser, "", "Model", "Model, or folder of a PEFT adapter on its base model.", required=True), ""
+    )
+    _adapter(
+        model_options(
+            parser,
+            "baseline-",
+            "Baseline",
+            "Second model, to compare the first one with on the same problems. The options not given here are those "
+            "of the first model; revision and adapter are not shared.",
+            flag="--baseline",
+            defaults=OF_THE_FIRST_MODEL,
+        ),
+        "baseline-",
+    )
+    group = parser.add_argument_group("Prompt (with --problems)")
+    group.add_argument(
+        "--prompt",
+        metavar="PROMPT",
+        help=f"{', '.join(STEP_PROMPTS)}, or a file with a Jinja template that contains {{{{ problem }}}}. (default: "
+        "qwen2-boxed, and plain with --problems arithmetic)",
+    )
+    group.add_argument(
+        "--response-prefix",
+        metavar="TEXT",
+        help="Text that every solution starts with, such as 'Step 1:'. (default: that of the named prompt)",
+    )
+    sampling_options(parser, DEFAULTS, num_samples=1, help_only=True)
+    log_and_dry_run_options(parser)
 
 
 def _adapter(group: Any, prefix: str) -> None:
-    group.add_argument(f"--{prefix}adapter", metavar="FOLDER", help="adapter of PEFT's on top (transformers)")
+    group.add_argument(
+        f"--{prefix}adapter", metavar="DIR", help="Folder of a PEFT adapter to load on the model (transformers)."
+    )
 
 
 def _eval(args: argparse.Namespace) -> None:
+    share_options(args, "baseline_")
     model, other = (_on_base(spec) for spec in (model_spec(args), model_spec(args, "baseline_", "--baseline")))
     assert model is not None
+    if args.tasks and args.dry_run:
+        raise RunError("--dry-run cannot count the problems of --tasks. Use it with --problems.")
     if args.tasks:
         _eval_tasks(args, model, other)
     else:
@@ -65,20 +123,19 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _on_base(spec: ModelSpec | None) -> ModelSpec | None:
-    """An adapter that is named as a model, on its base model."""
+    """Replace an adapter that is passed as a model by its base model with the adapter."""
     base = adapter_base(spec.model) if spec and not spec.adapter and not spec.base_url else None
     return replace(spec, model=base, adapter=spec.model) if spec and base else spec
 
 
 def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
-    said = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None] + ["baseline"] * bool(
-        other
-    )
-    if said:
-        named = ", ".join("--" + name.replace("_", "-") for name in said)
+    given = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None]
+    given += ["baseline"] if other else []
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
         raise RunError(
-            f"{named} cannot go with --tasks: "
-            "lm-evaluation-harness has its own prompts and sampling, and takes one model at a time. Leave them out."
+            f"{named} cannot be used with --tasks: lm-evaluation-harness has its own prompts and sampling, and "
+            "evaluates one model at a time. Remove it."
         )
     from ..evaluation.harness import evaluate_tasks, show_tasks
 
@@ -94,9 +151,12 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
         )
     options = {**DEFAULTS, "prompt": PROMPTS.get(args.problems, DEFAULTS["prompt"])}
     options |= {name: value for name, value in vars(args).items() if value is not None}
-    if args.top_p is not None and not options["temperature"]:
-        raise RunError(f"--top-p {args.top_p} has no effect at temperature 0. Leave it out, or give a --temperature.")
-    sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"])
+    for name in ("top_p", "top_k"):
+        value = getattr(args, name)
+        if value is not None and not options["temperature"]:
+            option = "--" + name.replace("_", "-")
+            raise RunError(f"{option} {value} has no effect at temperature 0. Remove it, or pass a --temperature.")
+    sampling = Sampling(options["temperature"], options["top_p"], options["max_new_tokens"], options["top_k"])
     prompt = resolve_step_prompt(text_of(options["prompt"]), args.response_prefix)
     from ..evaluation.evaluate import check_comparison, evaluate
     from ..evaluation.results import table
@@ -105,6 +165,10 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
     num_samples, seed = options["num_samples"], options["seed"]
     check_comparison(models, sampling, num_samples)
     problems = load_problems(args.problems, args.limit)
+    if args.dry_run:
+        names = [model.adapter or model.model for model in models]
+        print(estimate_eval(len(problems), num_samples, names, sampling.max_new_tokens))
+        return
     name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
     with Session() as session:
         results = evaluate(session, Path(args.output_dir), name, problems, models, prompt, sampling, num_samples, seed)

@@ -1,71 +1,95 @@
-"""The command `stepdpo loop`: its own arguments, those of `stepdpo data`, and behind `--` those of `stepdpo train`."""
+"""The command `loop`. It also takes options of `stepdpo data`, and after `--` options of `stepdpo train`."""
 
 import argparse
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from ..generation.model_folders import adapter_base, fingerprint
+from ..generation.merging import merge_adapter
+from ..generation.model_folders import fingerprint
 from ..pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
 from ..runs.run_directory import RunError
-from .options import parse
+from .console import log_options, logging_to
+from .parsing import CommandParser, option_names, unknown_option, use_dashes
 
-# What each stage sets by itself
-_OF_DATA = ("--output-dir", "--output-file", "--shard", "--model", "--seed")
+# Options that the loop sets for each stage
+_OF_DATA = ("--output-dir", "--output-file", "--shard", "--model", "--seed", "--dry-run", "--corrections")
 _OF_TRAINING = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
+EXAMPLE = """\
+Example:
+  stepdpo loop --model Qwen/Qwen2.5-7B-Instruct --problems problems.jsonl \\
+      --output-dir loop --stages 3 --judge arithmetic,rollout \\
+      -- --learning_rate 5e-7 --beta 0.4 --num_train_epochs 4
+To resume after an interruption, rerun the same command."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of what is neither the data pipeline's nor the trainer's."""
-    parser = argparse.ArgumentParser(
+def make_parser() -> CommandParser:
+    """Create the parser of the options that belong to neither `data` nor `train`."""
+    parser = CommandParser(
         prog="stepdpo loop",
-        usage="%(prog)s --model M --output-dir LOOP --stages T --problems FILE [option of `stepdpo data` ...] "
-        "-- [option of `stepdpo train` ...]",
-        description="Alternate between making pairs and training on them: each stage's pairs are sampled anew from "
-        "the model that the last stage made, which is the reference too. Give the same command again after an "
-        "interruption. Options other than --model and --seed may change for what has not begun.",
-        allow_abbrev=False,
+        usage="%(prog)s --model MODEL --problems SET --output-dir DIR\n"
+        "    [option of `stepdpo data` ...] -- [option of `stepdpo train` ...]",
+        description="Alternate between making step pairs and training on them. The pairs of each stage are sampled "
+        "from the model of the previous stage, which is also the reference model. All options of `stepdpo data` are "
+        "accepted before the `--`, and those of `stepdpo train` after it. On a rerun all options but --model and "
+        "--seed may change; they apply to the parts that have not been started.",
+        epilog=EXAMPLE,
+        strict=False,
     )
-    parser.add_argument("--model", required=True, help="the model to begin with: id or folder")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the loop")
-    parser.add_argument("--stages", type=int, default=3, help="how many (%(default)s); more can be asked for later")
-    parser.add_argument("--seed", type=int, default=0, help="of the first stage's samples; the next has the next one")
+    group = parser.add_argument_group("Loop")
+    group.add_argument("--model", required=True, metavar="MODEL", help="Model to start from: id on the Hub or folder.")
+    group.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="Folder of all stages.")
+    group.add_argument(
+        "--stages", type=int, default=3, metavar="N", help="Number of stages; can be increased on a rerun."
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="Random seed of the first stage; each stage adds one to it."
+    )
+    log_options(parser)
     return parser
 
 
 def loop(argv: list[str]) -> None:
     """
-    Run the loop, each part in a process of its own, so that the one leaves the GPU to the other.
+    Run the loop. Each part runs in a separate process, which frees the GPU for the next one.
 
     Args:
         argv (`list[str]`):
-            The command line behind `stepdpo loop`.
+            The command line after `stepdpo loop`.
 
     Raises:
-        RunError: If something cannot be used, or a part fails.
+        RunError: If an option is invalid, or a part fails.
     """
-    parser = make_parser()
     place = argv.index("--") if "--" in argv else len(argv)
-    args, data = parser.parse_known_args(argv[:place])
-    training = argv[place + 1 :]
+    parser, data_parser = make_parser(), _make_data_parser()
+    known = {*parser._option_string_actions, *data_parser._option_string_actions}
+    words, training = use_dashes(argv[:place], known), argv[place + 1 :]
+    for name in option_names(words):
+        if name not in known:
+            parser.error(unknown_option(name, known))
+    args, data = parser.parse_known_args(words)
     if args.stages < 1:
         raise RunError(f"--stages {args.stages} must be at least 1.")
-    _check_data(data)
+    _check_data(data_parser, data)
     _check_training(training)
+    with logging_to(args.log_level, args.log_file):
+        _loop(args, data, training)
+
+
+def _loop(args: argparse.Namespace, data: list[str], training: list[str]) -> None:
+    log_file = [] if args.log_file is None else ["--log-file", args.log_file]
 
     def make_pairs(number: int, model: str, folder: Path) -> None:
         where = ["--output-dir", str(folder / RUN), "--output-file", str(folder / PAIRS)]
-        own = ["--model", model, "--seed", str(args.seed + number - 1)]
+        own = ["--model", model, "--seed", str(args.seed + number - 1), "--log-level", args.log_level, *log_file]
         _run(folder, ["data", *own, *where, *data])
 
     def train(number: int, model: str, folder: Path) -> None:
         output_dir = folder / TRAINING
         own = ["--model_name_or_path", model, "--dataset_name", str(folder / PAIRS), "--output_dir", str(output_dir)]
-        _run(folder, ["train", *own, *_resume(output_dir), *training])
+        _run(folder, ["train", *own, *_resume(output_dir), *log_file, *training])
         if (output_dir / "adapter_config.json").is_file():
             merge_adapter(output_dir, folder / MODEL)
         else:
@@ -76,83 +100,69 @@ def loop(argv: list[str]) -> None:
     print(f"{args.stages} stages done. The model is in {args.output_dir / f'stage-{args.stages}' / MODEL}.")
 
 
-def merge_adapter(adapter: Path, to: Path) -> None:
-    """
-    Write a model with its adapter worked into the weights, for which every back end and the next stage have a use.
-
-    Args:
-        adapter (`Path`):
-            Folder of the adapter, with the tokenizer.
-        to (`Path`):
-            Where the model goes. Appears when all of it is written.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    unfinished = to.with_name(to.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    # AutoPeftModelForCausalLM would cut the embeddings to the size of the tokenizer
-    base: Any = adapter_base(str(adapter))
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(unfinished)
-    os.replace(unfinished, to)
-
-
-def _check_data(argv: list[str]) -> None:
-    """Exits with the parser's message if an option is not one of `stepdpo data`."""
+def _make_data_parser() -> CommandParser:
     from .data import add_commands
 
-    given = [name for name in _OF_DATA if any(word.partition("=")[0] == name for word in argv)]
+    commands = CommandParser(prog="stepdpo", strict=False).add_subparsers()
+    add_commands(commands)
+    parser: CommandParser = commands.choices["data"]
+    parser.prog = "stepdpo loop"
+    return parser
+
+
+def _check_data(parser: CommandParser, argv: list[str]) -> None:
+    """Check the options before `--`. Exits with the parser's message if one is invalid."""
+    given = [name for name in _OF_DATA if name in option_names(argv)]
     if given:
-        raise RunError(f"{', '.join(given)} cannot be given: each stage of the loop has its own.")
-    parser = argparse.ArgumentParser(prog="stepdpo loop", allow_abbrev=False)
-    add_commands(parser.add_subparsers())
-    args = parse(parser, ["data", *argv, "--model", "M", "--output-dir", RUN, "--output-file", PAIRS])
+        raise RunError(f"{', '.join(given)} cannot be given: the loop sets it for each stage. Remove it.")
+    args = parser.parse_args([*argv, "--model", "M", "--output-dir", RUN, "--output-file", PAIRS])
     if args.base_url or args.backend == "openai":
         raise RunError(
-            "--base-url does not go with the loop: a server would go on answering with the model that it has loaded. "
-            "Leave it out; the loop loads the model of each stage by itself (--backend transformers or vllm)."
+            "--base-url cannot be used in the loop: a server would go on answering with the model that it has loaded. "
+            "Remove it; the loop loads the model of each stage itself (--backend transformers or vllm)."
         )
 
 
 def _check_training(argv: list[str]) -> None:
-    """Exits with the parser's message if an option is not one of `stepdpo train`."""
-    from .train import parse_arguments, split_joined
+    """Check the options after `--`. Exits with the parser's message if one is invalid."""
+    from .train_arguments import parse_arguments, split_joined
 
-    given = [name for name in _OF_TRAINING if any(word.partition("=")[0] == f"--{name}" for word in argv)]
+    names = [name.removeprefix("--").replace("-", "_") for name in option_names(argv)]
+    given = [name for name in _OF_TRAINING if name in names]
     if given:
-        raise RunError(f"{', '.join(f'--{name}' for name in given)} cannot be given: each stage has its own.")
+        named = ", ".join(f"--{name}" for name in given)
+        raise RunError(f"{named} cannot be given: the loop sets it for each stage. Remove it.")
     own = ["--model_name_or_path", "M", "--dataset_name", "pairs", "--output_dir", TRAINING]
     (_, config, _, _, sdpo), _, _ = parse_arguments(
         [*split_joined(argv), *own], prog="stepdpo loop ... --", launcher=True
     )
-    asked: dict[str, Any] = {name: getattr(config, name) for name in ("prompt_suffix", "system_prompt")}
-    asked |= {"prompt_template": config.prompt_template, "sdpo": sdpo.sdpo}
-    asked = {name: value for name, value in asked.items() if value}
-    if asked:
+    prompt_options = ("prompt_suffix", "system_prompt", "prompt_template")
+    values = {**{name: getattr(config, name) for name in prompt_options}, "sdpo": sdpo.sdpo}
+    given = [f"{name}={value!r}" for name, value in values.items() if value]
+    if given:
         raise RunError(
-            f"{', '.join(f'{name}={value!r}' for name, value in asked.items())} does not go with the loop: its pairs "
-            "hold what the model was asked, word for word (--prompt), and its stages are its own. Leave it out."
+            f"{', '.join(given)} cannot be used in the loop: its pairs contain the whole prompt, word for word "
+            "(--prompt), and --stages sets its stages. Remove it."
         )
 
 
 def _resume(output_dir: Path) -> list[str]:
-    """Where training goes on after an interruption."""
+    """Return the options that resume an interrupted training."""
     from ..sdpo.files import find_checkpoint
 
     try:
         return ["--resume_from_checkpoint", str(find_checkpoint(output_dir, True)[0])]
-    except ValueError:  # nothing there yet
+    except ValueError:  # no checkpoint yet
         return []
 
 
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
-    # The lock of the loop's folder goes along
+    # With close_fds=False the process inherits the lock of the loop's folder
     done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
     if done.returncode:
         raise RunError(
-            f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see above. Where that can be "
-            f"mended, the same command goes on from here. To begin the stage anew with other options, remove {folder}."
+            f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see its message above. Fix the "
+            "cause and rerun the same command to resume. To restart this stage with other options, remove "
+            f"{folder}."
         )

@@ -1,4 +1,4 @@
-"""Options of the training script for stages (sDPO, arXiv 2403.19270)."""
+"""Options of the training script for sDPO (arXiv 2403.19270)."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,50 +15,53 @@ if TYPE_CHECKING:
 @dataclass
 class SDPOArguments:
     """
-    Whether and how the training script trains in stages, with [`SDPOCallback`].
+    Arguments for training in stages with [`SDPOCallback`].
 
-    The stages are the data sets listed under `datasets`, in their order, or parts of the one in `dataset_name`: by its
-    column `stage`, or cut by `stage_fractions`.
+    The stages are the data sets listed under `datasets`, in that order, or parts of the data set `dataset_name`, given
+    by its column `stage` or by `stage_fractions`.
 
     Args:
         sdpo (`bool`, *optional*, defaults to `False`):
-            Train in stages, each with the model of the one before as its reference.
+            Whether to train in stages, each with the model of the previous stage as its reference model.
         stage_fractions (`list[float]`, *optional*):
-            Share of the rows of `dataset_name` in each stage, in their order. They sum to 1.
+            Fraction of the rows of `dataset_name` in each stage, in order. Must sum to 1.
         stage_schedule (`str`, *optional*, defaults to `"restart"`):
-            `"restart"` begins optimizer, warm-up and decay anew in each stage, as in the paper; `"continuous"` keeps
-            one course over all of them.
+            `"restart"` resets the optimizer and restarts the learning rate schedule in each stage, as in the paper.
+            `"continuous"` uses one schedule for all stages.
         stage_options (`dict[str, dict[str, float]]` or `str`, *optional*):
-            `beta`, `learning_rate` and `num_train_epochs` of single stages, in place of those of the training
-            arguments. Keys are the values of the column `stage`, otherwise "1", "2", ... A dict, or a JSON string.
+            Values of `beta`, `learning_rate` and `num_train_epochs` for single stages, which override the training
+            arguments. Keys are the values of the column `stage`, or "1", "2", ... if there is none. A dict or a JSON
+            string.
 
     Raises:
-        ValueError: If an option is unusable, or set without `sdpo`.
+        ValueError: If an option is invalid, or set without `sdpo`.
     """
 
     sdpo: bool = field(
         default=False,
         metadata={
-            "help": "Train in stages (sDPO), each with the model of the one before as its reference. The stages are "
-            "the data sets listed under `datasets`, or `dataset_name` by its column `stage` or `stage_fractions`."
+            "help": "Train in stages (sDPO), each with the model of the previous stage as its reference model. The "
+            "stages are the data sets listed under `datasets`, or parts of `dataset_name`, given by its column "
+            "`stage` or by `stage_fractions`."
         },
     )
     stage_fractions: list[float] | None = field(
         default=None,
-        metadata={"help": "Share of the rows of `dataset_name` in each stage, in their order. They sum to 1."},
+        metadata={"help": "Fraction of the rows of `dataset_name` in each stage, in order. Must sum to 1."},
     )
     stage_schedule: str = field(
         default="restart",
         metadata={
-            "help": "'restart' begins optimizer, warm-up and decay anew in each stage, 'continuous' keeps one course.",
+            "help": "'restart' resets the optimizer and restarts the learning rate schedule in each stage, "
+            "'continuous' uses one schedule for all stages.",
             "choices": ["restart", "continuous"],
         },
     )
     stage_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "`beta`, `learning_rate` and `num_train_epochs` of single stages, as a JSON string or, in the "
-            """file, a mapping: '{"2": {"beta": 0.05}}'."""
+            "help": "Values of `beta`, `learning_rate` and `num_train_epochs` for single stages, as a JSON string "
+            """such as '{"2": {"beta": 0.05}}', or as a mapping in the file."""
         },
     )
 
@@ -77,13 +80,13 @@ class SDPOArguments:
             "stage_options": bool(self.stage_options),
         }
         if self.sdpo:
-            self.make_callback()  # which refuses unusable options, here before anything is loaded
+            self.make_callback()  # raises for invalid options before anything is loaded
         elif any(given.values()):
             name = next(name for name, is_given in given.items() if is_given)
-            raise ValueError(f"--{name} has no effect without stages. Set --sdpo true too, or leave it out.")
+            raise ValueError(f"--{name} has no effect without stages. Set --sdpo true, or remove it.")
 
     def make_callback(self) -> "SDPOCallback":
-        """The callback that trains in these stages."""
+        """Create the callback that trains in these stages."""
         from ..sdpo.callback import SDPOCallback
 
         options: Any = self.stage_options
@@ -91,50 +94,57 @@ class SDPOArguments:
 
     def check_sources(self, script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> None:
         """
-        Refuse options of the data that do not go together with stages.
+        Check that the options of the data are compatible with stages.
+
+        Args:
+            script_args (`ScriptArguments`), dataset_args (`DatasetMixtureConfig`):
+                Arguments that select the data.
 
         Raises:
-            ValueError: Saying which, why, and what to do.
+            ValueError: If they are not.
         """
         if not self.sdpo:
             return
         if script_args.dataset_streaming or dataset_args.streaming:
             name = "streaming" if dataset_args.streaming else "dataset_streaming"
-            raise ValueError(f"--{name} does not go together with --sdpo: a stage ends after all its rows. Remove it.")
+            raise ValueError(f"--{name} cannot be used with --sdpo: the length of a stage must be known. Remove it.")
         if not dataset_args.datasets:
             return
         if self.stage_fractions is not None:
             raise ValueError(
-                "--stage_fractions cuts the one data set of --dataset_name into stages, but each of `datasets` is a "
-                "stage already. Leave one of them out."
+                "--stage_fractions splits the data set of --dataset_name into stages, but each of `datasets` is "
+                "already a stage. Remove one of them."
             )
         if any(getattr(part, "fraction", None) is not None for part in dataset_args.datasets):
             raise ValueError(
-                "`fraction` under `datasets` is a share of a mixture, but with --sdpo each of them is a stage. Take "
-                "fewer rows with `split: train[:50%]`."
+                "`fraction` under `datasets` is a share of a mixture, but with --sdpo each of them is a stage. To use "
+                "fewer rows, set `split: train[:50%]`."
             )
         if dataset_args.test_split_size is not None:
             raise ValueError(
-                "--test_split_size draws other rows in every process and run, so that stages differ between them. "
-                "Leave it out; to evaluate, use --dataset_name with a column `stage` and a test split."
+                "--test_split_size draws different rows in every process and run, so their stages would differ. "
+                "Remove it; to evaluate, use --dataset_name with a column `stage` and a test split."
             )
 
     def check_stages(self, dataset: Any) -> None:
         """
-        Check, before a model is loaded, that a single data set tells its stages.
+        Check, before a model is loaded, that the stages of a single data set are defined.
+
+        Args:
+            dataset (`Dataset`):
+                The training data.
 
         Raises:
-            ValueError: If it does not, or if a stage is empty.
+            ValueError: If they are not, or if a stage is empty.
         """
         has_column = STAGE_COLUMN in dataset.column_names
         if has_column and self.stage_fractions is not None:
             raise ValueError(
-                f"The data has a column `{STAGE_COLUMN}`, and --stage_fractions is given as well. Leave one out."
+                f"The data has a column `{STAGE_COLUMN}`, and --stage_fractions is set as well. Remove one of them."
             )
         if not has_column and self.stage_fractions is None:
             raise ValueError(
-                f"--sdpo cannot tell the stages: the data has no column `{STAGE_COLUMN}`, only "
-                f"{dataset.column_names}. Add it, set --stage_fractions, or list a data set for each stage under "
-                "`datasets` in the file."
+                f"--sdpo needs stages: the data has no column `{STAGE_COLUMN}`, only {dataset.column_names}. Add it, "
+                "set --stage_fractions, or list one data set per stage under `datasets` in the file."
             )
         find_stages(dataset, self.stage_fractions)

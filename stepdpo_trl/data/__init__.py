@@ -1,1 +1,1 @@
-"""The step-pair format, prompts, and reading solutions and answers."""
+"""Step-pair format, prompts, solution splitting and answer checking."""

@@ -1,12 +1,12 @@
 r"""
-Where the final answer of a solution stands, and when it says the same as the gold answer.
+Extract the final answer of a solution and compare it with the gold answer.
 
-A checker of mathematics compares two LaTeX expressions. These rules decide what is around that: which part of a
-solution is its answer, whether an answer is text, and what units, percent signs, dollars and bases mean. They are pure
-functions of strings, of the standard library only; the checker is given to [`agrees`] as a function, such as
+A math checker compares two LaTeX expressions. These rules cover the rest: which part of a solution is its answer,
+whether an answer is text, and how to treat units, percent signs, currencies and number bases. They are pure functions
+of strings and use the standard library only. The checker is passed to [`agrees`] as a function, for example:
 
 ```python
-# `units` would take the variable off "2+2c", "6t" and "5m"
+# With `units=True`, math-verify drops the variable of "2+2c", "6t" and "5m"
 DEFAULT = LatexExtractionConfig()
 CONFIG = [replace(DEFAULT, normalization_config=replace(DEFAULT.normalization_config, units=False))]
 
@@ -33,7 +33,7 @@ _ANSWER = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)(?<![ap]\.m\.)(?<!\b[ap]\.(?=\s?m\.))|\n")
 _CLAUSE = re.compile(r",?\s+(?:because|which|since|as|so|where|for)\b", re.IGNORECASE)
-# What may stand between two boxes that are one answer: "$\boxed{5}$ or $x = \boxed{7}$"
+# Text allowed between two boxes that form one answer: "$\boxed{5}$ or $x = \boxed{7}$"
 _BETWEEN_BOXES = re.compile(
     r"[\s$,;]*(?:\\\)|\\\])?[\s$,;]*(?:\\text\{)?\s*(?:and|or)?\s*\}?[\s$]*(?:\\\()?(?:\w\s*=)?\s*"
 )
@@ -82,7 +82,7 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
     for spelling in spellings.split()
 }
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:(\\?\$|USD\b)|(€|\\euro\b)|(£|\\pounds\b))\s*(?=[-+.\d\\])")
-# Units behind a value: in a wrapper, after a slash or not; words of letters; a sign
+# Units after a value: in a wrapper such as \text{}, as plain words, or as a sign
 _WRAPPED_UNIT = re.compile(rf"(?:\s*/?\s*(?:{_WRAPPER.pattern})(?:\s*\^\s*\{{?[23]\}}?)?)+$")
 _PLAIN_UNIT = re.compile(
     r"(?<=[\d})])(?:\s+|(?<=\d)(?=[a-zA-Z]{2}))([a-zA-Z][a-zA-Z.]*(?:(?:\s+|/)[a-zA-Z.]+)*(?:\s*\^\s*\{?[23]\}?|[²³])?)$"
@@ -93,18 +93,21 @@ _BASE = re.compile(r"^([0-9A-Z.]+)_\s*(?:\{\s*(?:(\d+)|\\text\{\s*\w+\s*\})\s*\}
 
 def final_answer(text: str) -> str | None:
     r"""
-    The answer that a solution ends with, as it is written there.
+    Extract the final answer of a solution, as written.
 
-    That is the content of the last `\boxed{}` whose braces are balanced (of several, if only "and", "or" or a comma
-    stands between them), else what follows `####` in the last line, else what follows the last "answer is" or
-    "answer:" up to the end of the sentence.
+    The first match of these rules is the answer:
+
+    1. The content of the last `\boxed{}` with balanced braces. Boxes separated only by "and", "or" or a comma form one
+       answer.
+    2. The text after `####` on the last line.
+    3. The text after the last "answer is" or "answer:", up to the end of the sentence.
 
     Args:
         text (`str`):
             The solution.
 
     Returns:
-        `str` or `None`: The answer, or `None` if the solution gives none.
+        `str` or `None`: The answer, or `None` if the solution has none.
     """
     boxes = _boxes(text)
     if boxes:
@@ -131,7 +134,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""The start, end and content of each balanced `\boxed{}` that stands in no other, and of each `\boxed 5`."""
+    r"""Return the start, end and content of each outermost balanced `\boxed{}` and of each `\boxed 5`."""
     boxes: list[tuple[int, int, str]] = []
     opened: list[re.Match[str] | None] = []
     for match in _BOX_OR_BRACE.finditer(text):
@@ -148,15 +151,15 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 def normalize(answer: str) -> str:
     r"""
-    An answer without what only changes its look.
+    Normalize the notation of an answer.
 
-    Removed are emphasis, the delimiters of a formula, a full stop, spaces such as `\,` and the braces of `1{,}200`,
-    and "The answer is" in front; `1 4/5` becomes a mixed fraction, "million" a power of ten, and `\varnothing` the
-    `\emptyset` that means the same.
+    This removes emphasis, math delimiters, a trailing period, spaces such as `\,`, the braces of `1{,}200` and a
+    leading "The answer is". `1 4/5` becomes a mixed fraction, "million" a power of ten, and `\varnothing` becomes
+    `\emptyset`.
 
     Args:
         answer (`str`):
-            The answer, as data sets or solutions write it.
+            The answer, as written in a dataset or a solution.
 
     Returns:
         `str`: The answer in LaTeX, without delimiters.
@@ -166,7 +169,7 @@ def normalize(answer: str) -> str:
     if answer.startswith("$$") and answer.endswith("$$") and len(answer) > 4:
         answer = answer[2:-2]
     dollars = len(re.findall(r"(?<!\\)\$", answer))
-    if dollars % 2 == 0:  # those of a formula; a single one is money
+    if dollars % 2 == 0:  # an odd number includes a currency sign
         answer = re.sub(r"(?<!\\)\$", "", answer)
     answer = re.sub(r"(?<=\d)\{([,:])\}(?=\d)", r"\1", answer)
     answer = re.sub(r"(?<=\d,)\\!\s*(?=\d{3})", "", answer)
@@ -182,14 +185,16 @@ def normalize(answer: str) -> str:
 
 def is_text(answer: str) -> bool:
     r"""
-    Whether an answer is words or an option letter: `\text{Tuesday}`, `(B)`, `Evelyn`, not `12\text{ cm}` or `ab`.
+    Return whether an answer is text, that is, words or an option letter.
+
+    `\text{Tuesday}`, `(B)` and `Evelyn` are text. `12\text{ cm}` and `ab` are not.
 
     Args:
         answer (`str`):
             The answer.
 
     Returns:
-        `bool`: Whether it is compared as text.
+        `bool`: `True` if the answer must be compared as text.
     """
     answer = normalize(answer)
     plain = _unwrap(answer)
@@ -202,14 +207,16 @@ def is_text(answer: str) -> bool:
 
 def text_key(answer: str) -> str:
     r"""
-    What two texts are compared by: small letters, without formatting, article, brackets and plural; lists in order.
+    Return the key by which two text answers are compared.
+
+    The key is lowercase, without formatting, articles, brackets and plural endings. Lists are sorted.
 
     Args:
         answer (`str`):
             The answer.
 
     Returns:
-        `str`: The key.
+        `str`: The comparison key.
     """
     plain = re.sub(r"[.'\"`]", "", _unwrap(normalize(answer)).lower())
     items = []
@@ -228,15 +235,16 @@ def _unwrap(answer: str) -> str:
 
 def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
     r"""
-    Part an answer into its value and its unit.
+    Split an answer into its value and its unit.
 
     Args:
         answer (`str`):
             The answer.
 
     Returns:
-        `tuple[str, tuple[str, Fraction] | None]`: The value, and the unit as what it measures and how many base units
-        it is, or `None` if there is no unit or an unknown one ("8 apples"), which is dropped.
+        `tuple[str, tuple[str, Fraction] | None]`: The value, and the unit as its dimension and its size in base units,
+        such as `("length", Fraction(1, 100))` for cm. The unit is `None` if there is none or if it is unknown; an
+        unknown unit ("8 apples") is removed from the value.
     """
     answer = normalize(answer)
     if re.match(r"^\\text\s*\{\s*[-+]?\d[^{}]*\}$", answer):  # "\text{10:30 a.m.}"
@@ -264,7 +272,7 @@ def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
 
 
 def _unit(name: str) -> tuple[str, Fraction] | None:
-    """What a unit measures and how many base units it is; `None` if it is not known."""
+    """Return the dimension of a unit and its size in base units, or `None` if the unit is unknown."""
     name = re.sub(r"\bkm?ph\b|\bkmh\b", "km/h", name.lower().replace(".", "").replace("²", "^2").replace("³", "^3"))
     name = re.sub(r"\bmph\b", "mile/hour", name)
     dimensions, factor = [], Fraction(1)
@@ -288,19 +296,19 @@ def _unit(name: str) -> tuple[str, Fraction] | None:
 
 def agrees(gold: str, answer: str | None, equal: Callable[[str, str], bool]) -> bool:
     r"""
-    Whether an answer says the same as the gold answer.
+    Return whether an answer is equivalent to the gold answer.
 
     Args:
         gold (`str`):
             The gold answer.
         answer (`str` or `None`):
-            The answer, as [`final_answer`] gives it. `None` agrees with nothing.
+            The answer, as returned by [`final_answer`]. `None` is equivalent to no gold answer.
         equal (`Callable[[str, str], bool]`):
-            Compares the LaTeX of the gold answer and of the answer, both without delimiters and units. It is called
-            twice at most.
+            Function that compares the LaTeX of the gold answer with the LaTeX of the answer, both without delimiters
+            and units. It is called at most twice.
 
     Returns:
-        `bool`: Whether they agree.
+        `bool`: `True` if both are equivalent.
     """
     if answer is None or not normalize(answer):
         return False

@@ -1,4 +1,4 @@
-"""Checking final answers with math-verify, in worker processes with a hard time limit."""
+"""Check final answers with math-verify, in worker processes with a hard time limit."""
 
 import logging
 import multiprocessing
@@ -20,16 +20,16 @@ TIME_LIMIT = 10.0  # seconds
 @dataclass(frozen=True)
 class Check:
     """
-    What a solution's final answer is worth.
+    Result of checking the final answer of a solution.
 
     Args:
         outcome (`str`):
-            `"right"`, `"wrong"`, or `"unreadable"`: there is no final answer, or it cannot be compared. That is not
-            a wrong answer.
+            `"right"`, `"wrong"` or `"unreadable"`. An answer is unreadable if it is missing or cannot be compared,
+            which is not the same as wrong.
         answer (`str`, *optional*):
-            The final answer found.
+            The final answer that was found.
         reason (`str`, *optional*):
-            Why it is unreadable.
+            Reason why the answer is unreadable.
     """
 
     outcome: str
@@ -38,21 +38,23 @@ class Check:
 
 
 class _UnreadableError(Exception):
-    """Something that cannot be compared; says what."""
+    """Raised when an answer cannot be compared."""
 
 
 def check_answer(gold: str, text: str) -> Check:
     """
-    Compare the final answer of a solution with the gold answer. Without a time limit: see [`AnswerChecker`].
+    Compare the final answer of a solution with the gold answer.
+
+    There is no time limit. Use [`AnswerChecker`] for solutions sampled from a model.
 
     Args:
         gold (`str`):
-            The gold answer, as data sets write it: `"1,200"`, `"\\\\frac{3}{4}"`, `"Tuesday"`.
+            The gold answer as written in the dataset, such as `"1,200"`, `"\\\\frac{3}{4}"` or `"Tuesday"`.
         text (`str`):
             The solution.
 
     Returns:
-        `Check`: The outcome.
+        `Check`: The result.
     """
     answer = final_answer(text)
     if answer is None:
@@ -61,7 +63,7 @@ def check_answer(gold: str, text: str) -> Check:
         return Check(RIGHT if agrees(gold, answer, _equal) else WRONG, answer)
     except _UnreadableError as error:
         return Check(UNREADABLE, answer, str(error))
-    except Exception as error:  # whatever a parser of free text raises
+    except Exception as error:  # parsing free text can raise any exception
         return Check(UNREADABLE, answer, f"{type(error).__name__} in math-verify")
 
 
@@ -69,7 +71,7 @@ def _equal(gold: str, answer: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     default = LatexExtractionConfig()
-    # `units` would take variables for units and drop them
+    # With `units=True`, math-verify mistakes variables for units and drops them
     config = [replace(default, normalization_config=replace(default.normalization_config, units=False))]
     parsed = []
     for name, value in (("gold", gold), ("given", answer)):
@@ -83,18 +85,20 @@ def _equal(gold: str, answer: str) -> bool:
 
 class AnswerChecker:
     """
-    Checks answers in worker processes. One that takes too long is ended with its process, and the answer counts as
-    unreadable. Scripts need `if __name__ == "__main__":`, as with all processes of Python's.
+    Answer checker with worker processes and a time limit.
+
+    If a check exceeds the time limit, its process is killed and the answer counts as unreadable. Scripts that use this
+    class need an `if __name__ == "__main__":` guard, because the workers import the main module.
 
     Args:
         processes (`int`, *optional*, defaults to `2`):
-            Number of workers.
+            Number of worker processes.
         time_limit (`float`, *optional*, defaults to `10.0`):
-            Seconds for one answer.
+            Time limit for one answer in seconds.
     """
 
     def __init__(self, processes: int = 2, time_limit: float = TIME_LIMIT) -> None:
-        # Not forks of this process, which may have threads and hold a GPU
+        # Forking this process is unsafe: it may have threads and a CUDA context
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["math_verify"])
         self.pool = ProcessPool(processes, context=context)
@@ -111,14 +115,14 @@ class AnswerChecker:
 
     def check(self, answers: Iterable[tuple[str, str]]) -> list[Check]:
         """
-        Check many.
+        Check the final answers of solutions.
 
         Args:
             answers (`Iterable[tuple[str, str]]`):
-                Gold answer and solution of each.
+                Pairs of gold answer and solution.
 
         Returns:
-            `list[Check]`: The outcomes, in order.
+            `list[Check]`: The results, in the order of `answers`.
         """
         limit = self.time_limit
         futures = [self.pool.schedule(_limited_check, args=(*pair, limit), timeout=limit) for pair in answers]
@@ -129,32 +133,32 @@ class AnswerChecker:
             except TimeoutError:
                 checks.append(Check(UNREADABLE, reason=f"checking took more than {self.time_limit:g} s"))
             except ProcessExpired as error:
-                checks.append(Check(UNREADABLE, reason=f"checking ended its process (exit code {error.exitcode})"))
+                checks.append(Check(UNREADABLE, reason=f"the checking process died (exit code {error.exitcode})"))
         return checks
 
 
 def check_golds(checker: AnswerChecker, golds: Sequence[str]) -> list[int]:
     """
-    Find gold answers that nothing can be compared with.
+    Find gold answers that cannot be compared with any answer.
 
     Args:
         checker (`AnswerChecker`):
-            Who checks.
+            The checker to use.
         golds (`Sequence[str]`):
-            Gold answers.
+            The gold answers.
 
     Returns:
-        `list[int]`: Places of those that are neither words nor read by math-verify.
+        `list[int]`: Indices of the gold answers that are not words and that math-verify cannot parse.
     """
     doubtful = [index for index, gold in enumerate(golds) if not re.fullmatch(r"-?[\d.,]*\d|[A-Za-z][A-Za-z ]*", gold)]
-    # Compared with something else, so that it has to be read
+    # A different answer forces math-verify to parse the gold answer
     checks = checker.check((golds[index], "\\boxed{123456789}") for index in doubtful)
     return [index for index, check in zip(doubtful, checks, strict=True) if check.outcome == UNREADABLE]
 
 
 def _limited_check(gold: str, text: str, time_limit: float) -> Check:
-    logging.disable(logging.CRITICAL)  # math-verify says for each parse that there is no time limit
-    signal.alarm(int(time_limit) + 5)  # ends this process, should the one that watches it be gone
+    logging.disable(logging.CRITICAL)  # math-verify warns about the missing time limit on every parse
+    signal.alarm(int(time_limit) + 5)  # ends this process even if its parent has died
     try:
         return check_answer(gold, text)
     finally:

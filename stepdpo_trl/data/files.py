@@ -1,15 +1,15 @@
-"""Files of rows, and writing files whole. Standard library only."""
+"""Data file formats and atomic writes. Standard library only."""
 
 import os
 from pathlib import Path
 
-# Suffixes of files with one row a line or a record, and the name of their builder in `datasets`
+# Suffixes of data files, and the name of their builder in `datasets`
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """
-    Write a file so that readers see either the old content or all of the new one, even after a kill.
+    Write a file atomically: readers see the old content or all of the new content, even after a kill.
 
     Args:
         path (`str` or `Path`):

@@ -1,19 +1,19 @@
-"""Prompt texts, as data.
+"""Prompt texts.
 
-Standard library only, so that the data pipeline can share them without importing torch.
+Standard library only, so that the data pipeline can use them without importing torch.
 """
 
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-# What the user is asked in addition to the problem, by name.
+# Texts appended to the problem in the user turn, by name.
 PROMPT_SUFFIXES: dict[str, str] = {
     # Step-DPO, released training script for the Qwen2 models
     "step-dpo": "\nPlease reason step by step, and put your final answer within \\boxed{}.",
 }
 
-# Layouts in place of a chat template, by name. The steps follow the last character.
+# Layouts for models without a chat template, by name. The steps follow the last character.
 PROMPT_TEMPLATES: dict[str, str] = {
     "plain": "{prompt}\n",
     # Stanford Alpaca, used by the released Step-DPO scripts for models without a chat template
@@ -27,29 +27,28 @@ PROMPT_TEMPLATES: dict[str, str] = {
 @dataclass(frozen=True)
 class StepPrompt:
     """
-    How a model is asked to solve a problem step by step.
+    Prompt that asks a model to solve a problem step by step.
 
     Args:
         user (`str`):
-            Message of the user, a Jinja template with `{{ problem }}` in it.
+            User message, a Jinja template that contains `{{ problem }}`.
         response_prefix (`str`, *optional*, defaults to `""`):
-            How the assistant's answer begins: written for the model, and part of every solution.
+            Text that every response starts with. The model continues it, and it is part of the solution.
     """
 
     user: str
     response_prefix: str = ""
 
 
-# Prompts to collect solutions with, by name.
+# Prompts for collecting solutions, by name.
 STEP_PROMPTS: dict[str, StepPrompt] = {
     # Step-DPO, section 3.2 and the released scripts for the Qwen2 models
     "qwen2-boxed": StepPrompt("{{ problem }}" + PROMPT_SUFFIXES["step-dpo"], "Let's think step by step.\nStep 1:"),
     "plain": StepPrompt("{{ problem }}"),
 }
 
-# What a judge is asked, by whether it sees the gold solution. Jinja templates with `problem`, `answer`, `solution` (of
-# the data set) and `steps`. The reply ends in the number of the first wrong step in a box, -1 if there is none: the
-# form of ProcessBench (arXiv 2412.06559).
+# Judge prompts with and without the gold answer: Jinja templates over `problem`, `answer`, `solution` (from the
+# dataset) and `steps`. The reply format is that of ProcessBench (arXiv 2412.06559).
 JUDGE_PROMPTS: dict[str, str] = {
     "gold": """\
 Here are a math problem, its correct answer{% if solution %} and solution{% endif %}, and a student's solution, split \
@@ -90,22 +89,22 @@ that first wrong step in \\boxed{}, or with \\boxed{-1} if no step is wrong.""",
 
 def resolve_text(value: str, known: dict[str, str], option: str) -> str:
     """
-    Return the text that `value` names in `known`, or `value` itself where it is the text.
+    Return the text with the name `value`, or `value` itself if it is a literal text.
 
     Args:
         value (`str`):
-            A name or a literal text. What looks like a name (letters, digits, `-` and `_` alone) must be a known one,
-            so that a misspelt name is never taken for a text.
+            Name or literal text. A value that looks like a name (only letters, digits, `-` and `_`) must be a known
+            name, so that a misspelled name is never used as text.
         known (`dict[str, str]`):
             Texts by name.
         option (`str`):
-            Name of the option, for the error message.
+            Name of the option for the error message.
 
     Returns:
         `str`: The text.
 
     Raises:
-        ValueError: If `value` looks like a name and is not known.
+        ValueError: If `value` looks like a name but is unknown.
     """
     if value in known:
         return known[value]
@@ -113,6 +112,6 @@ def resolve_text(value: str, known: dict[str, str], option: str) -> str:
         return value
     nearest = get_close_matches(value, known, n=1, cutoff=0.0)
     raise ValueError(
-        f"`{option}={value!r}` looks like a name but is not a known one. Did you mean {nearest[0]!r}? Pass one of "
-        f"{sorted(known)}, or the whole text."
+        f"`{option}={value!r}` looks like a name but is unknown. Did you mean {nearest[0]!r}? Pass one of "
+        f"{sorted(known)}, or the full text."
     )

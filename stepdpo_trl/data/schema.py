@@ -1,6 +1,6 @@
-"""The step preference record, and the checks that every row of step data has to pass.
+"""Step preference records and validation of step data.
 
-Standard library only: the trainer and the data pipeline meet in these records.
+Standard library only, because both the trainer and the data pipeline use it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,21 +16,21 @@ OPTIONAL_COLUMNS = ("chosen_ends_solution", "rejected_ends_solution")
 @dataclass(frozen=True)
 class StepPreference:
     """
-    One step pair: the columns of `xinlai/Math-Step-DPO-10K`, and whether a step ends the solution.
+    Step pair with the columns of `xinlai/Math-Step-DPO-10K` and two optional flags.
 
     Args:
         prompt (`str` or `list[dict]`):
-            The problem, or the messages up to the solution.
+            The problem, or the messages before the solution.
         chosen (`str`):
-            The preferred step s_win, from the first character after `initial_reason_steps`.
+            Preferred step s_win, starting with the first character after `initial_reason_steps`.
         rejected (`str`):
-            The undesirable step s_lose, likewise.
+            Rejected step s_lose, starting at the same position.
         initial_reason_steps (`str`, *optional*, defaults to `""`):
-            The correct steps s_1 ... s_(k-1) and usually the "Step k:" that begins the next one.
+            The correct steps s_1 ... s_(k-1), usually followed by the label "Step k:" of the next step.
         chosen_ends_solution (`bool`, *optional*, defaults to `False`):
-            Whether the solution is over after `chosen`, so that the end of the turn is learnt with it.
+            Whether the solution ends after `chosen`. If `True`, the end of the turn is trained as part of the step.
         rejected_ends_solution (`bool`, *optional*, defaults to `False`):
-            The same for `rejected`.
+            Whether the solution ends after `rejected`.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -43,42 +43,44 @@ class StepPreference:
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> "StepPreference":
         """
-        Check a row and make a record of it. Other columns are ignored; a null prefix is an empty one.
+        Validate a row and convert it to a record.
+
+        Other columns are ignored. A null prefix becomes an empty string.
 
         Args:
             row (`Mapping[str, Any]`):
                 The row.
             where (`str`):
-                What to call the row in an error, such as `"row 3 of the train dataset"`.
+                Description of the row for error messages, such as `"row 3 of the train dataset"`.
 
         Returns:
             `StepPreference`: The record.
 
         Raises:
-            ValueError: If a column is missing, of a wrong type or empty, if both steps are the same, or if the
-                prompt already ends with an assistant turn and there is a prefix as well.
+            ValueError: If a column is missing, empty or of the wrong type, if both steps are equal, or if the row has
+                a prefix although its prompt ends with an assistant turn.
         """
         check_columns(row, where)
         prompt = row["prompt"]
         prefix = "" if row[PREFIX_COLUMN] is None else row[PREFIX_COLUMN]
         if not isinstance(prefix, str):
             raise ValueError(
-                f"`{PREFIX_COLUMN}` of {where} is {_show(prefix)}. It must be a string: join the steps into one text "
-                "(it may be empty or null)."
+                f"`{PREFIX_COLUMN}` of {where} is {_show(prefix)}. It must be a string or null. Join the steps into "
+                "one string."
             )
         for column in ("chosen", "rejected"):
             step = row[column]
             if not isinstance(step, str):
-                hint = " Step data has plain text here, not messages." if isinstance(step, list) else ""
+                hint = " Pass plain text, not messages." if isinstance(step, list) else ""
                 raise ValueError(f"`{column}` of {where} is {_show(step)}. It must be a non-empty string.{hint}")
             if not step.strip():
                 raise ValueError(
-                    f"`{column}` of {where} is empty ({step!r}): there is no step to learn from. Remove the row."
+                    f"`{column}` of {where} is empty ({step!r}), so there is no step to train on. Remove the row."
                 )
         if row["chosen"] == row["rejected"]:
             raise ValueError(
-                f"`chosen` and `rejected` of {where} are the same ({_show(row['chosen'])}): there is nothing to "
-                "prefer. Remove the row."
+                f"`chosen` and `rejected` of {where} are the same ({_show(row['chosen'])}), so the row expresses no "
+                "preference. Remove the row."
             )
         _check_prompt(prompt, prefix, where)
         flags = {column: _flag(row, column, where) for column in OPTIONAL_COLUMNS}
@@ -86,16 +88,22 @@ class StepPreference:
 
 
 def is_step_data(columns: Iterable[str]) -> bool:
-    """Whether rows with these columns are step pairs, rather than ordinary preference pairs."""
+    """Return whether rows with these columns are step pairs rather than ordinary preference pairs."""
     return PREFIX_COLUMN in columns
 
 
 def check_plain_columns(columns: Iterable[str], where: str) -> None:
     """
-    Check that rows without `initial_reason_steps` are meant to be ordinary preference pairs.
+    Check that ordinary preference pairs have no misspelled `initial_reason_steps` column.
+
+    Args:
+        columns (`Iterable[str]`):
+            Column names.
+        where (`str`):
+            Description of the rows for error messages.
 
     Raises:
-        ValueError: If a column looks like a misspelt `initial_reason_steps`: the prefix would be left out unnoticed.
+        ValueError: If a column looks like a misspelled `initial_reason_steps`, whose prefixes would be ignored.
     """
     for nearest in get_close_matches(PREFIX_COLUMN, columns, n=1, cutoff=0.85):
         raise ValueError(
@@ -106,33 +114,33 @@ def check_plain_columns(columns: Iterable[str], where: str) -> None:
 
 def check_columns(columns: Iterable[str], where: str) -> None:
     """
-    Check that step data has its columns.
+    Check that step data has the required columns.
 
     Args:
         columns (`Iterable[str]`):
             Column names.
         where (`str`):
-            What to call the rows in an error.
+            Description of the rows for error messages.
 
     Raises:
-        ValueError: If a required column is missing, or an optional one is misspelt; names the nearest column.
+        ValueError: If a required column is missing or an optional column is misspelled.
     """
     columns = list(columns)
     for required in REQUIRED_COLUMNS:
         if required not in columns:
             nearest = get_close_matches(required, [c for c in columns if c not in REQUIRED_COLUMNS], n=1, cutoff=0.0)
-            mend = f" Rename the nearest column, {nearest[0]!r}, if that is what it holds." if nearest else ""
-            raise ValueError(f"Column `{required}` is missing from {where}, which has {sorted(columns)}.{mend}")
+            hint = f" Rename the nearest column, {nearest[0]!r}, if it contains this data." if nearest else ""
+            raise ValueError(f"Column `{required}` is missing from {where}, which has {sorted(columns)}.{hint}")
     for column in columns:
         nearest = get_close_matches(column, OPTIONAL_COLUMNS, n=1, cutoff=0.9)
         if nearest and column not in OPTIONAL_COLUMNS:
-            raise ValueError(f"Column `{column}` of {where} is not known. Did you mean `{nearest[0]}`? Rename it.")
+            raise ValueError(f"Column `{column}` of {where} is unknown. Did you mean `{nearest[0]}`? Rename it.")
 
 
 def _check_prompt(prompt: Any, prefix: str, where: str) -> None:
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(f"`prompt` of {where} is empty. It must hold the problem.")
+            raise ValueError(f"`prompt` of {where} is empty. It must contain the problem. Fix or remove the row.")
         return
     is_messages = isinstance(prompt, list) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
     if not is_messages or not prompt:
@@ -142,9 +150,9 @@ def _check_prompt(prompt: Any, prefix: str, where: str) -> None:
         )
     if prompt[-1]["role"] == "assistant" and prefix:
         raise ValueError(
-            f"`prompt` of {where} ends with an assistant turn and there is a `{PREFIX_COLUMN}` as well, so it is not "
-            f"clear what the step continues. Put the whole of the assistant's text into `{PREFIX_COLUMN}` and end the "
-            "prompt with the user's turn."
+            f"`prompt` of {where} ends with an assistant turn, but the row also has `{PREFIX_COLUMN}`, so it is "
+            f"ambiguous which of them the step continues. Move all text of the assistant to `{PREFIX_COLUMN}` and end "
+            "the prompt with a user turn."
         )
 
 

@@ -1,16 +1,19 @@
-"""Splitting solutions into steps: each is a pair of places in the text, nothing of which is lost. Standard library."""
+"""Split solutions into steps.
+
+Steps are spans of the original text, so that prefixes and steps are exact substrings. Standard library only.
+"""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# "Step 3:", "**Step 3:**", "### Step 3.", "Step 3 -" at the beginning of a line. The label ends before the space
+# "Step 3:", "**Step 3:**", "### Step 3.", "Step 3 -" at the start of a line. The label ends before the space
 _LABEL = re.compile(
     r"^[ \t]*(?:#+[ \t]*|[-*][ \t]+)?(?:\*\*|__)?Step[ \t]+(\d+)"
     r"(?:(?:\*\*|__)?[:.)]|[ \t]+[-\u2013\u2014]|(?=(?:\*\*|__)?[ \t]*$))(?:\*\*|__)?",
     re.I | re.M,
 )
-# The first may also follow a sentence: "Let's think step by step. Step 1:"
+# The first label may also follow a sentence: "Let's think step by step. Step 1:"
 _FIRST_LABEL = re.compile(r"(?<=[.!:])[ \t]+(?:\*\*)?Step[ \t]+1(?:\*\*)?:(?:\*\*)?", re.I)
 _NUMBER = re.compile(r"^[ \t]*(?:\*\*)?(\d+)[.)](?=[ \t])", re.M)
 _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
@@ -19,13 +22,13 @@ _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
 @dataclass(frozen=True)
 class StepSpan:
     """
-    Where a step stands in a solution.
+    Position of a step in a solution.
 
     Args:
         begin (`int`):
-            Its first character, behind the label: what stands before is the prefix that it continues.
+            Index of its first character after the label. The text before it is the prefix that the step continues.
         end (`int`):
-            Behind its last character that is not white space.
+            Index after its last non-whitespace character.
     """
 
     begin: int
@@ -35,7 +38,7 @@ class StepSpan:
 @dataclass(frozen=True)
 class Steps:
     """
-    A solution with its steps.
+    Solution split into steps.
 
     Args:
         text (`str`):
@@ -43,7 +46,7 @@ class Steps:
         spans (`tuple[StepSpan, ...]`):
             The steps, in order. At least one, unless the text is blank.
         style (`str`):
-            How they are told apart, a name in [`STYLES`].
+            Style of the steps, a key of [`STYLES`].
     """
 
     text: str
@@ -54,43 +57,44 @@ class Steps:
         return len(self.spans)
 
     def step(self, number: int) -> str:
-        """Text of a step, counted from 1, without its label."""
+        """Return the text of a step without its label. Steps are numbered from 1."""
         span = self.spans[number - 1]
         return self.text[span.begin : span.end]
 
     def prefix(self, number: int) -> str:
-        """All that stands before a step, with its label ("Step 3:"): `initial_reason_steps`."""
+        """Return the text before a step and its label ("Step 3:"), that is, its `initial_reason_steps`."""
         return self.text[: self.spans[number - 1].begin]
 
     def texts(self) -> tuple[str, ...]:
-        """The steps, stripped."""
+        """Return the texts of all steps, without surrounding whitespace."""
         return tuple(self.step(number).strip() for number in range(1, len(self) + 1))
 
 
 def split_steps(text: str, style: str | None = None) -> Steps:
     """
-    Split a solution into its steps.
+    Split a solution into steps.
 
     Args:
         text (`str`):
-            The solution, from the beginning of the assistant's turn.
+            The solution, from the start of the assistant turn.
         style (`str`, *optional*):
-            How steps are told apart: `"label"` ("Step 1:" at the beginning of a line, also as a heading or in bold),
-            `"number"` ("1." likewise), `"paragraph"` (blank lines) or `"line"`. By default the first of these that
-            finds two steps, `"label"` also with one; a text with none is one step.
+            Style of the steps: `"label"` ("Step 1:" at the start of a line, also as a heading or in bold), `"number"`
+            ("1." at the start of a line), `"paragraph"` (separated by blank lines) or `"line"`. Defaults to the first
+            of these styles that finds at least two steps; a single step is enough for `"label"`. If no style fits, the
+            whole text is one step.
 
     Returns:
-        `Steps`: The steps.
+        `Steps`: The solution with its steps.
 
     Raises:
-        ValueError: If the style is not known.
+        ValueError: If the style is unknown.
     """
     if style is not None and style not in STYLES:
-        raise ValueError(f"`style={style!r}` is not known. Choose one of {sorted(STYLES)}.")
+        raise ValueError(f"`style={style!r}` is unknown. Choose one of {sorted(STYLES)}.")
     first = _LABEL.search(text)
     from_one = _FIRST_LABEL.search(text) or (first and first[1] == "1")
     for name in [style] if style else STYLES:
-        if name == "label" and not style and not from_one:  # what stands before "Step 3" may be steps too
+        if name == "label" and not style and not from_one:  # the text before "Step 3" may contain steps too
             continue
         spans = _spans(text, STYLES[name](text))
         if style or len(spans) > 1 or (name == "label" and spans):
@@ -98,11 +102,11 @@ def split_steps(text: str, style: str | None = None) -> Steps:
     return Steps(text, _spans(text, [(0, 0)]), "paragraph")
 
 
-Mark = tuple[int, int]  # where a label begins and where it ends
+Mark = tuple[int, int]  # start and end of a label
 
 
 def _spans(text: str, marks: list[Mark]) -> tuple[StepSpan, ...]:
-    """Steps that begin behind their labels and end where the next label begins, or the text. Blank ones are none."""
+    """Return the non-blank steps. Each starts after its label and ends before the next label."""
     ends = [*(start for start, _ in marks[1:]), len(text)][: len(marks)]
     stripped = ((begin, len(text[begin:end].rstrip())) for (_, begin), end in zip(marks, ends, strict=True))
     return tuple(StepSpan(begin, begin + length) for begin, length in stripped if length)
@@ -117,7 +121,7 @@ def _labels(text: str) -> list[Mark]:
 
 
 def _numbers(text: str) -> list[Mark]:
-    """Items of a list that counts from 1. Others ("12. March") begin no step."""
+    """Return the items of a list that is numbered from 1. Other numbers ("12. March") do not start a step."""
     marks: list[Mark] = []
     for match in _NUMBER.finditer(text):
         if int(match[1]) == len(marks) + 1:

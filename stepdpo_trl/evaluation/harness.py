@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data.files import write_atomically
 from ..generation import ModelSpec
+from ..generation.protocol import DEFAULT_CONCURRENT_REQUESTS
 from ..runs.run_directory import RunError
 
 logger = logging.getLogger(__name__)
@@ -150,13 +151,21 @@ def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
                 f"--api-key-env {model.api_key_env} has no effect with --tasks: lm-evaluation-harness reads the key "
                 "from OPENAI_API_KEY. Set that variable and remove the option."
             )
-        server = {"base_url": f"{str(model.base_url).rstrip('/')}/completions", "num_concurrent": model.batch_size}
+        server: dict[str, Any] = {"base_url": f"{str(model.base_url).rstrip('/')}/completions"}
+        server["num_concurrent"] = model.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         arguments = {"model": model.model, **server, "tokenizer": model.tokenizer or model.model}
         return {"model": "local-completions", "model_args": arguments, "batch_size": 1}
     arguments = {"pretrained": model.model, "dtype": model.dtype}
     arguments |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
+    arguments |= {"revision": model.revision} if model.revision else {}
     if model.backend == "vllm":
+        arguments |= {"tokenizer_revision": model.tokenizer_revision} if model.tokenizer_revision else {}
         return {"model": "vllm", "model_args": arguments, "batch_size": batch_size or "auto"}
+    if model.revision != model.tokenizer_revision:
+        raise RunError(
+            f"--revision {model.revision} and --tokenizer {model.tokenizer} cannot be combined with --tasks: "
+            "lm-evaluation-harness would load that revision of the tokenizer as well. Remove --tokenizer."
+        )
     from torch.cuda import is_available
 
     arguments |= {"peft": model.adapter} if model.adapter else {}

@@ -10,6 +10,7 @@ from .majority import ProblemAnswers
 from .statistics import Accuracy, bootstrap, clustered, mcnemar, show
 
 OUTCOMES = (RIGHT, WRONG, UNREADABLE)
+NAME_WIDTH = 26  # columns of a name in the table, which then has 80
 
 
 def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
 
 def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], seed: int = 0) -> dict[str, Any]:
     """
-    Compare two models on the same problems, in pairs.
+    Compare two models on the same problems, paired by problem.
 
     Args:
         first (`Sequence[ProblemAnswers]`):
@@ -105,10 +106,13 @@ def table(results: dict[str, Any]) -> str:
         if "majority" in measured:
             majority = measured["majority"]
             rows.append(("  majority", majority["problems"], show(majority["accuracy"], majority["interval"])))
-    width = max(len(row[0]) for row in rows) + 2
+    width = min(max(len(name) for name, _, _ in rows) + 2, NAME_WIDTH)
     lines = [f"{results['problems']['count']} problems of {results['problems']['name']}, {decoding}", ""]
     lines.append(f"{'':<{width}}{header[0]:>8}{header[1]:>8}{header[2]:>12}   {header[3]}")
     for name, counts, accuracy in rows:
+        if len(name) > width - 2:  # too long to fit into 80 columns beside its figures
+            lines.append(name)
+            name = ""
         lines.append(f"{name:<{width}}{counts[RIGHT]:>8}{counts[WRONG]:>8}{counts[UNREADABLE]:>12}   {accuracy}")
     for measured in results["results"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in measured["unreadable"].items())
@@ -122,13 +126,15 @@ def _difference(results: dict[str, Any]) -> list[str]:
     first, second = (measured["model"] for measured in results["results"])
     difference, test = results["difference"], results["difference"]["mcnemar"]
     points, interval = 100 * difference["accuracy"], difference["interval"]
-    shown = f"{points:+.1f} percentage points (no interval: it is the same on every problem)"
+    shown = f"{points:+.1f} percentage points (no interval: the same difference on every problem)"
     if interval:
         low, high = interval
         shown = f"{show(points, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
-    solved = "solved by majority vote" if results["num_samples"] > 1 else "solved"
+    solved = "Solved by majority vote" if results["num_samples"] > 1 else "Solved"
+    title = f"{first} minus {second}:"
     return [
-        f"{first} minus {second}: {shown}",
-        f"McNemar's exact test: p = {test['p']:.2g}; {solved} by the first only {test['only_first']}, by the second "
-        f"only {test['only_second']}, by both {test['both']}, by neither {test['neither']}",
+        f"{title} {shown}" if len(title) + len(shown) < 80 else f"{title}\n  {shown}",
+        f"McNemar's exact test: p = {test['p']:.2g}",
+        f"{solved}: both {test['both']}, first only {test['only_first']}, second only {test['only_second']}, "
+        f"neither {test['neither']}",
     ]

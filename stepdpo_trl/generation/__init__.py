@@ -1,4 +1,4 @@
-"""Text from models: one small protocol, and back ends behind it (transformers, vLLM, OpenAI-compatible servers)."""
+"""Text generation with transformers, vLLM or OpenAI-compatible servers, behind one protocol."""
 
 from .factory import make_generator
 from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling

@@ -1,4 +1,4 @@
-"""The text that a chat template makes of a conversation."""
+"""Tokenizers and chat templates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,21 @@ from .protocol import GenerationError, ModelSpec
 
 def load_tokenizer(name: str, template: bool = True, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
-    Load a tokenizer, by default one that has a chat template.
+    Load a tokenizer and check that it has a chat template.
+
+    Args:
+        name (`str`):
+            Hub id or folder.
+        template (`bool`, *optional*, defaults to `True`):
+            Whether a chat template is required.
+        **kwargs:
+            Passed to `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
 
     Raises:
-        GenerationError: If it cannot be loaded, or has none.
+        GenerationError: If the tokenizer cannot be loaded, or has no chat template although one is required.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -21,41 +32,53 @@ def load_tokenizer(name: str, template: bool = True, **kwargs: Any) -> PreTraine
         raise GenerationError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if template and not tokenizer.chat_template:
         raise GenerationError(
-            f"The tokenizer of {name!r} has no chat template, so it is not known how a question is put to the model. "
-            "Take a model that was trained on conversations, or set `tokenizer.chat_template` and save it beside the "
-            "model."
+            f"The tokenizer of {name!r} has no chat template, so the format of the model's prompts is unknown. Use an "
+            "instruction-tuned model, or set `tokenizer.chat_template` and save the tokenizer in the model's folder."
         )
     return tokenizer
 
 
 def check_model(spec: ModelSpec, template: bool = True) -> None:
     """
-    Find out, without loading the weights, whether a model is there.
+    Check that a model exists, without loading its weights.
 
     Args:
         spec (`ModelSpec`):
-            The model. Of one behind a server, its tokenizer is looked at.
+            The model. If a server has it, only its tokenizer is checked.
         template (`bool`, *optional*, defaults to `True`):
-            Whether it needs a chat template.
+            Whether a chat template is required.
 
     Raises:
-        GenerationError: If something is missing.
+        GenerationError: If the model, its tokenizer or its adapter cannot be found.
     """
-    load_tokenizer(spec.tokenizer or spec.model, template)
-    what = f"model {spec.model!r}"
+    load_tokenizer(spec.tokenizer or spec.model, template, revision=spec.tokenizer_revision)
+    checked = f"model {spec.model!r}"
     try:
         if spec.backend != "openai":
-            AutoConfig.from_pretrained(spec.model)
+            AutoConfig.from_pretrained(spec.model, revision=spec.revision)
         if spec.adapter is not None:
             from peft import PeftConfig
 
-            what = f"adapter {spec.adapter!r}"
+            checked = f"adapter {spec.adapter!r}"
             PeftConfig.from_pretrained(spec.adapter)
     except (OSError, ValueError) as error:
-        raise GenerationError(f"The {what} cannot be loaded: {error}") from error
+        raise GenerationError(f"The {checked} cannot be loaded: {error}") from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], response_prefix: str = "") -> str:
-    """Text of a conversation up to the assistant's turn, which begins with `response_prefix`."""
+    """
+    Render a conversation as the text of a prompt.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        messages (`Sequence[dict]`):
+            The messages.
+        response_prefix (`str`, *optional*, defaults to `""`):
+            First words of the assistant's turn, appended after the generation prompt.
+
+    Returns:
+        `str`: The text.
+    """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return str(text) + response_prefix

@@ -1,14 +1,21 @@
-"""Make a generator from its description."""
+"""Creation of generators."""
 
 from .protocol import Generator, ModelSpec
 
 
 def make_generator(spec: ModelSpec) -> Generator:
     """
-    Make the back end that a description asks for; loads the model.
+    Create the generator for a model. Unless a server has it, the model is loaded.
+
+    Args:
+        spec (`ModelSpec`):
+            The model and its inference backend.
+
+    Returns:
+        `Generator`: The generator.
 
     Raises:
-        GenerationError: If the model cannot be loaded, or a package is missing (named with its extra).
+        GenerationError: If the model cannot be loaded, or the package of the inference backend is missing.
     """
     if spec.backend == "openai":
         from .openai import OpenAIGenerator

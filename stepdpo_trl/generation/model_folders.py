@@ -1,39 +1,52 @@
-"""What is in folders of models."""
+"""Local model folders: fingerprints of their content, and the base model of an adapter."""
 
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-CHUNK, CHUNKS = 2**16, 64  # bytes of a file that are looked at: all of it would take as long as loading it
+# At most this many chunks of a file are hashed, since hashing all of it would take as long as loading the model
+CHUNK, CHUNKS = 2**16, 64
 SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # weights, configurations, templates, tokenizers
 
 
 def fingerprint(places: Iterable[str | None]) -> str | None:
     """
-    Tell models apart that stand under one name: one that was trained on since is another.
+    Hash the files of local models, so that a model that was trained further gets another fingerprint.
+
+    The hash covers names, sizes and samples of the content of all files with weights, configurations, chat templates
+    and tokenizers.
 
     Args:
         places (`Iterable[str]`):
-            Ids or folders.
+            Folders. Hub ids and `None` are ignored.
 
     Returns:
-        `str`: The same for the same files, or `None` if none of them is a folder.
+        `str` or `None`: The fingerprint, or `None` if none of the places is a local folder.
     """
     folders = [Path(place) for place in places if place and Path(place).is_dir()]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
-    seen = sha256()
+    digest = sha256()
     for file in files:
         size = file.stat().st_size
-        seen.update(f"{file.name} {size} ".encode())
+        digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
             for start in range(0, size, max(CHUNK, size // CHUNKS)):
                 content.seek(start)
-                seen.update(content.read(CHUNK))
-    return seen.hexdigest()[:16] if files else None
+                digest.update(content.read(CHUNK))
+    return digest.hexdigest()[:16] if files else None
 
 
 def adapter_base(name: str) -> str | None:
-    """The base model where `name` is the folder of an adapter."""
+    """
+    Return the base model of an adapter.
+
+    Args:
+        name (`str`):
+            Folder of the adapter.
+
+    Returns:
+        `str` or `None`: Id or folder of the base model, or `None` if `name` is not the folder of an adapter.
+    """
     if not (Path(name) / "adapter_config.json").is_file():
         return None
     from peft import PeftConfig

@@ -1,4 +1,4 @@
-"""Generation by an OpenAI-compatible server: vLLM, SGLang, `transformers serve`, llama.cpp, hosted models."""
+"""Generation by an OpenAI-compatible server, such as vLLM, SGLang, `transformers serve`, llama.cpp or a hosted API."""
 
 import logging
 import os
@@ -8,41 +8,48 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
 from .chat import load_tokenizer, render
-from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+from .protocol import DEFAULT_CONCURRENT_REQUESTS, Completion, GenerationError, ModelSpec, Request, Sampling
 
 TRIES = 8
 TIMEOUT = 600.0  # seconds for one answer
-REFUSED = 8  # refusals without any answer that are taken for a mistake in the settings
-# What servers say where it is this one text that they do not take: for what it says, or for its length
-_OF_THE_TEXT = re.compile(r"content.?(?:filter|policy|management)|context.?length|maximum context|too long", re.I)
+CHECK_TIMEOUT = 10.0  # seconds for the list of models
+REFUSED = 8  # rejected texts without a single answer after which the settings are considered wrong
+# Errors that concern the text of one request: its content or its length
+_REJECTED_TEXT = re.compile(r"content.?(?:filter|policy|management)|context.?length|maximum context|too long", re.I)
 
 logger = logging.getLogger(__name__)
 
 
 class OpenAIGenerator:
     """
-    A model behind an address. Texts go to `/completions`, messages to `/chat/completions`.
+    Generator that sends texts to the endpoint `/completions` of a server, and messages to `/chat/completions`.
+
+    Before the first request, the generator asks the server for its models and reports a wrong address or a wrong model
+    name immediately. See [`OpenAIGenerator.check_server`].
 
     Args:
         spec (`ModelSpec`):
-            The address and the model's name there. `batch_size` requests are on their way at a time.
+            The server's address and the name of the model there. At most `spec.max_concurrent_requests` are sent at
+            the same time.
         tries (`int`, *optional*, defaults to `8`):
-            How often a request is tried before the run ends: after 429, 5xx, a time-out, a broken connection, or a
-            reply that is none. The first pause is half a second, each further one twice as long, at most a minute, or
-            what the server asks for.
+            Number of attempts per request. A request is sent again after HTTP 408, 409, 429 or 5xx, a time-out, a
+            broken connection or an invalid reply. The first pause is 0.5 s and each one doubles, up to 60 s, unless
+            the server asks for a longer one.
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for one answer.
         sleep (`Callable`, *optional*, defaults to `time.sleep`):
-            How to pause.
+            Function that pauses between attempts.
 
     Raises:
-        GenerationError: If the package `openai` is missing.
+        GenerationError: If the package `openai` is not installed, or the API key contains invalid characters.
     """
 
     def __init__(
@@ -56,53 +63,113 @@ class OpenAIGenerator:
             import openai
         except ImportError as error:
             raise GenerationError(
-                "Asking a server needs the package openai. Install it: pip install 'stepdpo_trl[openai]'"
+                "The inference backend 'openai' requires the package openai. Install it: "
+                "pip install 'stepdpo_trl[openai]'"
             ) from error
         self._openai = openai
         self.spec, self.tries, self.sleep = spec, tries, sleep
+        self.concurrent = spec.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
+        self._checked = False
         self._stopping = threading.Event()
         self._key = os.environ.get(spec.api_key_env, "").strip()
         if not self._key.isascii() or not (self._key or "-").isprintable():
-            raise GenerationError(f"The key in {spec.api_key_env} holds characters that no key has. Set it anew.")
-        # Retries are ours: they also cover replies that are none, and the end of patience names the request
+            raise GenerationError(
+                f"The API key in the environment variable {spec.api_key_env} has invalid characters. Set it again."
+            )
+        # The client's own retries would not cover invalid replies, and their errors would not name the request
         self.client = openai.OpenAI(
             base_url=spec.base_url, api_key=self._key or "none", timeout=timeout, max_retries=0
         )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that makes texts of conversations; judges need none."""
+        """Tokenizer that renders prompts. Loaded on first use, since requests with messages do not need it."""
         return load_tokenizer(self.spec.tokenizer or self.spec.model)
 
     def render(self, user: str, response_prefix: str) -> str:
-        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        """Render a user message with the chat template, followed by the first words of the assistant's turn."""
         text = render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
         bos = self.tokenizer.bos_token
-        # Servers put the tokenizer's BOS in front by themselves
+        # Servers prepend the BOS token if the tokenizer does
         adds_bos = bos and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(bos) if adds_bos else text
+
+    def check_server(self) -> None:
+        """
+        Check that the server is reachable and serves the model, by its endpoint `/models`.
+
+        Servers without this endpoint, or that do not answer it in time, pass the check.
+
+        Raises:
+            GenerationError: If the server cannot be reached, does not serve the model, or has no API at this path.
+        """
+        try:
+            listed = self.client.models.list(timeout=CHECK_TIMEOUT)
+            served = [model.id for model in listed.data if isinstance(model.id, str)]
+        except self._openai.APIConnectionError as error:
+            self._check_connection(error)
+            return
+        except self._openai.NotFoundError as error:
+            if not _is_openai_error(error.response) and not re.search(r"/v\d", urlsplit(str(self.spec.base_url)).path):
+                address = f"{str(self.spec.base_url).rstrip('/')}/v1"
+                raise GenerationError(
+                    f"The server at {self.spec.base_url} has no API at this path (HTTP 404 for /models). The address "
+                    f"probably lacks /v1. Try {address}."
+                ) from None
+            return
+        except (self._openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            # Keys may be allowed to use models, but not to list them. Other errors recur with the first request.
+            logger.debug(f"{self.spec.base_url} does not list its models: {self._scrub(str(error))}")
+            return
+        if served and self.spec.model not in served:
+            nearest = get_close_matches(self.spec.model, served, n=1, cutoff=0.0)[0]
+            shown = ", ".join(repr(name) for name in served[:10]) + (" ..." if len(served) > 10 else "")
+            raise GenerationError(
+                f"The server at {self.spec.base_url} does not serve {self.spec.model!r}. Did you mean {nearest!r}? "
+                f"It serves: {shown}."
+            )
+
+    def _check_connection(self, error: Exception) -> None:
+        cause = error.__cause__
+        kind = type(cause).__name__  # by name, since releases of openai use different HTTP packages
+        if kind == "ConnectTimeout":
+            raise GenerationError(
+                f"The server at {self.spec.base_url} does not accept connections (no reply in {CHECK_TIMEOUT:g} s). "
+                "Check the address and the network."
+            ) from None
+        if kind == "ConnectError":
+            raise GenerationError(
+                f"Cannot connect to the server at {self.spec.base_url} ({cause}). Start the server, or fix "
+                "the address."
+            ) from None
+        # The server is there, but busy or restarting. Requests are sent several times.
+        logger.warning(f"The server at {self.spec.base_url} does not list its models ({cause or error}). Continuing.")
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
     ) -> Iterator[list[tuple[Request, Completion]]]:
         """
-        Answer, each as it comes. See [`~stepdpo_trl.generation.Generator`].
+        Complete requests and yield each completion as it arrives, see [`~stepdpo_trl.generation.Generator`].
 
-        Where a run ends, by an error or Ctrl-C, answers on their way are waited for and handed out first.
+        After an error or Ctrl-C no further requests are sent, and the completions of those in flight are yielded
+        before the error is raised.
         """
         todo = iter([request for request in requests if request.key not in done])
         failed: BaseException | None = None
-        refused: list[tuple[Request, Completion]] = []  # until it is known that others are answered
+        refused: list[tuple[Request, Completion]] = []  # held back until another request is answered
         answered = asked_all = False
-        with ThreadPoolExecutor(self.spec.batch_size) as pool:
+        with ThreadPoolExecutor(self.concurrent) as pool:
             running: dict[Future[Completion], Request] = {}
             while True:
-                while failed is None and len(running) < self.spec.batch_size:
+                while failed is None and len(running) < self.concurrent:
                     request = next(todo, None)
                     asked_all = request is None
                     if request is None:
                         break
-                    running[pool.submit(self._ask, request, sampling)] = request
+                    if not self._checked:
+                        self.check_server()
+                        self._checked = True
+                    running[pool.submit(self._complete, request, sampling)] = request
                 if not running:
                     break
                 try:
@@ -112,7 +179,9 @@ class OpenAIGenerator:
                         raise
                     failed = stop
                     self._stopping.set()
-                    logger.warning(f"Stopping: waiting for {len(running)} answers on their way; Ctrl-C leaves them.")
+                    logger.warning(
+                        f"Stopping: waiting for {len(running)} requests in flight. Press Ctrl-C again to discard them."
+                    )
                     continue
                 arrived: list[tuple[Request, Completion]] = []
                 for future in finished:
@@ -120,48 +189,54 @@ class OpenAIGenerator:
                     if error is not None:
                         failed = failed or error
                         continue
-                    answer = future.result()
-                    (refused if answer.finish_reason == "refused" else arrived).append((request, answer))
+                    completion = future.result()
+                    (refused if completion.finish_reason == "refused" else arrived).append((request, completion))
                 answered = answered or bool(arrived)
                 if not answered and len(refused) >= REFUSED:
-                    failed = failed or GenerationError(self._refused_all(refused[0]))
+                    failed = failed or GenerationError(self._all_refused(refused[0]))
                 elif answered or (asked_all and not running):
-                    for request, reply in refused:
-                        logger.warning(f"{request.key!r} is refused: {self._scrub(reply.text) or 'filtered'}")
-                        arrived.append((request, replace(reply, text="")))
+                    for request, completion in refused:
+                        reason = self._scrub(completion.text) or "filtered"
+                        logger.warning(f"The server refused the request {request.key!r}: {reason}")
+                        arrived.append((request, replace(completion, text="")))
                     refused = []
                 if arrived:
                     yield arrived
         if failed is not None:
             raise failed
 
-    def _ask(self, request: Request, sampling: Sampling) -> Completion:
+    def _complete(self, request: Request, sampling: Sampling) -> Completion:
+        """Send a request until it is answered. The text of a refused completion is the server's reason."""
         for attempt in range(1, self.tries + 1):
             try:
-                return self._ask_once(request, sampling)
+                return self._send(request, sampling)
             except self._openai.APIStatusError as error:
-                said = f"{error.message} {error.code or ''}"[:300]
-                if error.status_code in (400, 413, 422) and _OF_THE_TEXT.search(said):
-                    return Completion(said, "refused", 0, 0)
+                message = f"{error.message} {error.code or ''}"[:300]
+                if error.status_code in (400, 413, 422) and _REJECTED_TEXT.search(message):
+                    return Completion(message, "refused", 0, 0)
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    raise GenerationError(self._refused(request, error)) from None
-                trouble, pause = f"HTTP {error.status_code}", _retry_after(error.response.headers)
-            except self._openai.APIConnectionError as error:  # time-outs too
-                trouble, pause = f"{type(error).__name__} ({error.__cause__ or error})", None
+                    raise GenerationError(self._rejected(request, error)) from None
+                trouble, wanted = f"HTTP {error.status_code}", _retry_after(error.response.headers)
+            except self._openai.APIConnectionError as error:  # includes time-outs
+                trouble, wanted = f"{type(error).__name__} ({error.__cause__ or error})", 0.0
             except (ValueError, TypeError, KeyError, AttributeError, IndexError, self._openai.APIError) as error:
-                trouble, pause = f"a reply that is none ({type(error).__name__}: {error})", None
+                trouble, wanted = f"an invalid reply ({type(error).__name__}: {error})", 0.0
+            trouble = self._scrub(trouble)
             if attempt < self.tries and not self._stopping.is_set():
-                self.sleep(max(pause or 0.0, min(60.0, 0.5 * 2 ** (attempt - 1))))
-            if self._stopping.is_set():  # also if Ctrl-C came in the pause
+                pause = max(wanted, min(60.0, 0.5 * 2 ** (attempt - 1)))
+                logger.warning(
+                    f"Request {request.key!r}: attempt {attempt + 1} of {self.tries} in {pause:g} s: {trouble}"
+                )
+                self.sleep(pause)
+            if self._stopping.is_set():  # Ctrl-C may also have come during the pause
                 break
         raise GenerationError(
-            self._scrub(
-                f"The server at {self.spec.base_url} did not answer {request.key!r} in {self.tries} tries; the last "
-                f"ended with {trouble}. Look at the server and give the same command again: answers so far are kept."
-            )
+            f"The server at {self.spec.base_url} did not answer the request {request.key!r} in {attempt} attempts. "
+            f"The last one failed with {trouble}. Check the server and rerun the same command to resume: completed "
+            "answers are kept."
         )
 
-    def _ask_once(self, request: Request, sampling: Sampling) -> Completion:
+    def _send(self, request: Request, sampling: Sampling) -> Completion:
         options: dict[str, Any] = {
             "model": self.spec.model,
             "temperature": sampling.temperature,
@@ -169,6 +244,8 @@ class OpenAIGenerator:
             "max_tokens": sampling.max_new_tokens,
             "seed": request.seed % 2**31,
         }
+        if sampling.top_k:  # not part of OpenAI's own API, which would reject it
+            options["extra_body"] = {"top_k": sampling.top_k}
         reply: Any
         if isinstance(request.prompt, str):
             reply = self.client.completions.create(prompt=request.prompt, **options)
@@ -183,42 +260,50 @@ class OpenAIGenerator:
             raise ValueError(f"text {text!r:.60}, finish_reason {reason!r}")
         usage = reply.usage
         counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-        # Half a character, which JSON can hold, is no text that could be written to a file
+        # JSON allows lone surrogates, which cannot be encoded as UTF-8
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return Completion(text, reason, *counts)
 
-    def _refused(self, request: Request, error: Any) -> str:
+    def _rejected(self, request: Request, error: Any) -> str:
         hints = {
-            401: f"Set the environment variable {self.spec.api_key_env} to a valid key.",
-            403: f"Set the environment variable {self.spec.api_key_env} to a key that may use the model.",
-            404: "Check the address (it usually ends in /v1) and the model's name.",
+            401: f"Set the environment variable {self.spec.api_key_env} to a valid API key.",
+            403: f"Set the environment variable {self.spec.api_key_env} to an API key that may use the model.",
+            404: "Check the address, which usually ends in /v1, and the name of the model.",
         }
-        hint = hints.get(error.status_code, "Check the model's name and whether it takes such requests.")
+        hint = hints.get(error.status_code, "Check the name of the model and whether it supports such requests.")
         return self._scrub(
-            f"The server at {self.spec.base_url} refuses {request.key!r} for {self.spec.model!r}: HTTP "
-            f"{error.status_code}, {str(error.message)[:300]}. {hint}"
+            f"The server at {self.spec.base_url} rejected the request {request.key!r} for {self.spec.model!r} with "
+            f"HTTP {error.status_code}: {str(error.message)[:300]}. {hint}"
         )
 
-    def _refused_all(self, first: tuple[Request, Completion]) -> str:
-        request, reply = first
+    def _all_refused(self, first: tuple[Request, Completion]) -> str:
+        request, completion = first
         return self._scrub(
-            f"The server at {self.spec.base_url} refuses the text of all of the first {REFUSED} requests; of "
-            f"{request.key!r} it says: {reply.text or 'filtered'}. Check --max-new-tokens and the prompt."
+            f"The server at {self.spec.base_url} refused the text of each of the first {REFUSED} requests. Its reason "
+            f"for {request.key!r}: {completion.text or 'filtered'}. Check --max-new-tokens and the prompt."
         )
 
     def _scrub(self, text: str) -> str:
-        """Without the key, which servers repeat in their errors."""
+        """Remove the API key, which servers repeat in their errors, from a text."""
         if not self._key:
             return text
-        # Some show its beginning and end alone
+        # Some servers repeat only the beginning and the end of the key
         words = (self._key, self._key[:8], self._key[-4:]) if len(self._key) >= 12 else (self._key,)
         for word in words:
             text = text.replace(word, "***")
         return text
 
 
-def _retry_after(headers: Any) -> float | None:
+def _retry_after(headers: Any) -> float:
+    """Return the pause in seconds that a server asks for."""
     try:
         return max(0.0, float(headers["retry-after"]))
     except (KeyError, ValueError):
-        return None
+        return 0.0
+
+
+def _is_openai_error(response: Any) -> bool:
+    try:
+        return "error" in response.json()
+    except (ValueError, TypeError):
+        return False

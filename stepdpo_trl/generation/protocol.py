@@ -1,4 +1,9 @@
-"""What a back end is asked and answers. Standard library only; back ends are imported when they are made."""
+"""
+Requests, completions, sampling parameters, and the protocol that all inference backends implement.
+
+This module uses the standard library only. The packages of an inference backend are imported when its generator is
+created.
+"""
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,23 +11,27 @@ from difflib import get_close_matches
 from typing import Protocol
 from urllib.parse import urlsplit
 
+BACKENDS = ("transformers", "vllm", "openai")
+DEFAULT_BATCH_SIZE = 32  # transformers
+DEFAULT_CONCURRENT_REQUESTS = 32  # servers
+
 
 class GenerationError(Exception):
-    """A back end cannot go on; the message says why and what to do."""
+    """Error of an inference backend. The message says what failed and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Request:
     """
-    Something to ask a model once.
+    A request for one completion.
 
     Args:
         key (`str`):
-            Its name in the run: the same key is never asked twice.
+            Unique name within the run. Answers are stored under it, so no key is requested twice.
         prompt (`str` or `tuple[dict, ...]`):
-            A text to go on from, or messages to reply to.
+            Text to continue, or messages to reply to.
         seed (`int`):
-            Seed of this answer alone.
+            Random seed of this completion.
     """
 
     key: str
@@ -33,18 +42,18 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """
-    An answer.
+    The answer to a request.
 
     Args:
         text (`str`):
-            What follows the prompt.
+            Generated text, without the prompt.
         finish_reason (`str`):
-            `"stop"` where the model ended it, `"length"` where it was cut, `"refused"` where a server does not take
-            the prompt for what it says or for its length, or filters the answer.
+            `"stop"` if the model ended the text, `"length"` if it was cut at `max_new_tokens`, `"refused"` if a server
+            rejected the prompt for its content or length, or filtered the answer.
         prompt_tokens (`int`):
-            Tokens of the prompt.
+            Number of tokens in the prompt.
         tokens (`int`):
-            Tokens of the text.
+            Number of generated tokens.
     """
 
     text: str
@@ -56,15 +65,17 @@ class Completion:
 @dataclass(frozen=True)
 class Sampling:
     """
-    How to sample. The defaults are those of Step-DPO (arXiv 2406.18629, section 4.1).
+    Sampling parameters. The defaults are those of Step-DPO (https://huggingface.co/papers/2406.18629, section 4.1).
 
     Args:
         temperature (`float`, *optional*, defaults to `0.8`):
-            0 for greedy decoding.
+            Sampling temperature. 0 means greedy decoding.
         top_p (`float`, *optional*, defaults to `0.95`):
-            Share of the probability mass to sample from.
+            Sample only from the most likely tokens whose probabilities add up to `top_p`.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Where an answer is cut.
+            Maximum number of generated tokens.
+        top_k (`int`, *optional*, defaults to `0`):
+            Sample only from the `top_k` most likely tokens, before `top_p` is applied. 0 disables it.
 
     Raises:
         ValueError: If a value is out of range.
@@ -73,99 +84,156 @@ class Sampling:
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int = 1024
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"`temperature={self.temperature}` must be finite and not negative. 0 is greedy, 0.8 the paper's."
+                f"temperature={self.temperature} must be finite and not negative. Use 0 for greedy decoding, or 0.8 "
+                "as in the Step-DPO paper."
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p={self.top_p}` must be above 0 and at most 1.")
+            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1. Use 1 to disable it.")
         if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens={self.max_new_tokens}` must be at least 1.")
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be an integer of at least 0. Use 0 to disable it.")
 
 
 class Generator(Protocol):
-    """A model that answers."""
+    """A model that completes prompts."""
 
     def render(self, user: str, response_prefix: str) -> str:
-        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        """Render a user message with the chat template, followed by the first words of the assistant's turn."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
     ) -> Iterator[list[tuple[Request, Completion]]]:
         """
-        Answer the requests whose key is not in `done`, and hand answers out as they come.
+        Complete the requests whose key is not in `done`, and yield the completions as they arrive.
 
-        What is done is passed too, so that a run that goes on makes the same batches, and so the same answers to the
-        last bit, as one that was never stopped.
+        Requests that are done are passed as well: a resumed run then forms the same batches as an uninterrupted one,
+        and so generates exactly the same completions.
+
+        Args:
+            requests (`Sequence[Request]`):
+                All requests.
+            sampling (`Sampling`):
+                Sampling parameters.
+            done (`Container[str]`):
+                Keys of the requests that are answered already.
+
+        Yields:
+            `list[tuple[Request, Completion]]`: Requests with their completions.
+
+        Raises:
+            GenerationError: If generation fails.
         """
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """
-    Which model to ask, and how.
+    A model and the inference backend that runs it.
 
     Args:
         model (`str`):
-            Model id or folder; for a server the name under which it serves it.
+            Hub id or folder of the model, or its name on the server.
         backend (`str`, *optional*, defaults to `"transformers"`):
-            A name in [`BACKENDS`].
+            Inference backend: `"transformers"`, `"vllm"`, or `"openai"` for any OpenAI-compatible server.
         base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server, such as `http://localhost:8000/v1`. Its key, if it needs one, is
-            read from the environment variable `api_key_env`.
+            Address of the server, such as `http://localhost:8000/v1`. Required for the backend `"openai"`, and not
+            allowed for the others.
         tokenizer (`str`, *optional*):
-            Tokenizer with the chat template for texts sent to a server, defaults to `model`.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Sequences at once (transformers), or requests on their way (server).
+            Hub id or folder of the tokenizer whose chat template renders the prompts. Defaults to `model`.
+        batch_size (`int`, *optional*):
+            Number of sequences per batch with transformers. Defaults to 32. vLLM schedules its own batches. Not
+            allowed for servers.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the key.
+            Environment variable with the server's API key.
         adapter (`str`, *optional*):
-            Adapter of PEFT's to load on top of the model (transformers).
+            PEFT adapter to load on top of the model. Requires transformers.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the model on the Hub. It also applies to the tokenizer, unless `tokenizer` is
+            another repository. Not allowed for servers.
+        max_concurrent_requests (`int`, *optional*):
+            Maximum number of requests that a server receives at the same time. Defaults to 32. Only for servers.
 
     Raises:
-        ValueError: If the values do not fit together.
+        ValueError: If an argument is invalid, or does not apply to the backend.
     """
 
     model: str
     backend: str = "transformers"
     base_url: str | None = None
     tokenizer: str | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     dtype: str = "auto"
     api_key_env: str = "OPENAI_API_KEY"
     adapter: str | None = None
+    revision: str | None = None
+    max_concurrent_requests: int | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            near = get_close_matches(self.backend, BACKENDS, n=1, cutoff=0)[0]
+            nearest = get_close_matches(self.backend, BACKENDS, n=1, cutoff=0)[0]
             raise ValueError(
-                f"Back end {self.backend!r} is not known. Did you mean {near!r}? Known: {list(BACKENDS)}."
+                f"The inference backend {self.backend!r} does not exist. Did you mean {nearest!r}? Available: "
+                f"{', '.join(BACKENDS)}."
             )
         if self.base_url is not None:
-            url = urlsplit(self.base_url)
-            if url.scheme not in ("http", "https") or not url.hostname:
-                raise ValueError("The server's address must look like http://localhost:8000/v1.")
-            if url.username or url.password or url.query:
-                raise ValueError(
-                    "The server's address holds a user, a password or a query, which would be written into the run's "
-                    f"files. Give it without, and the key in the environment variable {self.api_key_env}."
-                )
+            self._check_address(self.base_url)
         if (self.backend == "openai") != (self.base_url is not None):
             raise ValueError(
-                f"Back end {self.backend!r} and base_url={self.base_url!r} do not fit: a server needs the back end "
-                "'openai' and its address, such as http://localhost:8000/v1; the others take no address."
+                f"The inference backend {self.backend!r} does not match base_url={self.base_url!r}. For a server, use "
+                "the backend 'openai' with an address such as http://localhost:8000/v1. For the other backends, "
+                "remove the address."
             )
         if self.adapter is not None and self.backend != "transformers":
             raise ValueError(
-                f"Back end {self.backend!r} does not load the adapter {self.adapter!r}: take the back end "
-                "'transformers', or merge the adapter into the model, or have the server serve it under a name."
+                f"The inference backend {self.backend!r} does not load the adapter {self.adapter!r}. Use the backend "
+                "'transformers', merge the adapter into the model, or let the server load the adapter and pass the "
+                "name under which it serves it."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        self._check_options_of_servers()
+        for name in ("batch_size", "max_concurrent_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
 
+    def _check_address(self, address: str) -> None:
+        # The address is not repeated in these messages: it may contain a password
+        url = urlsplit(address)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("The server's address is not a URL. Use the form http://localhost:8000/v1.")
+        if url.username or url.password or url.query:
+            raise ValueError(
+                "The server's address contains a user name, a password or a query, which would be written to the "
+                f"files of the run. Remove it, and set the environment variable {self.api_key_env} to the API key."
+            )
 
-BACKENDS = ("transformers", "vllm", "openai")
+    def _check_options_of_servers(self) -> None:
+        if self.backend != "openai":
+            if self.max_concurrent_requests is not None:
+                raise ValueError(
+                    f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
+                    f"{self.backend!r}. It applies to servers only. Remove it."
+                )
+            return
+        if self.batch_size is not None:
+            raise ValueError(
+                f"batch_size={self.batch_size} has no effect on a server, which forms its own batches. Use "
+                "max_concurrent_requests to limit the number of requests that it receives at the same time."
+            )
+        if self.revision is not None:
+            raise ValueError(
+                f"revision={self.revision!r} has no effect on a server, which has already loaded its model. Remove "
+                "it, and start the server with this revision."
+            )
+
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """Hub revision of the tokenizer: that of the model, or `None` if `tokenizer` is another repository."""
+        return self.revision if self.tokenizer in (None, self.model) else None

@@ -1,4 +1,4 @@
-"""Generation with transformers, in batches of like length: the back end that works everywhere."""
+"""Generation with transformers, in batches of similar length. Runs on any device."""
 
 import logging
 from collections.abc import Container, Iterator, Sequence
@@ -16,27 +16,29 @@ from transformers import (
 )
 
 from .chat import load_tokenizer, render
-from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
+from .protocol import DEFAULT_BATCH_SIZE, Completion, GenerationError, ModelSpec, Request, Sampling
 
 logger = logging.getLogger(__name__)
 
-MOST_LIKELY = 1024  # tokens that nearly always hold the mass that top-p asks for
+# This many of the most likely tokens nearly always cover the probability mass of top-p
+MOST_LIKELY = 1024
 
 
 class SeededSampling(LogitsProcessor):
     """
-    Draws each row's tokens from its own seed, whatever else is in the batch.
+    Sample each row of a batch with its own seed, independently of the other rows.
 
-    The token is where a uniform number, drawn from the row's seed for each position, falls on the cumulative
-    distribution. It is left as the only choice.
+    For each position, one uniform number is drawn from the row's seed. The sampled token is the one where this number
+    falls on the cumulative distribution (inverse transform sampling). All other tokens get a score of `-inf`, so that
+    greedy decoding returns the sampled token.
 
     Args:
         seeds (`list[int]`):
-            A seed a row.
+            One seed per row.
         sampling (`Sampling`):
-            Temperature and top-p.
+            Sampling parameters. The temperature must not be 0.
         prompt_length (`int`):
-            Columns of the padded prompts.
+            Length of the padded prompts in tokens.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int) -> None:
@@ -45,14 +47,27 @@ class SeededSampling(LogitsProcessor):
         self.uniform = torch.stack([torch.rand(sampling.max_new_tokens, generator=g) for g in generators])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Leave one token of each row of `scores`, of shape `(batch, vocab)`."""
+        """
+        Sample one token per row.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`):
+                Prompts and the tokens generated so far.
+            scores (`torch.FloatTensor` of shape `(batch, vocab)`):
+                Logits of the next token.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, vocab)`: 0 for the sampled token, `-inf` for all others.
+        """
         probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
         # Sorting a whole vocabulary takes longer than a small model's forward pass
-        sorted_, order = probabilities.topk(min(MOST_LIKELY, probabilities.shape[-1]))
-        if (sorted_.sum(-1) < self.sampling.top_p).any():
+        sorted_, order = probabilities.topk(min(self.sampling.top_k or MOST_LIKELY, probabilities.shape[-1]))
+        if self.sampling.top_k:
+            sorted_ = sorted_ / sorted_.sum(-1, keepdim=True)
+        elif (sorted_.sum(-1) < self.sampling.top_p).any():
             sorted_, order = probabilities.sort(descending=True)
         cumulative = sorted_.cumsum(-1)
-        kept = cumulative - sorted_ < self.sampling.top_p  # the token that crosses the line is kept
+        kept = cumulative - sorted_ < self.sampling.top_p  # includes the token that reaches top_p
         mass = (sorted_ * kept).sum(-1, keepdim=True)
         drawn = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device) * mass
         last = kept.sum(-1, keepdim=True) - 1
@@ -62,70 +77,96 @@ class SeededSampling(LogitsProcessor):
 
 class TransformersGenerator:
     """
-    A model of transformers that answers.
+    Generator that runs a model in transformers.
 
     Args:
         model (`PreTrainedModel`):
-            The model. Its `generation_config` is replaced by one without penalties and filters: pairs come from the
-            distribution that is trained.
+            The model. Its `generation_config` is replaced by one without penalties and filters, so that completions
+            come from the distribution that is trained.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer, with a chat template.
         batch_size (`int`, *optional*, defaults to `32`):
-            Sequences at once.
+            Number of sequences per batch.
+
+    Raises:
+        GenerationError: If neither the model nor the tokenizer has an EOS token.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = DEFAULT_BATCH_SIZE
+    ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends = [ends] if isinstance(ends, int) else list(ends or [])
         if not self.ends:
-            raise GenerationError("Neither model nor tokenizer has an EOS token: no answer would end. Set one.")
+            raise GenerationError(
+                "Neither the model nor the tokenizer has an EOS token, so completions would never end. Set "
+                "`tokenizer.eos_token`."
+            )
         self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._warned = False
         model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "TransformersGenerator":
-        """Load the model, on a GPU if there is one."""
-        tokenizer = load_tokenizer(spec.tokenizer or spec.model)
+        """
+        Load a model, on a GPU if available.
+
+        Args:
+            spec (`ModelSpec`):
+                The model.
+
+        Returns:
+            `TransformersGenerator`: The generator.
+
+        Raises:
+            GenerationError: If the model, its tokenizer or its adapter cannot be loaded.
+        """
+        tokenizer = load_tokenizer(spec.tokenizer or spec.model, revision=spec.tokenizer_revision)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = "float32" if spec.dtype == "auto" and device == "cpu" else spec.dtype
         try:
-            model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, device_map=device)
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.model, revision=spec.revision, dtype=dtype, device_map=device
+            )
         except (OSError, ValueError) as error:
             raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
         if spec.adapter is not None:
-            model = _adapt(model, spec)
-        return cls(model, tokenizer, spec.batch_size)
+            model = _load_adapter(model, spec)
+        return cls(model, tokenizer, spec.batch_size or DEFAULT_BATCH_SIZE)
 
     def render(self, user: str, response_prefix: str) -> str:
-        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        """Render a user message with the chat template, followed by the first words of the assistant's turn."""
         return render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
     ) -> Iterator[list[tuple[Request, Completion]]]:
-        """Answer in batches; one that lacks any answer is run whole. See [`~stepdpo_trl.generation.Generator`]."""
+        """
+        Complete requests in batches, see [`~stepdpo_trl.generation.Generator`].
+
+        A batch with at least one unanswered request is generated as a whole.
+        """
         ids = {request.key: self._encode(request) for request in requests}
-        self._warn_of_long_answers(max(map(len, ids.values()), default=0), sampling)
-        # Like lengths side by side: less padding
+        self._warn_if_too_long(max(map(len, ids.values()), default=0), sampling)
+        # Similar lengths in one batch need less padding
         ordered = sorted(requests, key=lambda request: (len(ids[request.key]), request.key))
         for start in range(0, len(ordered), self.batch_size):
             batch = ordered[start : start + self.batch_size]
             if all(request.key in done for request in batch):
                 continue
-            answers = self._run([ids[request.key] for request in batch], [request.seed for request in batch], sampling)
-            pairs = zip(batch, answers, strict=True)
-            yield [(request, answer) for request, answer in pairs if request.key not in done]
+            prompts, seeds = [ids[request.key] for request in batch], [request.seed for request in batch]
+            completions = zip(batch, self._run(prompts, seeds, sampling), strict=True)
+            yield [(request, completion) for request, completion in completions if request.key not in done]
 
-    def _warn_of_long_answers(self, prompt: int, sampling: Sampling) -> None:
-        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if places and prompt + sampling.max_new_tokens > places and not self._warned:
+    def _warn_if_too_long(self, prompt_length: int, sampling: Sampling) -> None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and prompt_length + sampling.max_new_tokens > positions and not self._warned:
             self._warned = True
             logger.warning(
-                f"Prompts of up to {prompt} tokens and max_new_tokens={sampling.max_new_tokens} go beyond the "
-                f"{places} positions of the model: what it writes there is nonsense. Lower max_new_tokens."
+                f"Prompts of up to {prompt_length} tokens and max_new_tokens={sampling.max_new_tokens} exceed the "
+                f"model's context of {positions} tokens. Text beyond it is unusable. Reduce max_new_tokens."
             )
 
     def _encode(self, request: Request) -> list[int]:
@@ -148,8 +189,8 @@ class TransformersGenerator:
         return [self._completion(ids, row) for ids, row in zip(prompts, rows[:, width:].tolist(), strict=True)]
 
     def _completion(self, prompt: list[int], row: list[int]) -> Completion:
-        end = next((place for place, token in enumerate(row) if token in self.ends), None)
-        # Behind the prompt's last token: some tokenizers drop the space that begins a text
+        end = next((position for position, token in enumerate(row) if token in self.ends), None)
+        # Decoded together with the last prompt token, since some tokenizers drop a leading space
         last = self._decode(prompt[-1:])
         text = self._decode(prompt[-1:] + row[:end])
         text = text[len(last) :] if text.startswith(last) else self._decode(row[:end])
@@ -160,15 +201,17 @@ class TransformersGenerator:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _adapt(model: PreTrainedModel, spec: ModelSpec) -> Any:
+def _load_adapter(model: PreTrainedModel, spec: ModelSpec) -> Any:
     from peft import PeftModel
 
     assert spec.adapter is not None
     try:
         adapted = PeftModel.from_pretrained(model, spec.adapter)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: other shapes
-        raise GenerationError(f"The adapter {spec.adapter!r} does not fit {spec.model!r}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes differ
+        raise GenerationError(
+            f"The adapter {spec.adapter!r} cannot be loaded on top of {spec.model!r}: {error}"
+        ) from error
     base = adapted.active_peft_config.base_model_name_or_path
     if base and Path(base).name != Path(spec.model).name:
-        logger.warning(f"The adapter {spec.adapter!r} was trained on {base!r} and is used on {spec.model!r}.")
+        logger.warning(f"The adapter {spec.adapter!r} was trained on {base!r}, but is loaded on {spec.model!r}.")
     return adapted

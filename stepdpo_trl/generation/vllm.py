@@ -1,4 +1,4 @@
-"""Generation with vLLM: a copy of the model on each GPU, in processes of this one."""
+"""Generation with vLLM: one copy of the model per GPU, each in its own worker process."""
 
 import multiprocessing
 import os
@@ -10,51 +10,52 @@ from typing import Any
 from .chat import load_tokenizer, render
 from .protocol import Completion, GenerationError, ModelSpec, Request, Sampling
 
-BATCH = 512  # requests that a GPU is handed at once: what a kill loses at most
+BATCH = 512  # requests per call of a worker, and so the most that a killed run loses per GPU
 
-_engine: Any = None  # of a worker
+_engine: Any = None  # the `vllm.LLM` of a worker process
 
 
 class VLLMGenerator:
     """
-    A model in vLLM, with prefix caching.
+    Generator that runs a model in vLLM, with prefix caching.
 
     Args:
         spec (`ModelSpec`):
             The model.
 
     Raises:
-        GenerationError: If vLLM or a GPU is missing.
+        GenerationError: If vLLM is not installed, no GPU is found, or the tokenizer cannot be loaded.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         gpus = _gpus()
-        self.tokenizer = load_tokenizer(spec.tokenizer or spec.model)
-        # vLLM's own data parallelism wants a process a copy as well (`LLM` refuses it in one)
+        self.tokenizer = load_tokenizer(spec.tokenizer or spec.model, revision=spec.tokenizer_revision)
+        # `vllm.LLM` supports no data parallelism within one process
         context = multiprocessing.get_context("spawn")
         free = context.Queue()
         for gpu in gpus:
             free.put(gpu)
         self.copies = len(gpus)
         self.pool = ProcessPoolExecutor(len(gpus), context, initializer=_start, initargs=(free, spec))
-        weakref.finalize(self, self.pool.shutdown)  # so that the next model finds the GPUs empty
+        weakref.finalize(self, self.pool.shutdown)  # frees the GPUs for the next model
 
     def render(self, user: str, response_prefix: str) -> str:
-        """Text of a conversation with one message of the user, to the end of the assistant's opening words."""
+        """Render a user message with the chat template, followed by the first words of the assistant's turn."""
         return render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
     ) -> Iterator[list[tuple[Request, Completion]]]:
-        """Answer in large batches. See [`~stepdpo_trl.generation.Generator`]."""
+        """Complete requests in large batches, see [`~stepdpo_trl.generation.Generator`]."""
         todo = [request for request in requests if request.key not in done]
         batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
         running: dict[Future[list[Completion]], list[Request]] = {}
         while batches or running:
-            while batches and len(running) <= self.copies:  # one waits; more would be worked off after an error
+            # One batch waits in the queue. More than one would delay the exit after an error.
+            while batches and len(running) <= self.copies:
                 batch = batches.pop(0)
                 ids, seeds = [self._encode(request) for request in batch], [request.seed for request in batch]
-                running[self.pool.submit(_answer, ids, seeds, sampling)] = batch
+                running[self.pool.submit(_complete, ids, seeds, sampling)] = batch
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield list(zip(running.pop(future), future.result(), strict=True))
 
@@ -69,34 +70,43 @@ def _gpus() -> list[str]:
         import vllm  # noqa: F401
     except ImportError as error:
         raise GenerationError(
-            "Back end 'vllm' needs the package vllm. Install it: pip install 'stepdpo_trl[vllm]'"
+            "The inference backend 'vllm' requires the package vllm. Install it: pip install 'stepdpo_trl[vllm]'"
         ) from error
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     if not gpus:
-        raise GenerationError("Back end 'vllm' needs a GPU, and none is found. Use the back end 'transformers'.")
+        raise GenerationError(
+            "The inference backend 'vllm' needs a GPU, but no GPU was found. Use the backend 'transformers'."
+        )
     return gpus
 
 
 def _start(free: Any, spec: ModelSpec) -> None:
-    """Load the model in a worker, on a GPU of its own."""
+    """Load the model in a worker process, on the next free GPU."""
     global _engine
     os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
     import vllm
 
-    _engine = vllm.LLM(model=spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, enable_prefix_caching=True)
+    _engine = vllm.LLM(
+        model=spec.model,
+        tokenizer=spec.tokenizer,
+        revision=spec.revision,
+        tokenizer_revision=spec.tokenizer_revision,
+        dtype=spec.dtype,
+        enable_prefix_caching=True,
+    )
 
 
-def _answer(prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+def _complete(prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
     import vllm
 
-    # Each its own seed
-    parameters = [
-        vllm.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=seed
-        )
-        for seed in seeds
-    ]
+    options = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+    }
+    parameters = [vllm.SamplingParams(seed=seed, **options) for seed in seeds]
     outputs = _engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
     return [_completion(output) for output in outputs]
 

@@ -150,7 +150,7 @@ class Terminal:
         if policy is not None:
             lines.append(f"log π: log-probability of the token under {policy}, in nats")
         if reference is not None:
-            lines.append(f"ratio: log π - log π_ref, under the reference model {reference}")
+            lines.append(f"ratio: log π - log π_ref, with the reference model {reference}")
         if reference is not None and self.color:
             lines.append(f"background: green for a ratio above 0, red below 0, brightest at ±{strongest:.4f}")
         tokens = any(part.tokens for example in examples for part in example.parts)

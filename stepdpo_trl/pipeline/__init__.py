@@ -1,1 +1,1 @@
-"""From problems to step pairs: collect wrong solutions, localize the first wrong step, rectify it, build data."""
+"""From problems to step pairs: collect wrong solutions, localize their first wrong step, rectify it, build data."""

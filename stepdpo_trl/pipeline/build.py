@@ -1,5 +1,6 @@
-"""Make a data set of what was found: the columns of Math-Step-DPO-10K, on which StepDPOTrainer trains."""
+"""Build a data set of step pairs from a run, in the columns of Math-Step-DPO-10K."""
 
+import logging
 import os
 import re
 from collections import Counter
@@ -14,7 +15,9 @@ from ..runs.run_directory import RunDirectory, RunError
 from .collect import read_problems_of, read_solutions
 from .policy import render_template
 from .records import Problem, read_texts
-from .rectify import normalize_step
+from .rectify import current_corrections, normalize_step, outdated_corrections
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".parquet")
@@ -22,17 +25,17 @@ FORMATS = (".jsonl", ".parquet")
 
 def run_directories(path: str | Path) -> list[Path]:
     """
-    Find the folders of a run: itself, or its shards.
+    Find the folders of a run: the run folder itself, or those of its shards.
 
     Args:
         path (`str` or `Path`):
-            The folder given as `--output-dir`.
+            Folder passed as `--output-dir`.
 
     Returns:
         `list[Path]`: The folders.
 
     Raises:
-        RunError: If there are none, or some shards are missing.
+        RunError: If shards are missing, or the folder holds several runs.
     """
     path = Path(path)
     shards = sorted(path.glob("shard-*-of-*"))
@@ -41,66 +44,77 @@ def run_directories(path: str | Path) -> list[Path]:
     counts = {int(shard.name.rpartition("-")[2]) for shard in shards}
     found = {int(shard.name.split("-")[1]) for shard in shards}
     if len(counts) > 1 or (path / "solutions.jsonl").exists():
-        raise RunError(f"{path} holds runs that do not belong together ({', '.join(s.name for s in shards)}).")
+        raise RunError(
+            f"{path} holds runs that do not belong together ({', '.join(s.name for s in shards)}). Move them to "
+            "separate folders."
+        )
     missing = sorted(set(range(counts.pop())) - found)
     if missing:
-        raise RunError(f"{path} lacks shards {missing}. Run them, or copy their folders there, before you build.")
+        raise RunError(f"{path} lacks shards {missing}. Run them, or copy their folders to {path}, then build.")
     return shards
 
 
-def make_pairs(run: RunDirectory, judge_name: str | None = None) -> Iterator[Row]:
+def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[Row]:
     """
-    Make the pairs of a run.
+    Make the step pairs of a run.
 
     Args:
         run (`RunDirectory`):
             The run.
-        judge_name (`str`, *optional*):
-            Corrections to take, `JUDGE` or `JUDGE.by-MODEL`. Not needed where there is one kind only.
+        corrections (`str`, *optional*):
+            Set of corrections to use, `JUDGE` or `JUDGE.by-MODEL`. Required if the run has several.
 
     Returns:
-        `Iterator[dict]`: The rows, in the order of the solutions.
+        `Iterator[dict]`: The rows, ordered by solution key.
 
     Raises:
-        RunError: If there are no corrections of that kind.
+        RunError: If the run has no such corrections, or several and `corrections` is not given.
     """
-    logs = run.logs("corrections")
-    if not logs:
+    records = current_corrections(run)
+    if not records:
         raise RunError(f"{run.path} holds no corrections yet. Run `stepdpo rectify` first.")
-    if judge_name is None and len(logs) > 1:
-        raise RunError(f"{run.path} holds several kinds of corrections: {', '.join(logs)}. Choose with --corrections.")
-    judge_name = next(iter(logs)) if judge_name is None else judge_name
-    if judge_name not in logs:
-        raise RunError(f"{run.path} holds no corrections {judge_name!r}, only {', '.join(logs)}.")
+    if corrections is None and len(records) > 1:
+        raise RunError(
+            f"{run.path} holds several sets of corrections: {', '.join(records)}. Choose one with --corrections."
+        )
+    corrections = next(iter(records)) if corrections is None else corrections
+    if corrections not in records:
+        raise RunError(f"{run.path} holds no corrections {corrections!r}, only {', '.join(records)}.")
+    outdated = outdated_corrections(run, corrections)
+    if outdated:
+        logger.warning(
+            f"{len(outdated)} corrections in {run.path} belong to verdicts that `localize` has replaced since, and "
+            "are left out. Run `stepdpo rectify` again to correct the steps that are now located."
+        )
     settings = run.settings()["collect"]
     prompt = StepPrompt(**settings["prompt"])
     solutions = {solution.key: solution for solution in read_solutions(run)}
-    for key in sorted(logs[judge_name]):
-        record, solution = logs[judge_name][key], solutions[key]
+    for key, record in sorted(records[corrections].items()):
+        solution = solutions[key]
         wrong = split_steps(solution.text)
         step = record["step"]
         prefix, wrong_span = wrong.prefix(step), wrong.spans[step - 1]
         for found in record["found"]:
-            anew = split_steps(found["text"], wrong.style)
+            corrected = split_steps(found["text"], wrong.style)
             yield {
                 "dataset": settings["problems"],
                 "prompt": render_template(prompt.user, problem=solution.problem.problem),
                 "initial_reason_steps": prefix,
-                "chosen": anew.step(step),
+                "chosen": corrected.step(step),
                 "rejected": wrong.step(step),
-                "full_chosen": found["text"][anew.spans[step - 1].begin :],
+                "full_chosen": found["text"][corrected.spans[step - 1].begin :],
                 "full_rejected": solution.text[wrong_span.begin :],
                 "answer": solution.problem.answer,
                 "step_index": step,
-                "chosen_ends_solution": len(anew) == step and found["finish"] == "stop",
+                "chosen_ends_solution": len(corrected) == step and found["finish"] == "stop",
                 "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
-                "source": f"{judge_name}:{found['key']}",
+                "source": f"{corrections}:{found['key']}",
                 "problem_id": solution.problem.id,
             }
 
 
 def normalize_problem(text: str) -> str:
-    """A problem for comparison: letters, digits and operators."""
+    """Normalize a problem for comparison: keep letters, digits and operators only."""
     return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
 
 
@@ -111,20 +125,20 @@ def select_pairs(
     max_pairs_per_problem: int | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """
-    Leave out what should not be trained on.
+    Drop test problems, duplicates, and pairs above the limit per problem.
 
     Args:
         rows (`Iterable[dict]`):
-            Pairs.
+            The pairs.
         problems (`dict[str, Problem]`):
-            Their problems, by id.
+            Problems of the pairs, by id.
         excluded (`Iterable[str]`, *optional*):
-            Problems of test sets, compared by their letters, digits and operators.
+            Problems of test sets. They are compared by their letters, digits and operators.
         max_pairs_per_problem (`int`, *optional*):
-            Most pairs of a problem. Those of different wrong steps come first.
+            Maximum number of pairs per problem. Pairs with different wrong steps are kept first.
 
     Returns:
-        `list[dict]`, `Counter[str]`: The pairs, and how many were left out for what.
+        `list[dict]`, `Counter[str]`: The pairs, and the number of dropped ones per reason.
     """
     tests = {normalize_problem(problem) for problem in excluded}
     kept: list[Row] = []
@@ -138,7 +152,7 @@ def select_pairs(
         elif identity in seen:
             left_out["duplicate"] += 1
         elif max_pairs_per_problem is not None and of_problem[row["problem_id"]] >= max_pairs_per_problem:
-            left_out["more than enough of a problem"] += 1
+            left_out["above the limit per problem"] += 1
         else:
             seen.add(identity)
             of_problem[row["problem_id"]] += 1
@@ -160,31 +174,31 @@ def _different_errors_first(rows: Iterable[Row]) -> list[Row]:
 
 def build(
     paths: Sequence[Path],
-    judge_name: str | None = None,
+    corrections: str | None = None,
     exclude: Sequence[str] = (),
     max_pairs_per_problem: int | None = None,
     score: Callable[[list[Row]], None] | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """
-    Make the pairs of a run and its shards.
+    Make the step pairs of a run and its shards.
 
     Args:
         paths (`Sequence[Path]`):
-            Folders, as from [`run_directories`].
-        judge_name (`str`, *optional*):
-            Corrections to take.
+            Folders of the run, as returned by [`run_directories`].
+        corrections (`str`, *optional*):
+            Set of corrections to use. Required if the run has several.
         exclude (`Sequence[str]`, *optional*):
             Files with test problems.
         max_pairs_per_problem (`int`, *optional*):
-            Most pairs of a problem.
+            Maximum number of pairs per problem.
         score (`Callable`, *optional*):
-            Adds log-probabilities to the rows.
+            Function that adds log-probabilities to the rows.
 
     Returns:
-        `list[dict]`, `Counter[str]`: The pairs, and how many were left out for what.
+        `list[dict]`, `Counter[str]`: The pairs, and the number of dropped ones per reason.
 
     Raises:
-        RunError: If there are no pairs.
+        RunError: If there are no pairs, or the folders do not belong to one run.
     """
     rows: list[Row] = []
     settings: list[Row] = []
@@ -194,16 +208,23 @@ def build(
             settings.append({k: v for k, v in run.settings().get("collect", {}).items() if k != "shard"})
             mine = read_problems_of(run)
             if settings[0] != settings[-1] or mine.keys() & problems.keys():
-                raise RunError(f"{path} and {paths[0]} do not belong together: other settings, or the same problems.")
+                raise RunError(
+                    f"{path} and {paths[0]} do not belong together: their settings differ or they share problems. "
+                    "Collect all shards with the same command, apart from --shard."
+                )
             problems.update(mine)
-            rows += make_pairs(run, judge_name)
+            rows += make_pairs(run, corrections)
     excluded = [problem for file in exclude for problem in read_texts(file)]
     kept, left_out = select_pairs(rows, problems, excluded, max_pairs_per_problem)
+    if not kept and rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise RunError(
+            f"All {len(rows)} pairs were dropped ({reasons}). Use problems that are not in the --exclude files."
+        )
     if not kept:
         raise RunError(
-            f"No pairs{f' are left ({dict(left_out)} left out)' if rows else ''}: no wrong step has a right "
-            "continuation. Give more --num-samples to `collect`, or easier problems: the model has to solve some of them "
-            "now and then."
+            "No pairs: no wrong step has a right continuation. Increase --num-samples of `collect`, or use easier "
+            "problems. The model must solve some of them at least occasionally."
         )
     if score is not None:
         score(kept)
@@ -216,14 +237,17 @@ def save(rows: list[Row], to: str, card: str) -> str:
 
     Args:
         rows (`list[dict]`):
-            The pairs.
+            The rows.
         to (`str`):
-            A file that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` (private).
+            File that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` for a private data set on the Hub.
         card (`str`):
-            Text of the card.
+            Text of the data card.
 
     Returns:
-        `str`: Where it is.
+        `str`: Path or URL of the data set.
+
+    Raises:
+        RunError: If `to` is invalid or cannot be written.
     """
     from datasets import Dataset
 
@@ -249,20 +273,25 @@ def save(rows: list[Row], to: str, card: str) -> str:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise RunError(
-            f"{path} cannot be written ({error.strerror}). Mend that and build again: the run is safe."
+            f"{path} cannot be written ({error.strerror}). Fix that and run `stepdpo build` again. The run itself is "
+            "complete."
         ) from error
     return str(path)
 
 
 def check_target(to: str) -> None:
     """
-    Check where a data set is to go, before anything is done for it.
+    Check the target of a data set before any work is done.
+
+    Args:
+        to (`str`):
+            Target, as for [`save`].
 
     Raises:
-        RunError: If it is nowhere.
+        RunError: If it is neither a file of a known format nor a data set on the Hub.
     """
     hub = to.startswith("hub:") and re.fullmatch(r"hub:[\w.-]+/[\w.-]+", to)
     if not hub and Path(to).suffix not in FORMATS:
         raise RunError(
-            f"--output-file {to!r} is not known. Give a file that ends in {' or '.join(FORMATS)}, or hub:USER/NAME."
+            f"--output-file {to!r} is not supported. Use a file that ends in {' or '.join(FORMATS)}, or hub:USER/NAME."
         )

@@ -1,4 +1,4 @@
-"""Sample solutions, and find the wrong ones (Step-DPO, section 3.2, "error collection")."""
+"""Sample solutions and check their answers (Step-DPO, section 3.2, "error collection")."""
 
 import logging
 from collections import Counter
@@ -27,10 +27,10 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
         problems (`Sequence[Problem]`):
             The problems.
         num_samples (`int`):
-            Solutions of each.
+            Solutions per problem.
 
     Returns:
-        `Counter[str]`: Number of solutions by outcome.
+        `Counter[str]`: Number of solutions per outcome.
     """
 
     def task(problem: Problem) -> Task[list[Solution]]:
@@ -42,7 +42,8 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
     log = runner.run.log("solutions")
     for solutions in runner.results(map(task, problems), len(problems), "problems", counts):
         records = ((solution.key, _record(solution)) for solution in solutions)
-        log.extend((key, record) for key, record in records if key not in log)
+        if missing := [(key, record) for key, record in records if key not in log]:
+            log.extend(missing)
         counts.update(solution.outcome for solution in solutions)
         different += len({solution.text for solution in solutions}) > 1
     if num_samples > 1 and not different:
@@ -51,11 +52,11 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
 
 
 def not_sampled(num_samples: int) -> str:
-    """What to say where samples do not differ."""
+    """Return the warning for samples that are all the same."""
     return (
-        f"All {num_samples} samples of each problem are the same text: the model is not sampled. Raise --temperature; "
-        "a server may ignore it (`transformers serve` samples where the model's generation_config.json says "
-        '"do_sample": true).'
+        f"All {num_samples} samples of each problem have the same text: the model is not sampled. Increase "
+        "--temperature. If it is set, the server may ignore it (`transformers serve` samples only if the model's "
+        'generation_config.json contains "do_sample": true).'
     )
 
 
@@ -70,29 +71,54 @@ def _record(solution: Solution) -> dict[str, object]:
     }
 
 
-def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
+def check_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
     """
-    Write down the problems of a run, or check that they are the same where it goes on.
+    Check that the problems do not contradict those of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+        problems (`Sequence[Problem]`):
+            The problems.
 
     Raises:
-        RunError: If one is another.
+        RunError: If a problem has another text, answer or solution than the one with the same id in the run.
     """
     log = run.log("problems")
     for problem in problems:
         if log.get(problem.id, write_problem(problem)) != write_problem(problem):
             raise RunError(
-                f"Problem {problem.id!r} is another one than when {run.path} was begun. Take a new --output-dir."
+                f"Problem {problem.id!r} differs from the problem with the same id in {run.path}. Restore the file of "
+                "problems, or use another --output-dir."
             )
-    log.extend((problem.id, write_problem(problem)) for problem in problems if problem.id not in log)
+
+
+def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
+    """
+    Write the problems of a run, or check that they are the same if the run is resumed.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+        problems (`Sequence[Problem]`):
+            The problems.
+
+    Raises:
+        RunError: As for [`check_problems`].
+    """
+    check_problems(run, problems)
+    log = run.log("problems")
+    if missing := [(problem.id, write_problem(problem)) for problem in problems if problem.id not in log]:
+        log.extend(missing)
 
 
 def read_problems_of(run: RunDirectory) -> dict[str, Problem]:
-    """The problems of a run, by id."""
+    """Read the problems of a run, by id."""
     return {key: Problem(key, **record) for key, record in run.log("problems").items()}
 
 
 def read_solutions(run: RunDirectory) -> Iterator[Solution]:
-    """The solutions of a run."""
+    """Read the solutions of a run."""
     problems = read_problems_of(run)
     log: Log = run.log("solutions")
     for key, record in log.items():
@@ -108,10 +134,17 @@ def read_solutions(run: RunDirectory) -> Iterator[Solution]:
 
 def wrong_solutions(run: RunDirectory) -> list[Solution]:
     """
-    The wrong solutions of a run.
+    Read the wrong solutions of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `list[Solution]`: The wrong solutions. They may be empty for a shard.
 
     Raises:
-        RunError: If there are none, unless this is a shard.
+        RunError: If there are no solutions, or none of them is wrong in a run that is not a shard.
     """
     solutions = list(read_solutions(run))
     counts = Counter(solution.outcome for solution in solutions)
@@ -121,18 +154,25 @@ def wrong_solutions(run: RunDirectory) -> list[Solution]:
     if not wrong:
         if run.settings()["collect"]["shard"] == [0, 1]:
             raise RunError(no_wrong_answers(counts))
-        logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have some
+        logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have wrong solutions
     return wrong
 
 
 def no_wrong_answers(counts: Mapping[str, int]) -> str:
-    """What to say where nothing is wrong."""
+    """
+    Return the message for a run without wrong answers.
+
+    Args:
+        counts (`Mapping[str, int]`):
+            Number of solutions per outcome.
+    """
     if counts[UNREADABLE] > counts[RIGHT]:
         return (
-            f"No wrong answers: {counts[RIGHT]} right and {counts[UNREADABLE]} unreadable ones. Unreadable solutions "
-            "teach nothing: give a --prompt that asks for the answer in \\boxed{}, or more --max-new-tokens."
+            f"No wrong answers, but {counts[UNREADABLE]} unreadable and {counts[RIGHT]} right ones. Unreadable "
+            "solutions cannot be used. Use a --prompt that asks for the answer in \\boxed{}, or increase "
+            "--max-new-tokens."
         )
     return (
-        f"No wrong answers among {sum(counts.values())}: there is nothing to learn from. Give harder problems, or "
-        "more --num-samples."
+        f"No wrong answers among {sum(counts.values())} solutions, so there is nothing to learn from. Use harder "
+        "problems, or increase --num-samples."
     )

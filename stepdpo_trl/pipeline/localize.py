@@ -1,6 +1,7 @@
 """Find the first wrong step of each wrong solution (Step-DPO, section 3.2, "step localization")."""
 
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 from ..runs.run_directory import RunDirectory, RunError
@@ -10,11 +11,14 @@ from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
 from .records import Solution, Verdict
+from .stage_directory import append_changed
 
 
 def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
     """
-    Ask a judge about each wrong solution of a run.
+    Find the first wrong step of each wrong solution of a run.
+
+    Judging again with more rollouts replaces the verdicts that change.
 
     Args:
         runner (`TaskRunner`):
@@ -22,23 +26,23 @@ def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
         judge (`Judge`):
             The judge.
         judge_name (`str`):
-            Name of the judge, under which verdicts are kept: there may be several.
+            Name under which the verdicts are kept, in canonical spelling.
 
     Returns:
-        `Counter[str]`: Number of solutions with a verdict (`"located"`) and without (`"silent"`).
+        `Counter[str]`: Number of solutions with a verdict (`"located"`) and without (`"abstained"`).
     """
     solutions = wrong_solutions(runner.run)
-    log = runner.run.log(f"verdicts.{canonical(judge_name)}")
+    log = runner.run.log(f"verdicts.{judge_name}")
 
     def task(solution: Solution) -> Task[tuple[Solution, Verdict]]:
         return solution, (yield from judge(solution))
 
     counts: Counter[str] = Counter()
-    log.extend([])  # so that it is there where there is nothing to say
     for solution, verdict in runner.results(map(task, solutions), len(solutions), "solutions", counts):
-        if solution.key not in log:
-            log.append(solution.key, vars(verdict))
-        counts["silent" if verdict.step is None else "located"] += 1
+        append_changed(log, solution.key, vars(verdict))
+        counts["abstained" if verdict.step is None else "located"] += 1
+    if not log:
+        log.extend([])  # creates the file: later stages find no verdicts rather than a missing stage
     return counts
 
 
@@ -50,37 +54,46 @@ def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str
         run (`RunDirectory`):
             The run.
         judge_name (`str`, *optional*):
-            Name of the judge. Not needed where there is one only.
+            Judge expression. Required if the run has verdicts of several.
 
     Returns:
-        `str`, `dict[str, Verdict]`: The name as it is in files, and the verdicts by solution.
+        `str`, `dict[str, Verdict]`: The judge expression in canonical spelling, and the verdicts by solution key.
 
     Raises:
-        RunError: If there are none of that name, or several and none is named.
+        RunError: If the run has no such verdicts, or several and `judge_name` is not given.
     """
     logs = run.logs("verdicts")
     if not logs:
         raise RunError(f"{run.path} holds no verdicts yet. Run `stepdpo localize` first.")
     if judge_name is None and len(logs) > 1:
         raise RunError(f"{run.path} holds verdicts of several judges: {', '.join(logs)}. Choose one with --judge.")
-    name = next(iter(logs)) if judge_name is None else canonical(judge_name)
+    name = next(iter(logs)) if judge_name is None else judge_name
+    if name not in logs:
+        name = canonical(name)
     if name not in logs:
         raise RunError(f"{run.path} holds no verdicts of {judge_name!r}, only of {', '.join(logs)}.")
     return name, {key: Verdict(**record) for key, record in logs[name].items()}
 
 
 def agreement(run: RunDirectory) -> dict[tuple[str, str], dict[str, Any]]:
-    """For each two judges: on how many solutions both speak, and on how many of these they name the same step."""
-    verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
+    """
+    Compare the verdicts of each two judges of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `dict[tuple[str, str], dict]`: For each pair of judges, the number of solutions that both have located
+        (`"both"`) and the number on which they name the same step (`"same"`).
+    """
+    steps = {
+        name: {key: verdict.step for key, verdict in read_verdicts(run, name)[1].items() if verdict.step is not None}
+        for name in sorted(run.logs("verdicts"))
+    }
     table = {}
-    for first in verdicts:
-        for second in verdicts:
-            if first < second:
-                shared = [key for key in verdicts[first] if key in verdicts[second]]
-                both = [
-                    (verdicts[first][key].step, verdicts[second][key].step)
-                    for key in shared
-                    if None not in (verdicts[first][key].step, verdicts[second][key].step)
-                ]
-                table[first, second] = {"both": len(both), "same": sum(a == b for a, b in both)}
+    for first, second in combinations(steps, 2):
+        shared = steps[first].keys() & steps[second].keys()
+        same = sum(steps[first][key] == steps[second][key] for key in shared)
+        table[first, second] = {"both": len(shared), "same": same}
     return table

@@ -1,13 +1,13 @@
 """
-The two papers joined: stages as in sDPO, each on step pairs sampled anew from the model that the last one made.
+Step-DPO and sDPO combined: stages as in sDPO, each on step pairs sampled from the model of the previous stage.
 
-Stage t asks M_{t-1} for pairs (its mistakes, in its words) and trains M_{t-1} on them, which is the reference too.
+Stage t makes step pairs from the mistakes of M_{t-1} and trains M_{t-1} on them, with M_{t-1} as the reference model.
 
-    stage-1/run/ ...        the data pipeline's folder
-    stage-1/pairs.jsonl     its pairs
+    stage-1/run/ ...        run folder of the data pipeline
+    stage-1/pairs.jsonl     step pairs
     stage-1/training/ ...   checkpoints
-    stage-1/model/ ...      the model after the stage
-    settings.jsonl          what was asked for
+    stage-1/model/ ...      model after the stage
+    settings.jsonl          settings of the loop
 """
 
 from collections.abc import Callable, Mapping
@@ -18,30 +18,30 @@ from ..runs.run_directory import RunDirectory
 
 PAIRS, RUN, TRAINING, MODEL = "pairs.jsonl", "run", "training", "model"  # in the folder of a stage
 
-# What a stage does. Each takes number of the stage, model of the stage before, and folder of the stage.
+# Part of a stage, called with the number of the stage, the model of the previous stage, and the folder of the stage
 Work = Callable[[int, str, Path], None]
 
 
 def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, settings: Mapping[str, Any]) -> None:
     """
-    Make pairs and train on them, stage after stage. What is there already is not done again.
+    Make step pairs and train on them, stage after stage. Parts that are already complete are skipped.
 
     Args:
         out (`Path`):
             Folder of the loop.
         model (`str`):
-            The model to begin with, M_0.
+            Model id or path of the initial model M_0.
         stages (`int`):
-            How many stages to end with.
+            Total number of stages.
         make_pairs (`Work`):
-            Writes `pairs.jsonl`, once it is whole.
+            Function that writes `pairs.jsonl`. The file must only appear when it is complete.
         train (`Work`):
-            Trains on it, and leaves the model in `model/`, once it is whole.
-        settings (`Mapping`):
-            What holds for all stages. More stages may be asked for later.
+            Function that trains on the pairs and writes `model/`. The folder must only appear when it is complete.
+        settings (`Mapping[str, Any]`):
+            Settings that must be the same in all stages.
 
     Raises:
-        RunError: If the folder holds another loop, or another process works on it.
+        RunError: If the folder holds a loop with other settings, or another process works in it.
     """
     with RunDirectory(out, create=True, inherited=True) as run:
         for number in range(1, stages + 1):
@@ -49,7 +49,7 @@ def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, 
             folder.mkdir(exist_ok=True)
             if not (folder / PAIRS).exists() and not (folder / MODEL).exists():
                 make_pairs(number, model, folder)
-            run.keep_settings("loop", settings)  # nothing rests on them before there are pairs
+            run.keep_settings("loop", settings)  # after the pairs, so that a failed first command can be corrected
             if not (folder / MODEL).exists():
                 train(number, model, folder)
             model = str(folder / MODEL)

@@ -1,4 +1,4 @@
-"""Asking the policy to solve a problem, from any point of a solution, and whether it did."""
+"""The policy as tasks see it: it continues a solution from any prefix, and its answers are checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,34 +19,43 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=Tr
 
 def render_template(template: str, **values: Any) -> str:
     """
-    Fill a Jinja template.
+    Render a Jinja template.
+
+    Args:
+        template (`str`):
+            The template.
+        values (`Any`):
+            Variables that the template may use.
+
+    Returns:
+        `str`: The text.
 
     Raises:
-        RunError: If the template cannot be filled.
+        RunError: If the template is invalid or uses another variable.
     """
     try:
         return _JINJA.from_string(template).render(**values)
     except TemplateError as error:
         raise RunError(
-            f"The template {template[:60]!r} cannot be filled: {error}. It may use {sorted(values)}."
+            f"The template {template[:60]!r} cannot be filled: {error}. The available variables are {sorted(values)}."
         ) from error
 
 
 def resolve_step_prompt(user: str, response_prefix: str | None = None) -> StepPrompt:
     """
-    Return the step prompt that is meant.
+    Return a step prompt, given its name or a template.
 
     Args:
         user (`str`):
-            Name in [`~stepdpo_trl.data.prompts.STEP_PROMPTS`], or a Jinja template.
+            Name in [`~stepdpo_trl.data.prompts.STEP_PROMPTS`], or Jinja template of the user's message.
         response_prefix (`str`, *optional*):
-            How the answer begins, defaults to that of the named prompt, and to nothing for a template.
+            Beginning of each answer. Defaults to that of the named prompt, and to `""` for a template.
 
     Returns:
         `StepPrompt`: The prompt.
 
     Raises:
-        RunError: If the name is not known, or the template leaves the problem out.
+        RunError: If the name is unknown, or the template does not contain the problem.
     """
     try:
         template = resolve_text(user, {name: prompt.user for name, prompt in STEP_PROMPTS.items()}, "prompt")
@@ -58,24 +67,24 @@ def resolve_step_prompt(user: str, response_prefix: str | None = None) -> StepPr
     )
     probe = "PROBLEM\u2063TEXT"
     if probe not in render_template(template, problem=probe):
-        raise RunError(f"The template {template[:60]!r} does not contain the problem. Put {{{{ problem }}}} into it.")
+        raise RunError(f"The template {template[:60]!r} does not contain the problem. Add {{{{ problem }}}} to it.")
     return prompt
 
 
 @dataclass(frozen=True)
 class Continuation:
     """
-    A sampled solution that goes on from a prefix.
+    Sampled solution that continues a prefix.
 
     Args:
         key (`str`):
-            Its name in the run.
+            Key of the sample in the run.
         text (`str`):
-            The whole solution, prefix and all.
+            Text of the whole solution, including the prefix.
         finish_reason (`str`):
-            `"stop"`, or `"length"` where it was cut.
+            `"stop"`, or `"length"` if the solution was truncated.
         check (`Check`):
-            What its final answer is worth.
+            Result of checking the final answer.
     """
 
     key: str
@@ -87,18 +96,19 @@ class Continuation:
 @dataclass(frozen=True)
 class Policy:
     """
-    A model that solves problems, as tasks see it.
+    Model that solves problems, as tasks see it.
 
-    The i-th sample from a prefix of a problem has the same name in all stages. So the samples of `collect` are the
-    first rollouts from the beginning, and rollouts from the last right step are the first samples of `rectify`.
+    The i-th sample from a prefix of a problem has the same key in all pipeline stages, and is sampled once. The
+    samples of `collect` are the first rollouts from the beginning, and the rollouts from the last right step are
+    the first samples of `rectify`.
 
     Args:
         service (`str`):
-            Name of its service.
+            Name of the service that answers for the model.
         prompt (`StepPrompt`):
-            How it is asked.
+            Prompt of the model.
         render (`Callable[[str, str], str]`):
-            The generator's `render`.
+            Function that renders a user message and the beginning of the answer, `render` of the generator.
         seed (`int`):
             Seed of the run.
     """
@@ -109,7 +119,20 @@ class Policy:
     seed: int
 
     def sample(self, problem: Problem, prefix: str, numbers: Sequence[int]) -> Task[list[Continuation]]:
-        """Sample the continuations of these numbers, and check their answers."""
+        """
+        Sample continuations of a prefix and check their answers.
+
+        Args:
+            problem (`Problem`):
+                The problem.
+            prefix (`str`):
+                Beginning of the solution.
+            numbers (`Sequence[int]`):
+                Numbers of the samples.
+
+        Returns:
+            `list[Continuation]`: The continuations, in the order of `numbers`.
+        """
         text = self.render(render_template(self.prompt.user, problem=problem.problem), prefix)
         keys = [f"{problem.id}/{text_digest(prefix)}/{number}" for number in numbers]
         requests = tuple(Request(key, text, seed_of(self.seed, f"{self.service}/{key}")) for key in keys)
@@ -130,7 +153,18 @@ class Policy:
 
 
 def why_no_answer(finish_reason: str, text: str) -> str | None:
-    """Why a solution has no final answer, whatever could be read in its text, if there is a reason."""
+    """
+    Return why a solution has no final answer, if the reason is that it was refused or truncated.
+
+    Args:
+        finish_reason (`str`):
+            Finish reason of the completion.
+        text (`str`):
+            Text of the completion.
+
+    Returns:
+        `str` or `None`: The reason. `None` if the text may contain a final answer.
+    """
     if finish_reason == "refused":
         return "refused by the server"
     return "cut at max_new_tokens" if finish_reason == "length" and "\\boxed" not in text else None

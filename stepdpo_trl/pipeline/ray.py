@@ -1,4 +1,4 @@
-"""The stages under Ray Data: shards are worked on anywhere in the cluster, in folders that all machines see."""
+"""Run pipeline stages with Ray Data: each worker processes a shard, in a folder on a shared disk."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from ..generation import GenerationError
 from ..runs.run_directory import RunError
+from .records import count_line
 
 Work = Callable[[Any, Path, tuple[int, int]], Any]
 
@@ -14,22 +15,23 @@ def run_on_ray(
     work: Work, folders: Sequence[tuple[Path, tuple[int, int]]], num_gpus: float = 0
 ) -> list[dict[str, Any]]:
     """
-    Do a stage in several folders, side by side.
+    Run a pipeline stage in several folders in parallel.
 
     Args:
         work (`Callable`):
-            What to do with a session, a folder and the shard it holds; returns counts.
+            Function that is called with a [`~stepdpo_trl.pipeline.session.Session`], a folder and its shard (index and
+            number of shards), and returns counts.
         folders (`Sequence[tuple[Path, tuple[int, int]]]`):
-            Folders and shards.
+            Folders and their shards.
         num_gpus (`float`, *optional*, defaults to `0`):
-            GPUs for each.
+            Number of GPUs per folder.
 
     Returns:
-        `list[dict]`: Folder and counts of each.
+        `list[dict]`: Folder and counts of each shard.
 
     Raises:
-        GenerationError: If Ray is missing.
-        RunError: If a folder could not be worked on, with what was said there; the others are worked on to their ends.
+        GenerationError: If Ray is not installed.
+        RunError: If a shard fails, with its error message. The other shards are completed first.
     """
     try:
         import ray
@@ -45,7 +47,7 @@ def run_on_ray(
         try:
             with Session() as session:
                 counts = work(session, Path(row["folder"]), (int(row["index"]), int(row["count"])))
-        except (RunError, GenerationError, ValueError, OSError) as error:  # Ray would bury it under its own frames
+        except (RunError, GenerationError, ValueError, OSError) as error:  # Ray would wrap it in its own traceback
             return {"folder": row["folder"], "counts": {}, "error": str(error)}
         return {"folder": row["folder"], "counts": dict(counts), "error": ""}
 
@@ -54,8 +56,8 @@ def run_on_ray(
     done = data.map(shard, num_gpus=num_gpus or None).take_all()
     for row in done:
         if not row["error"]:
-            print(f"{row['folder']}: {', '.join(f'{count} {what}' for what, count in row['counts'].items())}")
-    errors = list(dict.fromkeys(row["error"] for row in done if row["error"]))  # often the same for all
+            print(count_line(row["folder"], row["counts"]))
+    errors = list(dict.fromkeys(row["error"] for row in done if row["error"]))  # often the same in all shards
     if errors:
         raise RunError("\n".join(errors))
     return done

@@ -1,4 +1,4 @@
-"""What the stages hand on to each other. Standard library only."""
+"""Records that the pipeline stages exchange. Standard library only."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from ..runs.run_directory import RunError
 @dataclass(frozen=True)
 class Problem:
     """
-    A problem with a known answer.
+    Problem with a known answer.
 
     Args:
         id (`str`):
-            Its name in the run.
+            Key of the problem in the run.
         problem (`str`):
-            The text.
+            Text of the problem.
         answer (`str`):
-            The gold final answer.
+            Gold final answer.
         solution (`str`, *optional*, defaults to `""`):
-            The gold solution, for judges.
+            Gold solution, shown to judges.
     """
 
     id: str
@@ -37,23 +37,24 @@ class Problem:
 @dataclass(frozen=True)
 class Solution:
     """
-    A sampled solution.
+    Sampled solution.
 
     Args:
         key (`str`):
-            Its name in the run.
+            Key of the solution in the run.
         problem (`Problem`):
             The problem.
         text (`str`):
-            The solution, from the beginning of the assistant's turn.
+            Text of the solution, from the beginning of the assistant's turn.
         outcome (`str`):
-            `"right"`, `"wrong"` or `"unreadable"`: no final answer that can be compared.
+            `"right"`, `"wrong"`, or `"unreadable"` if there is no final answer to compare.
         finish_reason (`str`):
-            `"stop"`, or `"length"` where it was cut.
+            `"stop"`, or `"length"` if the solution was truncated.
         answer (`str`, *optional*):
-            The final answer.
+            Final answer.
         style (`str`, *optional*):
-            How its steps are told apart, defaults to what [`~stepdpo_trl.data.steps.split_steps`] finds.
+            How the solution is split into steps. Defaults to the style that
+            [`~stepdpo_trl.data.steps.split_steps`] detects.
     """
 
     key: str
@@ -68,15 +69,15 @@ class Solution:
 @dataclass(frozen=True)
 class Verdict:
     """
-    Where a solution first goes wrong.
+    First wrong step of a solution, according to a judge.
 
     Args:
         step (`int`, *optional*):
-            Number of the step, from 1. `None`: no verdict.
+            Number of the step, counted from 1. `None` if the judge abstains.
         judge (`str`):
-            Who says so.
+            Name of the judge.
         evidence (`dict`):
-            Why.
+            Evidence for the verdict.
     """
 
     step: int | None
@@ -85,7 +86,7 @@ class Verdict:
 
 
 def text_digest(*parts: object) -> str:
-    """Short name for a text."""
+    """Return a short hash of texts."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
@@ -96,80 +97,105 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     """
     Read problems from JSON lines or Parquet.
 
-    Rows have `problem` (or `question`, or `prompt`) and `answer`, and may have `solution` and `id`. An `answer` with
-    `####` in it, as in GSM8K, is a solution with the final answer behind.
+    Rows have `problem` (or `question`, or `prompt`) and `answer`, and optionally `solution` and `id`. An `answer` that
+    contains `####`, as in GSM8K, is a solution followed by the final answer.
 
     Args:
         path (`str` or `Path`):
             The file.
         limit (`int`, *optional*):
-            Take the first so many.
+            Maximum number of problems, from the beginning of the file.
 
     Returns:
-        `list[Problem]`: The problems. Without `id` they are named by their text.
+        `list[Problem]`: The problems. Without a column `id`, the id is a hash of the text.
 
     Raises:
-        RunError: If the file or a row cannot be used; all such rows are counted and the first ones named.
+        RunError: If the file cannot be read, or rows are invalid. The message counts them and quotes the first five.
     """
     return problems_of(_read_rows(Path(path)), str(path), limit)
 
 
 def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> list[Problem]:
     """
-    Make problems of rows, as [`read_problems`] does.
+    Convert rows to problems; see [`read_problems`] for the columns.
 
     Args:
         rows (`Sequence`):
             The rows.
         where (`str`):
-            Where they come from, for the error message.
+            Origin of the rows, for error messages.
         limit (`int`, *optional*):
-            Take the first so many.
+            Maximum number of problems.
+
+    Returns:
+        `list[Problem]`: The problems.
 
     Raises:
-        RunError: If a row cannot be used.
+        RunError: If rows are invalid, or there are none.
     """
     problems: dict[str, Problem] = {}
-    texts: dict[str, int] = {}
-    wrong = []
+    row_numbers: dict[str, int] = {}
+    errors = []
     for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
         problem = _problem(row)
         if isinstance(problem, str):
-            wrong.append(f"row {number}: {problem}")
+            errors.append(f"row {number}: {problem}")
         elif problem.id in problems:
-            same = (
-                f"the text of row {texts[problem.id]} again"
-                if row.get("id") is None
-                else f"the id {problem.id!r} again"
-            )
-            wrong.append(f"row {number}: {same}")
+            first = row_numbers[problem.id]
+            same = f"same text as row {first}" if row.get("id") is None else f"same id {problem.id!r} as row {first}"
+            errors.append(f"row {number}: {same}")
         else:
             problems[problem.id] = problem
-            texts[problem.id] = number
-    if wrong:
+            row_numbers[problem.id] = number
+    if errors:
         raise RunError(
-            f"{len(wrong)} of the rows of {where} cannot be used: {'; '.join(wrong[:5])}"
-            f"{' ...' if len(wrong) > 5 else ''}. Mend or remove them."
+            f"{len(errors)} rows of {where} cannot be used: {'; '.join(errors[:5])}"
+            f"{' ...' if len(errors) > 5 else ''}. Fix or remove them."
         )
     if not problems:
-        raise RunError(f"{where} has no problems. Give a file with one problem a line.")
+        raise RunError(f"{where} has no problems. Pass a file with at least one row.")
     return list(problems.values())
 
 
 def read_texts(path: str | Path) -> list[str]:
     """
-    Read the texts of problems, as [`read_problems`] does, whether they have answers or not.
+    Read the texts of problems. Unlike in [`read_problems`], answers are optional.
+
+    Args:
+        path (`str` or `Path`):
+            JSON lines or Parquet.
+
+    Returns:
+        `list[str]`: The texts.
 
     Raises:
-        RunError: If a row has no text.
+        RunError: If the file cannot be read, or a row has no text.
     """
     texts = []
     for number, row in enumerate(_read_rows(Path(path)), start=1):
         column = next((name for name in _PROBLEM_COLUMNS if isinstance(row, Mapping) and name in row), None)
         if column is None:
-            raise RunError(f"Row {number} of {path} has no `problem` (nor `question`).")
+            raise RunError(
+                f"Row {number} of {path} has no column `problem` (or `question`). Add it, or remove the row."
+            )
         texts.append(str(row[column]))
     return texts
+
+
+def describe_source(path: str | Path) -> dict[str, str]:
+    """
+    Describe a file of problems for the data card.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `dict[str, str]`: `path`, and `sha256` of the content if the file exists.
+    """
+    file = Path(path)
+    digest = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+    return {"path": str(path), **digest}
 
 
 def _read_rows(path: Path) -> list[Any]:
@@ -184,7 +210,7 @@ def _read_rows(path: Path) -> list[Any]:
         try:
             return list(Dataset.from_parquet(str(path)))
         except (OSError, ValueError) as error:
-            raise RunError(f"{path} is not a Parquet file that can be read ({error}).") from error
+            raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     rows = []
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -198,44 +224,71 @@ def _read_rows(path: Path) -> list[Any]:
         except ValueError as error:
             raise RunError(
                 f"Line {number} of {path} is not JSON ({error}): {line[:60]!r}. Problems are read from JSON lines, "
-                "one object a line, or from .parquet."
+                "with one object per line, or from .parquet."
             ) from error
     return rows
 
 
 def _problem(row: Any) -> Problem | str:
-    """A problem, or why the row is none."""
+    """Convert a row to a problem, or return the reason why it is invalid."""
     if not isinstance(row, Mapping):
         return f"{row!r:.40} is not an object"
     column = next((name for name in _PROBLEM_COLUMNS if name in row), None)
     if column is None:
-        return f"has no `problem` (nor `question`), only {sorted(row)}"
+        return f"no column `problem` (or `question`), only {sorted(row)}"
     text, answer, solution = row[column], row.get("answer"), row.get("solution") or ""
     if not isinstance(text, str) or not text.strip():
-        return f"`{column}` is {'no text' if text and not isinstance(text, str) else 'empty'} ({text!r:.40})"
+        return f"`{column}` is {'not text' if text and not isinstance(text, str) else 'empty'} ({text!r:.40})"
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = str(answer)
     if not isinstance(answer, str) or not answer.strip():
-        return f"has no `answer` ({text[:40]!r})"
+        return f"no `answer` ({text[:40]!r})"
     if "####" in answer:
         reasoning, _, answer = answer.rpartition("####")
         solution = solution or reasoning.strip()
     if not answer.strip():
-        return f"has nothing behind `####` ({text[:40]!r})"
+        return f"no final answer after `####` ({text[:40]!r})"
     try:
         name = text_digest(text) if row.get("id") is None else str(row["id"])
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
-        return f"is no text that can be written ({error.reason}: {error.object[error.start]!r})"
+        return f"contains text that cannot be encoded ({error.reason}: {error.object[error.start]!r})"
     return Problem(name, text.strip(), answer.strip(), solution)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:
-    """Record of a problem, under its id."""
+    """Return the record of a problem. Its key is the id."""
     return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution}
 
 
 def shard_of(problems: Iterable[Problem], shard: tuple[int, int]) -> list[Problem]:
-    """Every n-th problem, beginning with the i-th, of `shard` (i, n)."""
+    """
+    Select the problems of a shard.
+
+    Args:
+        problems (`Iterable[Problem]`):
+            All problems.
+        shard (`tuple[int, int]`):
+            Index i of the shard, and number n of shards.
+
+    Returns:
+        `list[Problem]`: Every n-th problem, starting with problem i.
+    """
     index, count = shard
     return [problem for number, problem in enumerate(problems) if number % count == index]
+
+
+def count_line(folder: str | Path, counts: Mapping[str, int]) -> str:
+    """
+    Format the counts of a pipeline stage as one line.
+
+    Args:
+        folder (`str` or `Path`):
+            Run folder.
+        counts (`Mapping[str, int]`):
+            The counts.
+
+    Returns:
+        `str`: The line.
+    """
+    return f"{folder}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}"

@@ -1,12 +1,11 @@
-"""Let the model write the first wrong step anew until the answer is right (Step-DPO, section 3.2)."""
+"""Sample preferred steps for the first wrong steps (Step-DPO, section 3.2, "rectification")."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from ..data.answers import RIGHT
-from ..data.steps import split_steps
+from ..data.steps import Steps, split_steps
 from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
@@ -14,12 +13,13 @@ from .collect import wrong_solutions
 from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
-from .policy import Policy
+from .policy import Continuation, Policy
 from .records import Solution
+from .stage_directory import append_changed
 
 
 def normalize_step(step: str) -> str:
-    """A step for comparison: without case, white space, markup and a full stop at the end."""
+    """Normalize a step for comparison: ignore case, white space, markup and a final period."""
     return re.sub(r"[\s*_`$\\]+", "", step).casefold().rstrip(".")
 
 
@@ -33,30 +33,33 @@ def rectify(
     judge: Judge | None = None,
 ) -> Counter[str]:
     """
-    Sample from the last right prefix, in rounds, until there are enough right continuations.
+    Sample continuations of the last right prefix, in rounds, until enough of them are right.
 
-    Rounds are of 1, 1, 2, 4, 8 ... samples. The first step of a continuation is a preferred step if its final answer
-    is right and the step differs from the undesirable one and from those found before.
+    Rounds have 1, 1, 2, 4, 8 ... samples. The first step of a continuation is a preferred step if the final answer is
+    right and the step differs from the rejected step and from the preferred steps found before.
+
+    Samples are named by problem, prefix and number, and their answers are kept. So a later call with larger
+    `num_corrections` or `max_attempts` only samples what is missing, with the result of a run from scratch.
 
     Args:
         runner (`TaskRunner`):
             The run and its services.
         policy (`Policy`):
-            The model that writes.
+            The model that writes the continuations.
         judge_name (`str`, *optional*):
-            Judge whose verdicts are taken.
+            Judge expression whose verdicts are used. Required if the run has several.
         name (`str`, *optional*):
-            Name of a model other than the one that wrote the solutions.
+            Name of the model, if it is not the one that wrote the solutions.
         num_corrections (`int`, *optional*, defaults to `1`):
-            Preferred steps for each wrong solution.
+            Preferred steps per wrong solution.
         max_attempts (`int`, *optional*, defaults to `20`):
-            Samples for each wrong solution at most.
+            Maximum number of samples per wrong solution.
         judge (`Judge`, *optional*):
-            Looks at the preferred step; one that it finds wrong is dropped.
+            Judge of the preferred steps. A step that it finds wrong, or cannot decide on, is dropped.
 
     Returns:
-        `Counter[str]`: Solutions with a preferred step (`"rectified"`) and without (`"given up"`), pairs, samples,
-        and preferred steps that the judge dropped (`"dropped"`).
+        `Counter[str]`: Number of solutions with a preferred step (`"rectified"`) and without (`"given up"`), of
+        `"pairs"`, of `"samples"`, and of preferred steps dropped by the judge (`"dropped"`).
     """
     found_in, verdicts = read_verdicts(runner.run, judge_name)
     log = runner.run.log(f"corrections.{found_in}{f'.by-{name}' if name else ''}")
@@ -74,20 +77,13 @@ def rectify(
             sampled = yield from policy.sample(solution.problem, steps.prefix(step), numbers)
             tried += len(sampled)
             for continuation in sampled:
-                anew = split_steps(continuation.text, steps.style)
-                if (
-                    continuation.check.outcome != RIGHT
-                    or len(found) == num_corrections
-                    or len(anew) < step
-                    or (len(anew) == step and continuation.finish_reason != "stop")  # cut within the step
-                    or anew.spans[step - 1].begin != steps.spans[step - 1].begin
-                    or normalize_step(anew.step(step)) in seen
-                ):
+                corrected = _preferred_step(continuation, steps, step)
+                if len(found) == num_corrections or corrected is None or normalize_step(corrected) in seen:
                     continue
-                seen.add(normalize_step(anew.step(step)))
+                seen.add(normalize_step(corrected))
                 evidence: dict[str, Any] = {}
                 if judge is not None:
-                    # Only what the judge has not seen yet is new: the prefix was found right
+                    # Only errors up to this step count: later steps are not part of the pair
                     whole = Solution(
                         continuation.key, solution.problem, continuation.text, RIGHT, "stop", style=steps.style
                     )
@@ -107,17 +103,69 @@ def rectify(
         return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
 
     counts: Counter[str] = Counter()
-    log.extend([])  # so that it is there where nothing is found
     for solution, record in runner.results(map(task, solutions), len(solutions), "solutions", counts):
-        if solution.key not in log:
-            log.append(solution.key, record)
+        append_changed(log, solution.key, record)
         counts["rectified" if record["found"] else "given up"] += 1
         counts["pairs"] += len(record["found"])
         counts["samples"] += record["samples"]
         counts["dropped"] += record["dropped"]
+    if not log:
+        log.extend([])  # creates the file: `build` finds no pairs rather than a missing stage
     return counts
 
 
-def read_corrections(run: RunDirectory) -> dict[str, Sequence[Any]]:
-    """All corrections of a run, by the way they were made."""
-    return {judge_name: list(log.items()) for judge_name, log in run.logs("corrections").items()}
+def _preferred_step(continuation: Continuation, wrong: Steps, number: int) -> str | None:
+    """Return step `number` of a continuation whose answer is right, or `None` if it cannot replace the wrong step."""
+    steps = split_steps(continuation.text, wrong.style)
+    if continuation.check.outcome != RIGHT or len(steps) < number:
+        return None
+    if len(steps) == number and continuation.finish_reason != "stop":  # truncated within the step
+        return None
+    if steps.spans[number - 1].begin != wrong.spans[number - 1].begin:
+        return None
+    return steps.step(number)
+
+
+def current_corrections(run: RunDirectory) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Read the corrections of a run that belong to its current verdicts.
+
+    A verdict may change when `localize` is run again with more rollouts. Corrections of another step are ignored.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `dict[str, dict[str, dict]]`: For each set of corrections, the records by solution key.
+    """
+    current = {}
+    for name, log in run.logs("corrections").items():
+        steps = _located_steps(run, name)
+        current[name] = {
+            key: record for key, record in log.items() if steps.get(key, record["step"]) == record["step"]
+        }
+    return current
+
+
+def outdated_corrections(run: RunDirectory, name: str) -> list[str]:
+    """
+    List the solutions whose verdict names another step than their correction.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+        name (`str`):
+            Set of corrections.
+
+    Returns:
+        `list[str]`: Keys of the solutions.
+    """
+    steps = _located_steps(run, name)
+    log = run.log(f"corrections.{name}")
+    return [key for key, record in log.items() if steps.get(key) not in (None, record["step"])]
+
+
+def _located_steps(run: RunDirectory, corrections: str) -> dict[str, int | None]:
+    verdicts = run.logs("verdicts").get(corrections.partition(".by-")[0])
+    return {key: record["step"] for key, record in verdicts.items()} if verdicts is not None else {}

@@ -1,12 +1,12 @@
-r"""A small model that makes mistakes, and step pairs made from them: Step-DPO to try in a minute, on a CPU.
+r"""A small model that makes mistakes and step pairs built from them, to try Step-DPO on a CPU in a minute.
 
-- `MODEL_PATH`: folder of a language model of 0.8 million parameters, with its tokenizer. It works out expressions such
-  as 7 + 3 * 4 - 5 step by step, and gets a third of them wrong.
-- `PAIRS_PATH`: JSON lines with step pairs sampled from that model, in the columns of `xinlai/Math-Step-DPO-10K`.
-- [`make_problems`], [`first_wrong_step`], ...: problems of the same kind, and the truth about each step.
-- [`count_correct`]: the number of such problems that a model solves.
+- `MODEL_PATH`: Folder of a language model with 0.8 million parameters and its tokenizer. The model evaluates
+  expressions such as 7 + 3 * 4 - 5 step by step and gets about a quarter of them wrong with greedy decoding.
+- `PAIRS_PATH`: JSON Lines file of step pairs sampled from this model, with the columns of `xinlai/Math-Step-DPO-10K`.
+- [`make_problems`], [`first_wrong_step`] and others: Problems of the same kind and exact checks of their steps.
+- [`count_correct`]: Number of problems that a model solves.
 
-Both were made by `examples/make_quickstart_model.py`.
+The model and the step pairs were created with `examples/make_quickstart_model.py`.
 """
 
 from importlib import import_module

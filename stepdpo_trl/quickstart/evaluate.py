@@ -1,4 +1,4 @@
-"""Let a model solve the problems of [`~stepdpo_trl.quickstart.arithmetic`], and count the correct solutions."""
+"""Solve the problems of [`~stepdpo_trl.quickstart.arithmetic`] with a model and count the correct solutions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,28 +22,28 @@ def generate_solutions(
     description: str | None = None,
 ) -> list[str]:
     """
-    Let a model solve problems.
+    Generate solutions with a model.
 
     Args:
         model (`PreTrainedModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template.
+            Tokenizer of the model, with a chat template.
         problems (`Sequence[str]`):
-            What the user asks.
+            Texts of the problems, used as user turns.
         prefixes (`Sequence[str]`, *optional*):
-            How each solution begins, defaults to not at all.
+            Beginning of each solution, which the model continues. Empty by default.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature, 0 for greedy decoding. Sampling draws from torch's global generator.
+            Sampling temperature, or 0 for greedy decoding. Sampling uses torch's global random number generator.
         batch_size (`int`, *optional*, defaults to `250`):
-            Problems solved at once.
+            Number of problems in a batch.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Where a solution is cut at the latest; 256 is enough for 10 steps.
+            Maximum number of generated tokens. 256 are enough for 10 steps.
         description (`str`, *optional*):
-            What to write beside the progress bar, defaults to no bar.
+            Label of the progress bar. By default, no progress bar is shown.
 
     Returns:
-        `list[str]`: The solutions with their prefixes, in the order of the problems.
+        `list[str]`: The solutions including their prefixes, in the order of the problems.
     """
     prefixes = [""] * len(problems) if prefixes is None else prefixes
     prompts = [
@@ -59,7 +59,7 @@ def generate_solutions(
     generate: Any = model.generate
     was_training = model.training
     model.eval()
-    # Prompts of like length side by side: less padding
+    # Batches of similar lengths need less padding
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     solutions = [""] * len(prompts)
     with tqdm(total=len(prompts), desc=description, disable=description is None, unit=" problems") as bar:
@@ -89,28 +89,28 @@ def count_correct(
     description: str | None = None,
 ) -> int:
     """
-    Count the problems that a model solves. A solution is correct if its final answer is.
+    Count the problems for which a model generates the correct final answer.
 
     Args:
         model (`PreTrainedModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            Tokenizer of the model.
         problems (`Sequence[ArithmeticProblem]`):
             The problems.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature, 0 for greedy decoding. Sampling draws from torch's global generator.
+            Sampling temperature, or 0 for greedy decoding. Sampling uses torch's global random number generator.
         description (`str`, *optional*):
-            What to write beside the progress bar, defaults to no bar.
+            Label of the progress bar. By default, no progress bar is shown.
 
     Returns:
-        `int`: Number of correct solutions.
+        `int`: Number of problems with a correct final answer.
 
     Raises:
-        ValueError: If there are no problems.
+        ValueError: If `problems` is empty.
     """
     if not problems:
-        raise ValueError("There are no problems to measure the accuracy on. Give at least one.")
+        raise ValueError("`problems` is empty, so there is no accuracy to measure. Pass at least one problem.")
     texts = [problem.text for problem in problems]
     solutions = generate_solutions(model, tokenizer, texts, temperature=temperature, description=description)
     return sum(read_result(solution) == problem.answer for problem, solution in zip(problems, solutions, strict=True))

@@ -1,1 +1,1 @@
-"""Work that survives a kill: run folders, records and the scheduler of tasks."""
+"""Runs that can be interrupted and resumed: run directories, logs of records, and the task scheduler."""

@@ -1,33 +1,38 @@
-"""The folder of a run: keyed records, appended as they arrive, that survive a kill. Standard library only."""
+"""The folder of a run: append-only logs of records that survive a killed process, and a lock for one process."""
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
+import platform
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from ..data.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 
 class RunError(Exception):
-    """What a user can mend: the message says what happened and what to do."""
+    """Error that the user can fix. The message says what failed and how to fix it."""
 
 
 class Log(Mapping[str, dict[str, Any]]):
     """
-    An append-only file of keyed records, one a line. The last record of a key counts.
+    Append-only file of keyed records, one JSON object per line. The last record of a key counts.
 
     Args:
         path (`Path`):
-            The file, made with the first record. A last line that was cut short by a kill is removed, and said so.
+            The file. It is created with the first record. If its last line is incomplete because a process was killed
+            while writing, the line is removed with a warning.
 
     Raises:
-        RunError: If a line other than the last is not a record.
+        RunError: If a complete line is not a record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,22 +43,22 @@ class Log(Mapping[str, dict[str, Any]]):
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
             logger.warning(
-                f"{self.path} ends in the middle of a record, as it does when a process is killed while it writes. "
-                f"The last {len(content) - whole} bytes are removed; what they held is done again."
+                f"{self.path} ends in the middle of a record, probably because a process was killed while writing. "
+                f"The last {len(content) - complete} bytes are removed, and their record will be computed again."
             )
             with self.path.open("r+b") as file:
-                file.truncate(whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
+                file.truncate(complete)
+        for number, line in enumerate(content[:complete].splitlines(), start=1):
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise RunError(
-                    f"Line {number} of {self.path} is not a record of this program ({line[:80]!r}). Restore the file, "
-                    "or remove the line: what it held is done again."
+                    f"Line {number} of {self.path} is not a record of this package ({line[:80]!r}). Restore the file, "
+                    "or remove the line to compute its record again."
                 ) from error
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -66,29 +71,44 @@ class Log(Mapping[str, dict[str, Any]]):
         return len(self._records)
 
     def append(self, key: str, record: Mapping[str, Any]) -> None:
-        """Append one record; it is on the disk when this returns."""
+        """
+        Append one record. It is on disk when this returns.
+
+        Args:
+            key (`str`):
+                Key of the record.
+            record (`Mapping[str, Any]`):
+                The record.
+
+        Raises:
+            RunError: If the record cannot be written.
+        """
         self.extend([(key, record)])
 
     def extend(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         """
-        Append records in one write; they are on the disk when this returns.
+        Append several records in one write. They are on disk when this returns.
+
+        Args:
+            records (`Iterable[tuple[str, Mapping[str, Any]]]`):
+                Keys and records.
 
         Raises:
-            RunError: If the disk is full or cannot be written to. The file is then as it was before.
+            RunError: If the disk is full or the file cannot be written. The file then keeps its previous content.
         """
-        kept = [(key, dict(record)) for key, record in records]
-        lines = "".join(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in kept)
+        added = [(key, dict(record)) for key, record in records]
+        lines = "".join(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in added)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _append(self.path, lines.encode())
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "The disk is full" if full else f"The file cannot be written ({error.strerror})"
+            cause = "The disk is full" if full else f"The file cannot be written ({error.strerror})"
             raise RunError(
-                f"{what}: {len(kept)} records for {self.path} were not kept. All before them are safe. "
-                f"{'Make room' if full else 'Mend that'} and give the same command again: it goes on from there."
+                f"{cause}: {len(added)} records of {self.path} were not saved. All earlier records are safe. "
+                f"{'Free disk space' if full else 'Fix this'} and rerun the same command to resume."
             ) from error
-        self._records.update(kept)
+        self._records.update(added)
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -100,58 +120,68 @@ def _append(path: Path, content: bytes) -> None:
                 written += file.write(content[written:])
             os.fsync(file.fileno())
         except OSError:
-            with contextlib.suppress(OSError):  # what remains is a torn line, which the next reader repairs
+            with contextlib.suppress(OSError):  # an incomplete line would be removed by the next reader
                 file.truncate(before)
             raise
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"The folder {folder} cannot be made ({error.strerror}). Name another.") from error
-
-
 class RunDirectory:
     """
-    The folder of a run, for one process at a time.
+    The folder of a run. Only one process at a time can open it.
+
+    The process that holds the lock (the file `lock`) writes its id and host to the file `owner`.
 
     Args:
         path (`str` or `Path`):
             The folder.
         create (`bool`, *optional*, defaults to `False`):
-            Whether to make it where it is missing.
+            Whether to create a missing folder.
         inherited (`bool`, *optional*, defaults to `False`):
-            Whether processes that this one starts with `close_fds=False` are in the folder as well: if this one is
-            killed, the next waits for them.
+            Whether child processes started with `close_fds=False` hold the lock as well, so that the folder stays
+            locked if this process is killed while they work. Has no effect on Windows.
 
     Raises:
-        RunError: If it is missing, or another process works on it.
+        RunError: If the folder is missing or cannot be created or locked, or if another process holds the lock.
     """
 
     def __init__(self, path: str | Path, create: bool = False, inherited: bool = False) -> None:
         self.path = Path(path)
         if create:
-            _make(self.path)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(
+                    f"The folder {self.path} cannot be created ({error.strerror}). Use another folder."
+                ) from error
         if not self.path.is_dir():
             raise RunError(
-                f"{self.path} is not the folder of a run. Begin one: stepdpo collect --output-dir {self.path} ..."
+                f"{self.path} is not the folder of a run. Start a run with `stepdpo collect --output-dir {self.path} "
+                "...`."
             )
-        self._lock = (self.path / "lock").open("a+")
+        self._owner = self.path / "owner"
+        inherited = inherited and os.name == "posix"
+        self._lock = self._acquire(inherited)
+        children = " or its children" if inherited else ""
+        write_atomically(self._owner, f"process {os.getpid()}{children} on {platform.node()}")
+
+    def _acquire(self, inherited: bool) -> FileLock | IO[str]:
+        path = self.path / "lock"
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
+            if inherited:
+                return _lock_with_children(path)
+            lock = FileLock(path, thread_local=False)
+            lock.acquire(timeout=0)
+            return lock
+        except (BlockingIOError, Timeout) as error:
+            owner = self._owner.read_text(encoding="utf-8") if self._owner.exists() else "unknown"
             raise RunError(
-                f"Another process ({owner}) works on {self.path}. Wait for it or stop it; for a second run beside it, "
-                "give another folder."
+                f"Another process ({owner}) is using {self.path}. Wait until it has finished, stop it, or use another "
+                "folder."
             ) from error
-        os.set_inheritable(self._lock.fileno(), inherited)
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()}{', or what it started,' * inherited} on {os.uname().nodename}")
-        self._lock.flush()
+        except OSError as error:
+            raise RunError(
+                f"The folder {self.path} cannot be locked ({error.strerror}). Use a folder that you can write to."
+            ) from error
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -159,47 +189,102 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.truncate(0)
-        self._lock.close()
+        self._owner.unlink(missing_ok=True)
+        if isinstance(self._lock, FileLock):
+            self._lock.release()
+        else:
+            self._lock.close()
 
     def log(self, name: str) -> Log:
-        """Open the records in `name`.jsonl."""
+        """Open the log `{name}.jsonl`."""
         return Log(self.path / f"{name}.jsonl")
 
     def logs(self, kind: str) -> dict[str, Log]:
-        """Open all records of a kind that has one file for each way it was done, `kind`.WAY.jsonl, by way."""
+        """
+        Open all logs of a kind.
+
+        Args:
+            kind (`str`):
+                First part of the file names, such as `"verdicts"` for `verdicts.arithmetic.jsonl`.
+
+        Returns:
+            `dict[str, Log]`: The logs, by the rest of the name (such as `"arithmetic"`).
+        """
         paths = sorted(self.path.glob(f"{kind}.*.jsonl"))
         return {path.name[len(kind) + 1 : -len(".jsonl")]: Log(path) for path in paths}
 
     def settings(self) -> Log:
-        """What each stage was run with."""
+        """Open the log of the settings, with one record per pipeline stage."""
         return self.log("settings")
 
     def keep_settings(self, stage: str, settings: Mapping[str, Any], may_change: Container[str] = ()) -> None:
         """
-        Write down what a stage is run with, or check that it is the same where it goes on.
+        Store the settings of a pipeline stage, or check that a resumed stage has the stored settings.
 
         Args:
             stage (`str`):
-                Name of the stage.
+                Name of the pipeline stage.
             settings (`Mapping[str, Any]`):
                 Its settings.
             may_change (`Container[str]`, *optional*):
-                Those that may change: the parts belong together all the same.
+                Names of settings that may differ from the stored ones.
 
         Raises:
-            RunError: If it was begun with others.
+            RunError: If another setting differs. The message has one line per difference.
         """
         log = self.settings()
         settings = json.loads(json.dumps(settings))
-        before = log.get(stage, settings)
-        names = [*before, *(name for name in settings if name not in before)]
-        changed = [name for name in names if name not in may_change and before.get(name) != settings.get(name)]
+        stored = log.get(stage, settings)
+        before, now = (
+            {
+                path: value
+                for name, setting in record.items()
+                if name not in may_change
+                for path, value in _flatten(setting, name)
+            }
+            for record in (stored, settings)
+        )
+        # Runs of earlier releases lack options that were added later. These are off by default.
+        changed = [path for path in {**before, **now} if (before.get(path) or None) != (now.get(path) or None)]
         if changed:
-            named = ", ".join(f"{name}={before.get(name)!r} (now {settings.get(name)!r})" for name in changed)
+            differences = "\n".join(
+                f"  {path}: {_show(path, before)} in this run, {_show(path, now)} now" for path in changed
+            )
             raise RunError(
-                f"`{stage}` in {self.path} was begun with {named}. Give the same settings to go on, or another folder "
-                "to begin anew."
+                f"`{stage}` in {self.path} was started with other settings:\n{differences}\nUse the settings of this "
+                "run to resume it, or another folder to start a new run."
             )
         if log.get(stage) != settings:
             log.append(stage, settings)
+
+
+def _lock_with_children(path: Path) -> IO[str]:
+    # Children have to inherit the open file, which filelock does not expose, and keep the lock when this process
+    # releases it. It is the same kind of lock as filelock's, so that both exclude each other.
+    import fcntl
+
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    os.set_inheritable(lock.fileno(), True)
+    return lock
+
+
+def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as paths and values, such as `sampling.top_p` and `models[0].dtype`."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flatten(inner, f"{path}.{name}")
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def _show(path: str, settings: Mapping[str, Any]) -> str:
+    shown = repr(settings[path]) if path in settings else "not set"
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."

@@ -1,10 +1,12 @@
 """
-Many tasks side by side: each asks and waits in plain sequential code, and what all of them ask at a time is asked at
-once.
+Scheduler of tasks whose requests to models are batched across tasks and stored on disk.
 
-A task is a generator function: it yields an [`Ask`], is sent the replies by key, and returns its result. Replies of
-models are on disk before a task sees them, under their key, and a task asks for the same keys whenever it is run. So a
-run that was stopped is simply run again: what had been answered is read, the rest is asked.
+A task is a generator function written as plain sequential code: it yields an [`Ask`], receives the replies by key, and
+returns its result. The requests of all waiting tasks are answered together.
+
+Replies are stored on disk under their key before a task receives them, and a task requests the same keys whenever it
+runs. An interrupted run is therefore resumed by running its tasks again: stored replies are read, and only the missing
+ones are requested.
 """
 
 import hashlib
@@ -15,26 +17,25 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from tqdm.auto import tqdm
-
 from ..data.answers import AnswerChecker, Check
 from ..generation import Completion, Generator, Request, Sampling
+from .progress import progress_bar
 from .run_directory import Log
 
 T = TypeVar("T")
-WINDOW = 1024  # tasks side by side
+WINDOW = 1024  # maximum number of concurrent tasks
 
 
 @dataclass(frozen=True)
 class Ask:
     """
-    What a task asks.
+    Requests of a task to a service.
 
     Args:
         service (`str`):
-            Name of a [`Service`].
+            Name of the [`Service`].
         requests (`tuple`):
-            The requests, each with a `key`.
+            The requests. Each has an attribute `key`.
     """
 
     service: str
@@ -45,24 +46,33 @@ Task = Coroutine[Ask, Mapping[str, Any], T]
 
 
 class Service(Protocol):
-    """Somebody to ask."""
+    """A model, an answer checker or a person that answers the requests of tasks."""
 
     def answer(self, requests: Sequence[Any]) -> Mapping[str, Any]:
-        """Answer requests, by key."""
+        """
+        Answer requests.
+
+        Args:
+            requests (`Sequence`):
+                The requests. Each has an attribute `key`.
+
+        Returns:
+            `Mapping[str, Any]`: The replies, by key.
+        """
 
 
 def run_tasks(tasks: Iterable[Task[T]], services: Mapping[str, Service]) -> Iterator[T]:
     """
-    Run tasks to their ends, in rounds of at most [`WINDOW`] at a time.
+    Run tasks to completion, at most [`WINDOW`] of them concurrently.
 
     Args:
         tasks (`Iterable[Task]`):
             The tasks.
         services (`Mapping[str, Service]`):
-            Whom they can ask.
+            The services that the tasks use, by name.
 
-    Returns:
-        `Iterator`: Their results, as they are ready. The order depends on the tasks alone.
+    Yields:
+        `Any`: The results of the tasks, as soon as they are available. Their order is deterministic.
     """
     tasks = iter(tasks)
     while window := list(islice(tasks, WINDOW)):
@@ -74,11 +84,11 @@ def run_tasks(tasks: Iterable[Task[T]], services: Mapping[str, Service]) -> Iter
                     waiting.append((task, task.send(reply)))  # type: ignore[arg-type]
                 except StopIteration as stop:
                     yield stop.value
-            asked: dict[str, dict[str, Any]] = defaultdict(dict)
+            requested: dict[str, dict[str, Any]] = defaultdict(dict)
             for _, ask in waiting:
-                asked[ask.service].update({request.key: request for request in ask.requests})
+                requested[ask.service].update({request.key: request for request in ask.requests})
             answers = {
-                service: services[service].answer(list(requests.values())) for service, requests in asked.items()
+                service: services[service].answer(list(requests.values())) for service, requests in requested.items()
             }
             replies = [
                 (task, {request.key: answers[ask.service][request.key] for request in ask.requests})
@@ -88,46 +98,57 @@ def run_tasks(tasks: Iterable[Task[T]], services: Mapping[str, Service]) -> Iter
 
 class RecordedModel:
     """
-    A model whose answers are kept on disk and never asked for twice.
+    Service of a model. Its completions are stored, so that no request is sent twice.
 
-    What earlier stages and rounds asked is read. What this stage asked before it was stopped is handed to the
-    generator all the same, as done, so that batches are those of an unbroken run.
+    Completions of other pipeline stages are read from the log. Requests that this stage completed before it was
+    interrupted are passed to the generator as done, so that it forms the same batches as in an uninterrupted run.
 
     Args:
         generator (`Generator`):
             The model.
         sampling (`Sampling`):
-            How it is sampled.
+            Sampling parameters.
         log (`Log`):
-            Where its answers are kept.
+            Log for the completions.
         name (`str`):
-            What to write beside the progress bar.
+            Name of the progress bar.
         stage (`str`):
-            Name of the stage.
+            Name of the pipeline stage. It is stored with each completion.
     """
 
     def __init__(self, generator: Generator, sampling: Sampling, log: Log, name: str, stage: str) -> None:
         self.generator, self.sampling, self.log, self.name, self.stage = generator, sampling, log, name, stage
-        self.asked: set[str] = set()
+        self.seen: set[str] = set()
 
     def answer(self, requests: Sequence[Request]) -> dict[str, Completion]:
-        """Answer requests, from the disk where they have been answered."""
-        anew = [
+        """
+        Complete requests, and read those that are completed already.
+
+        Args:
+            requests (`Sequence[Request]`):
+                The requests.
+
+        Returns:
+            `dict[str, Completion]`: The completions, by key.
+
+        Raises:
+            GenerationError: If the model fails. Earlier completions are stored.
+        """
+        batch = [
             request
             for request in requests
-            if request.key not in self.asked
+            if request.key not in self.seen
             and self.log.get(request.key, {"stage": self.stage}).get("stage") == self.stage
         ]
-        self.asked.update(request.key for request in requests)
-        missing = sum(request.key not in self.log for request in anew)
+        self.seen.update(request.key for request in requests)
+        missing = sum(request.key not in self.log for request in batch)
         if missing:
-            with tqdm(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
+            with progress_bar(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
                 tokens = 0
-                for answered in self.generator.generate(anew, self.sampling, self.log):
-                    records = ((request.key, {"stage": self.stage, **vars(answer)}) for request, answer in answered)
-                    self.log.extend(records)
-                    tokens += sum(completion.tokens for _, completion in answered)
-                    bar.update(len(answered))
+                for part in self.generator.generate(batch, self.sampling, self.log):
+                    self.log.extend((request.key, {"stage": self.stage, **vars(reply)}) for request, reply in part)
+                    tokens += sum(completion.tokens for _, completion in part)
+                    bar.update(len(part))
                     bar.set_postfix({"tokens/s": round(tokens / max(bar.format_dict["elapsed"], 1e-9))})
         fields = Completion.__dataclass_fields__
         return {r.key: Completion(**{name: self.log[r.key][name] for name in fields}) for r in requests}
@@ -135,7 +156,17 @@ class RecordedModel:
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """A solution to compare with a gold answer."""
+    """
+    A solution to compare with a gold answer.
+
+    Args:
+        key (`str`):
+            Unique name within the run.
+        gold (`str`):
+            The gold answer.
+        text (`str`):
+            The solution.
+    """
 
     key: str
     gold: str
@@ -144,20 +175,29 @@ class CheckRequest:
 
 class RecordedChecks:
     """
-    Checks answers; outcomes are kept on disk, as checks may be slow and one that ran out of time might not again.
+    Service of the answer checker. Outcomes are stored, since checks can be slow and time-outs not reproducible.
 
     Args:
         checker (`AnswerChecker`):
-            Who checks.
+            The answer checker.
         log (`Log`):
-            Where outcomes are kept.
+            Log for the outcomes.
     """
 
     def __init__(self, checker: AnswerChecker, log: Log) -> None:
         self.checker, self.log = checker, log
 
     def answer(self, requests: Sequence[CheckRequest]) -> dict[str, Check]:
-        """Check, what has not been checked yet."""
+        """
+        Check solutions, and read the outcomes of those that are checked already.
+
+        Args:
+            requests (`Sequence[CheckRequest]`):
+                The solutions.
+
+        Returns:
+            `dict[str, Check]`: The outcomes, by key.
+        """
         todo = [request for request in requests if request.key not in self.log]
         for start in range(0, len(todo), 256):
             part = todo[start : start + 256]
@@ -167,5 +207,16 @@ class RecordedChecks:
 
 
 def seed_of(seed: int, key: str) -> int:
-    """Seed of one request of a run."""
+    """
+    Derive the random seed of a request.
+
+    Args:
+        seed (`int`):
+            Seed of the run.
+        key (`str`):
+            Key of the request.
+
+    Returns:
+        `int`: The seed, below 2**56.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")

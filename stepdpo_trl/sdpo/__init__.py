@@ -1,1 +1,1 @@
-"""Stages with a moving reference (sDPO, arXiv 2403.19270)."""
+"""Stepwise DPO (sDPO, arXiv 2403.19270): training in stages, each with the previous stage's model as reference."""

@@ -1,11 +1,10 @@
-"""Stepwise DPO (sDPO, arXiv 2403.19270): the reference of each stage is the model that the stage before it made."""
+"""Callback that trains in stages with a moving reference (sDPO, arXiv 2403.19270)."""
 
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from .checks import check_arguments
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .report import check_plotting, write_report
+from .report import warn_without_matplotlib, write_stage_report
 from .scoring import without_scores
 from .stages import STAGE_OPTIONS, Stage, check_fractions, find_stages
 from .training import StagedTraining
@@ -24,45 +23,42 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 SCHEDULES = ("restart", "continuous")
-# At the first batch of a stage: how far margin / beta (in nats) and loss may be off, in float32 and in 16 bits
-TOLERANCES = {False: (0.01, 0.001), True: (0.5, 0.05)}
-# From this share of rows with gamma_ref > 0 and this mean on (in nats; the paper has 84 for a reference that was
-# trained on the data, -25 and -39 for others), the reference has probably seen them
-SEEN_SHARE, SEEN_GAMMA = 0.95, 20
 
 
 class SDPOCallback(TrainerCallback, ExportableState):
     """
-    Spends preference data in stages, each with the previous stage's aligned model as reference and starting point
-    (sDPO, arXiv 2403.19270).
+    A [`~transformers.TrainerCallback`] that trains on preference data in stages. Each stage starts from the model of
+    the previous stage and uses the same model as its reference (sDPO, arXiv 2403.19270).
 
-    Each stage is a DPO run of its own, in one run of the trainer: warm-up, decay and optimizer start afresh, epochs
-    count per stage, and so does `max_steps`. At its end the model is saved to `output_dir/stage-N` and becomes the
-    reference, in place:
+    All stages are trained in a single call of `trainer.train()`. Each stage is equivalent to a separate DPO run:
+    optimizer, warm-up and decay restart, and `num_train_epochs` and `max_steps` are counted per stage. At the end of a
+    stage, the model is saved to `output_dir/stage-N` and becomes the reference in place:
 
-    - full fine-tuning: the weights are copied into the reference model, under ZeRO-3 and FSDP2 shard to shard;
-    - LoRA and QLoRA: the adapter is copied into a frozen adapter `"ref"` on the same base;
-    - `precompute_ref_log_probs=True` (recommended): there is no reference model; at the start of a stage, where policy
-      and reference are the same weights, the policy scores the stage's data.
+    - Full fine-tuning: The weights are copied into the reference model. Under ZeRO-3 and FSDP2, each process copies
+      its shards.
+    - LoRA and QLoRA: The adapter is copied into a frozen adapter `"ref"` on the same base model.
+    - `precompute_ref_log_probs=True` (recommended): There is no reference model. The policy scores the data of a stage
+      at its start, when policy and reference have the same weights.
 
-    The stages are a list or dict of data sets passed to [`StepDPOTrainer`], a column `stage` of one data set, or
-    `fractions` of one data set.
+    The stages are either a list or dict of datasets passed to [`StepDPOTrainer`], or parts of one dataset, by its
+    column `stage` or by `fractions`.
 
     Args:
         trainer ([`~trl.DPOTrainer`], *optional*):
-            A trainer that is made already, with one data set: `trainer.add_callback(SDPOCallback(trainer))`. Not
-            needed in `StepDPOTrainer(..., callbacks=[SDPOCallback()])`.
+            Existing trainer to attach the callback to, as in `trainer.add_callback(SDPOCallback(trainer))`. Omit it in
+            `StepDPOTrainer(..., callbacks=[SDPOCallback()])`.
         fractions (`list[float]`, *optional*):
-            Share of the rows in each stage, in their order; they sum to 1.
+            Fraction of the rows in each stage, in row order. They must sum to 1.
         schedule (`str`, *optional*, defaults to `"restart"`):
-            `"restart"` begins optimizer, warm-up and decay anew in each stage, as in the paper; `"continuous"` keeps
-            one course over all of them.
-        stage_options (`dict[str, dict]`, *optional*):
-            Options of single stages by their name ("1", "2", ... in a list): `beta`, `learning_rate` and
-            `num_train_epochs`, in place of the trainer's.
+            `"restart"` resets the optimizer and restarts warm-up and decay in each stage, as in the paper.
+            `"continuous"` keeps the optimizer state and uses one schedule for the whole run.
+        stage_options (`dict[str, dict[str, float]]`, *optional*):
+            `beta`, `learning_rate` and `num_train_epochs` of single stages, which override the training arguments. The
+            keys are names of stages: keys of the dict of datasets, values of the column `stage`, or otherwise
+            "1", "2", ...
 
     Raises:
-        ValueError: If an option is unknown or unusable, or if trainer and stages do not go together.
+        ValueError: If an option is unknown or invalid, or if the trainer cannot train in stages.
 
     Example:
 
@@ -80,71 +76,76 @@ class SDPOCallback(TrainerCallback, ExportableState):
         stage_options: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
-            raise ValueError(f"Unknown schedule {schedule!r}: it is 'restart' or 'continuous'.")
+            raise ValueError(f"Unknown schedule {schedule!r}. It must be 'restart' or 'continuous'.")
         self.fractions = None if fractions is None else [float(fraction) for fraction in fractions]
         if self.fractions is not None:
             check_fractions(self.fractions)
         self.schedule = schedule
-        stages = stage_options or {}
-        if not isinstance(stages, Mapping) or not all(isinstance(options, Mapping) for options in stages.values()):
+        by_stage = stage_options or {}
+        if not isinstance(by_stage, Mapping) or not all(isinstance(options, Mapping) for options in by_stage.values()):
             raise ValueError(
-                f"stage_options={stage_options!r} must map names of stages to their options, like "
+                f"stage_options={stage_options!r} is invalid. It must map names of stages to their options, as in "
                 "{'2': {'beta': 0.05}}."
             )
-        self.stage_options = {str(name): dict(options) for name, options in stages.items()}
+        self.stage_options = {str(name): dict(options) for name, options in by_stage.items()}
         for name, options in self.stage_options.items():
             _check_options(name, options, schedule)
-        self.record: dict[str, Any] = {}  # run and stages, as checkpoints keep them
+        self.record: dict[str, Any] = {}  # of the run and its stages, saved in checkpoints
         self.trainer: Any = None
         if trainer is not None:
             self.attach(trainer)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in a checkpoint."""
+        """Return the state that the Trainer saves in checkpoints."""
         names = ("fractions", "schedule", "stage_options")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {"record": self.record}}
 
     def attach(self, trainer: "DPOTrainer", names: Sequence[Any] = ()) -> None:
         """
-        Make a trainer train in stages.
+        Attach the callback to a trainer, which then trains in stages.
 
         Args:
-            trainer ([`~trl.DPOTrainer`]): The trainer.
-            names (`list`, *optional*): Stages that there were before rows were left out as overlong.
+            trainer ([`~trl.DPOTrainer`]):
+                Trainer to attach to.
+            names (`list`, *optional*):
+                Names of the stages before overlong rows were dropped, to detect stages that became empty.
+
+        Raises:
+            ValueError: If the trainer cannot train in stages, or if a stage is empty or unknown.
         """
         staged: Any = trainer
         if getattr(staged, "stages", []):
-            raise ValueError("The trainer has an SDPOCallback already. One runs all stages.")
+            raise ValueError("The trainer already has an SDPOCallback, which trains all stages. Remove one of them.")
         if staged.ref_model is not None and isinstance(staged.model, PeftModel):
             raise ValueError(
-                "A `ref_model` was given together with an adapter. In stages the reference is the adapter of the "
-                "stage before, on the same base: leave `ref_model` out."
+                "You passed a `ref_model` together with an adapter. With SDPOCallback, the reference is the adapter "
+                "of the previous stage on the same base model. Remove `ref_model`."
             )
         check_arguments(staged, self.schedule, self.stage_options)
         if not isinstance(trainer, StagedTraining):
-            # The loop is the trainer's own, with what differs between stages put before it
+            # Put the mixin in front of the class of an existing trainer
             trainer.__class__ = type(f"Staged{type(trainer).__name__}", (StagedTraining, type(trainer)), {})
         stages = find_stages(staged.train_dataset, self.fractions)
         emptied = [str(name) for name in names if str(name) not in stages]
         if emptied:
             raise ValueError(
                 f"Stage {emptied[0]!r} is empty: all its rows are longer than max_length={staged.args.max_length}. "
-                "Raise that, or leave the stage out."
+                "Increase max_length, or remove the stage."
             )
         unknown = [name for name in self.stage_options if name not in stages]
         if unknown:
             nearest = get_close_matches(unknown[0], list(stages), n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"`stage_options` names the stage {unknown[0]!r}, and the stages are {list(stages)}. Did you mean "
-                f"{nearest!r}?"
+                f"`stage_options` has options for an unknown stage {unknown[0]!r}. The stages are {list(stages)}. Did "
+                f"you mean {nearest!r}?"
             )
         defaults = {name: getattr(staged.args, name) for name in STAGE_OPTIONS}
         staged.stages = [
             Stage(number, name, without_scores(rows), **{**defaults, **self.stage_options.get(name, {})})
             for number, (name, rows) in enumerate(stages.items(), start=1)
         ]
-        _warn_of_rows(staged.stages)
-        staged.reference = _reference(staged)
+        _warn_about_stages(staged.stages)
+        staged.reference = _make_reference(staged)
         evaluation = staged.eval_dataset
         staged._eval_data = (
             {name: without_scores(data) for name, data in evaluation.items()}
@@ -153,10 +154,10 @@ class SDPOCallback(TrainerCallback, ExportableState):
         )
         staged.train_dataset, staged.beta = staged.stages[0].dataset, staged.stages[0].beta
         staged.sdpo, self.trainer = self, trainer
-        check_plotting()
+        warn_without_matplotlib()
 
     def registered(self, trainer: Any) -> "SDPOCallback":
-        """This callback as the trainer has it, which may have been made anew from a checkpoint."""
+        """Return the instance registered with the trainer, which may have been recreated from a checkpoint."""
         callback = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, SDPOCallback))
         callback.trainer = trainer
         return callback
@@ -164,17 +165,17 @@ class SDPOCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse to do nothing."""
+        """Check that the callback is attached to a trainer."""
         if self.trainer is None:
             raise ValueError(
-                "SDPOCallback does not know the trainer. Pass it to StepDPOTrainer as `callbacks=[SDPOCallback()]`, "
-                "or to another trainer as `trainer.add_callback(SDPOCallback(trainer))`."
+                "SDPOCallback is not attached to a trainer. Pass `callbacks=[SDPOCallback()]` to StepDPOTrainer, or "
+                "use `trainer.add_callback(SDPOCallback(trainer))`."
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """At a stage's last update log, so that no figure mixes stages, and save where a run's end is saved."""
+        """Log and save at the end of a stage, as at the end of a run, so that no logged mean spans two stages."""
         stage = self.trainer.stage
         if state.global_step == stage.last_update:
             control.should_log = control.should_log or args.logging_strategy != "no"
@@ -183,49 +184,17 @@ class SDPOCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the report."""
+        """Write the report of the stages."""
         last = self.trainer.stages[-1]
         if state.global_step < last.last_update:
             logger.warning(
-                f"Training has ended at global_step={state.global_step} of {last.last_update}, in stage "
-                f"{self.trainer.stage.number} of {last.number}. The stages after it have not been trained."
+                f"Training ended early, at global_step={state.global_step} of {last.last_update} in stage "
+                f"{self.trainer.stage.number} of {last.number}. Later stages have not been trained."
             )
         if state.is_world_process_zero:
-            write_report(self.trainer)
-
-    def check_gamma(self, stage: Stage, gamma: np.ndarray) -> dict[str, float]:
-        """Warn where the reference seems to have been trained on the stage's data; returns what is logged."""
-        share = float((gamma > 0).mean())
-        if share >= SEEN_SHARE and gamma.mean() >= SEEN_GAMMA:
-            logger.warning(
-                f"Stage {stage.number} ({stage.name!r}): its reference prefers the chosen answer in {share:.1%} of "
-                f"{len(gamma)} rows, with a mean gamma_ref of {gamma.mean():.1f}. It seems to have been trained on "
-                "them, which leaves little to learn. Check that the stages share no data with each other or with what "
-                "the model was trained on before."
-            )
-        return {"sdpo/gamma_ref": float(gamma.mean()), "sdpo/ref_accuracy": share}
-
-    def check_first_batch(self, trainer: Any, loss: float, margins: float, accuracies: float) -> dict[str, float]:
-        """Warn where policy and reference differ at the first batch of a stage; returns what is logged."""
-        stage = trainer.stage
-        plain = trainer.loss_types == ["sigmoid"] and not trainer.use_weighting and trainer.args.loss_weights is None
-        short = (
-            trainer.args.bf16 or trainer.args.fp16 or any(p.dtype.itemsize == 2 for p in trainer.model.parameters())
-        )
-        margin_tolerance, loss_tolerance = TOLERANCES[short]
-        off = plain and abs(loss - math.log(2)) > loss_tolerance
-        if trainer.args.disable_dropout and (off or abs(margins) > margin_tolerance * stage.beta):
-            logger.warning(
-                f"Stage {stage.number} ({stage.name!r}) does not start from its reference: at its first batch the "
-                f"loss is {loss:.4f} (ln 2 = 0.6931 is expected) and the reward margin {margins:.4f} (0 is expected). "
-                "In the first stage a `ref_model` other than the model does this; otherwise look for dropout, or for "
-                "layers that differ between training and evaluation."
-            )
-        return {
-            "sdpo/first_batch_loss": loss,
-            "sdpo/first_batch_margin": margins,
-            "sdpo/first_batch_accuracy": accuracies,
-        }
+            stages = self.trainer.stages
+            gammas = {stage.number: self.trainer.read_gamma(stage) for stage in stages}
+            write_stage_report(str(args.output_dir), stages, self.record, state.log_history, gammas)
 
 
 def _check_options(stage: str, options: dict[str, Any], schedule: str) -> None:
@@ -234,15 +203,15 @@ def _check_options(stage: str, options: dict[str, Any], schedule: str) -> None:
             nearest = get_close_matches(name, STAGE_OPTIONS, n=1, cutoff=0.0)[0]
             raise ValueError(f"Stage {stage!r} has an unknown option {name!r}. Did you mean {nearest!r}?")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} of stage {stage!r} must be a positive number.")
+            raise ValueError(f"{name}={value!r} of stage {stage!r} is invalid. It must be a positive number.")
         if name == "learning_rate" and schedule == "continuous":
             raise ValueError(
-                f"Stage {stage!r} has a learning rate of its own, but schedule='continuous' keeps one course over all "
-                "stages. Use schedule='restart'."
+                f"Stage {stage!r} sets learning_rate={value!r}, but schedule='continuous' uses one schedule for all "
+                "stages. Use schedule='restart', or remove learning_rate."
             )
 
 
-def _reference(trainer: Any) -> ModelReference | AdapterReference | ScoredReference:
+def _make_reference(trainer: Any) -> ModelReference | AdapterReference | ScoredReference:
     if trainer.precompute_ref_logps:
         return ScoredReference()
     if isinstance(trainer.model, PeftModel):
@@ -250,14 +219,16 @@ def _reference(trainer: Any) -> ModelReference | AdapterReference | ScoredRefere
     return ModelReference(trainer)
 
 
-def _warn_of_rows(stages: list[Stage]) -> None:
+def _warn_about_stages(stages: list[Stage]) -> None:
+    """Warn if there is a single stage, or if stages share rows."""
     if len(stages) == 1:
-        logger.warning(f"There is one stage, {stages[0].name!r}: this is plain DPO.")
+        logger.warning(f"There is only one stage, {stages[0].name!r}, which is the same as plain DPO.")
     seen: dict[bytes, Stage] = {}
     for stage in stages:
         earlier = [first for first in (seen.setdefault(row, stage) for row in stage.digests) if first is not stage]
         if earlier:
             logger.warning(
-                f"{len(earlier)} rows of stage {stage.number} ({stage.name!r}) are also in an earlier stage, the "
-                f"first of them in {earlier[0].name!r}: their reference will have been trained on them."
+                f"{len(earlier)} rows of stage {stage.number} ({stage.name!r}) are also in an earlier stage (the "
+                f"first of them in {earlier[0].name!r}), so the reference of stage {stage.number} will have been "
+                "trained on them. Remove them from one of the stages."
             )

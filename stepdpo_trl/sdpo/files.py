@@ -1,9 +1,11 @@
 """
-What a run in stages keeps in `output_dir`, and how it tells what was written to the end.
+Files of an sDPO run in `output_dir`.
 
-    stage-1/ ...                  the model after each stage, with `sdpo_stage.json`
-    sdpo/stage-1-train.npz ...    log-probabilities under each stage's reference
-    checkpoint-100/ ...           the Trainer's, which say in `trainer_state.json` what the stages were
+    stage-1/ ...                  model at the end of each stage, with `sdpo_stage.json`
+    sdpo/stage-1-train.npz ...    log-probabilities under the reference of each stage
+    checkpoint-100/ ...           checkpoints of the Trainer, with the record of the stages in `trainer_state.json`
+
+Folders and files are written under a name that ends in `.partial` and renamed when they are complete.
 """
 
 import json
@@ -16,110 +18,163 @@ from typing import Any
 import numpy as np
 from accelerate.logging import get_logger
 
+from ..data.files import write_atomically
+
 logger = get_logger(__name__)
 
 STAGE_FILE = "sdpo_stage.json"
 
 
 def stage_folder(output_dir: str | Path, number: int) -> Path:
-    """Where the model after a stage is."""
+    """Return the folder of the model at the end of a stage."""
     return Path(output_dir) / f"stage-{number}"
 
 
-def is_whole(folder: Path, id: str) -> bool:
-    """Whether a stage's model was saved to the end, and is the one that the next stage started with."""
+def partial_path(path: Path) -> Path:
+    """Return the name under which a file or folder is written."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def is_complete(folder: Path, start_id: str) -> bool:
+    """Return whether a stage's model is complete and was saved for the stage start with this id."""
     file = folder / STAGE_FILE
-    return file.is_file() and json.loads(file.read_text())["id"] == id
+    return file.is_file() and json.loads(file.read_text())["id"] == start_id
 
 
-def seal(partial: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Give the folder that a stage's model was written to its name."""
-    shutil.rmtree(partial / "ref", ignore_errors=True)  # the reference's adapter, which PEFT saves too
-    (partial / STAGE_FILE).write_text(json.dumps(record, indent=2))
-    if folder.exists():  # of an earlier run
+def publish_stage_folder(folder: Path, record: dict[str, Any]) -> None:
+    """
+    Write `sdpo_stage.json` next to a saved model and rename its folder.
+
+    Args:
+        folder (`Path`):
+            Final name of the folder. The model must be in `partial_path(folder)`.
+        record (`dict[str, Any]`):
+            Content of `sdpo_stage.json`.
+    """
+    partial = partial_path(folder)
+    shutil.rmtree(partial / "ref", ignore_errors=True)  # PEFT saves the reference adapter as well
+    write_atomically(partial / STAGE_FILE, json.dumps(record, indent=2))
+    if folder.exists():  # from an earlier run
         shutil.rmtree(folder)
     os.replace(partial, folder)
 
 
 def scores_file(output_dir: str | Path, number: int, name: str) -> Path:
-    """Where the log-probabilities under a stage's reference are, of shape `(2, rows)`: chosen, rejected."""
+    """Return the file with the log-probabilities of a dataset under the reference of a stage."""
     return Path(output_dir) / "sdpo" / f"stage-{number}-{name}.npz"
 
 
-def write_scores(file: Path, scores: np.ndarray, id: str) -> None:
-    """Write the scores of a stage's start and data; the file appears when all of it is written."""
+def write_scores(file: Path, scores: np.ndarray, scores_id: str) -> None:
+    """
+    Write the log-probabilities of a dataset.
+
+    Args:
+        file (`Path`):
+            Target, from [`scores_file`].
+        scores (`np.ndarray`):
+            Log-probabilities of chosen and rejected, of shape `(2, rows)`, in nats.
+        scores_id (`str`):
+            Id of the stage start and the rows.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npz")
-    np.savez(partial, scores=scores, id=id)
+    partial = partial_path(file)
+    with partial.open("wb") as stream:  # given a name, `np.savez` would append ".npz" to it
+        np.savez(stream, scores=scores, id=scores_id)
     os.replace(partial, file)
 
 
-def read_scores(file: Path, id: str) -> np.ndarray | None:
-    """Read the scores, if they are of this start and data."""
+def read_scores(file: Path, scores_id: str) -> np.ndarray | None:
+    """Read log-probabilities of shape `(2, rows)`, or return `None` if the file is missing or has another id."""
     if not file.is_file():
         return None
     with np.load(file) as content:
-        return content["scores"] if content["id"].item() == id else None
+        return content["scores"] if content["id"].item() == scores_id else None
 
 
-def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
-    """The Trainer's state, which it writes last into a checkpoint; `None` where it did not come so far."""
+def read_trainer_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Read `trainer_state.json`, which the Trainer writes last, or return `None` if the checkpoint is incomplete."""
     try:
         return json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
 
 
-def find_checkpoint(output_dir: str | Path, given: str | bool) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | bool) -> tuple[Path, dict[str, Any]]:
     """
-    The checkpoint to resume from, and its state: the one given, or the last one that was written to the end.
+    Find the checkpoint to resume from.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Output folder of the run.
+        resume_from_checkpoint (`str` or `bool`):
+            Folder of a checkpoint, or `True` for the last complete checkpoint in `output_dir`.
+
+    Returns:
+        `tuple[Path, dict[str, Any]]`: The folder and the content of its `trainer_state.json`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no checkpoint, or if the given one is incomplete.
     """
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given)
-        state = trainer_state(path)
+    if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+        path = Path(resume_from_checkpoint)
+        state = read_trainer_state(path)
         if state is None:
-            raise ValueError(f"{path} is no whole checkpoint: its trainer_state.json is missing or cut off.")
+            raise ValueError(
+                f"Cannot resume from {path}, which is not a complete checkpoint: its trainer_state.json is missing or "
+                "truncated. Pass another checkpoint, or `resume_from_checkpoint=True` for the last complete one."
+            )
         return path, state
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for path in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        state = trainer_state(path)
+        state = read_trainer_state(path)
         if state is not None:
             return path, state
-        logger.warning(f"{path} was not written to the end and is passed over.")
-    raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")
+        logger.warning(f"Skipping {path}, which is not a complete checkpoint.")
+    raise ValueError(f"No valid checkpoint found in output directory ({output_dir})")  # as transformers words it
 
 
-def check_record(checkpoint: Path, state: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def check_record(checkpoint: Path, state: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
     """
-    What a checkpoint says of its run, if its stages are those of now.
+    Check that a checkpoint was saved by a run with the same stages.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint, for the error messages.
+        state (`dict[str, Any]`):
+            Content of its `trainer_state.json`.
+        current (`dict[str, Any]`):
+            Schedule, kind of reference and stages of the current run.
+
+    Returns:
+        `dict[str, Any]`: The record of the stages in the checkpoint.
 
     Raises:
-        ValueError: If they are not, with what differs.
+        ValueError: If the checkpoint has no record or if the stages differ. The message lists the differences.
     """
     callback = state.get("stateful_callbacks", {}).get("SDPOCallback")
     if not callback:
-        raise ValueError(f"{checkpoint} is from a run without SDPOCallback: it says nothing of stages. Train anew.")
-    then = (callback[-1] if isinstance(callback, list) else callback)["attributes"]["record"]
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: it was saved by a run without SDPOCallback, so it has no record of "
+            "stages. Start a new run."
+        )
+    saved = (callback[-1] if isinstance(callback, list) else callback)["attributes"]["record"]
     differences = [
-        f"{name}: {then[name]!r} then, {now[name]!r} now"
+        f"{name}: {saved[name]!r} in the checkpoint, {current[name]!r} now"
         for name in ("schedule", "reference")
-        if then[name] != now[name]
+        if saved[name] != current[name]
     ]
-    if len(then["stages"]) != len(now["stages"]):
-        differences.append(f"{len(then['stages'])} stages then, {len(now['stages'])} now")
+    if len(saved["stages"]) != len(current["stages"]):
+        differences.append(f"stages: {len(saved['stages'])} in the checkpoint, {len(current['stages'])} now")
     else:
         differences += [
-            f"{name} of stage {number}: {old[name]!r} then, {value!r} now"
-            for number, (old, new) in enumerate(zip(then["stages"], now["stages"], strict=True), start=1)
+            f"{name} of stage {number}: {old[name]!r} in the checkpoint, {value!r} now"
+            for number, (old, new) in enumerate(zip(saved["stages"], current["stages"], strict=True), start=1)
             for name, value in new.items()
             if old[name] != value
         ]
     if differences:
         raise ValueError(
-            f"{checkpoint} is from other stages than the ones given now: {'; '.join(differences)}. Resume with the "
-            "data and options of then (digest is a hash of the tokens), or train anew."
+            f"Cannot resume from {checkpoint}, because the stages have changed: {'; '.join(differences)}. Use the "
+            "data and options of the checkpoint (digest is a hash of the tokens), or start a new run."
         )
-    return then
+    return saved

@@ -1,9 +1,9 @@
 """
-The reference of sDPO and how it becomes the policy, in place: no second copy of a model, none gathered whole.
-(Saving the stage's model, as the Trainer does, gathers it; resuming within a stage loads one on every process.)
+References of sDPO, and copying the policy into them in place.
 
-Three kinds, one for each way in which [`~trl.DPOTrainer`] keeps its reference: a model beside the policy, a frozen
-adapter on the policy's own base, or scores that are computed before training.
+There is one class for each kind of reference that [`~trl.DPOTrainer`] supports: a separate model, a frozen adapter on
+the same base model, and precomputed log-probabilities. Copying needs no second copy of a model and gathers at most one
+parameter at a time. (Saving a stage's model gathers all of it, and resuming within a stage loads it on every process.)
 """
 
 import copy
@@ -20,11 +20,20 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-POLICY, REFERENCE = "default", "ref"  # names of the adapters, as in DPOTrainer
+POLICY, REFERENCE = "default", "ref"  # adapter names in DPOTrainer
 
 
 class ModelReference:
-    """A reference model: the policy's weights are copied into it, parameter by parameter, shard to shard."""
+    """
+    A separate reference model, for full fine-tuning.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            Trainer with a `ref_model`.
+
+    Raises:
+        ValueError: If policy and reference have different architectures.
+    """
 
     kind = "model"
 
@@ -35,9 +44,9 @@ class ModelReference:
         if policy != reference:
             name = next(name for name in {**policy, **reference} if policy.get(name) != reference.get(name))
             raise ValueError(
-                f"The reference cannot become the policy: `ref_model` has another architecture ({name!r} has the "
-                f"shape {policy.get(name)} in the model, {reference.get(name)} in the reference). Pass a `ref_model` "
-                "of the same architecture, or none."
+                f"`ref_model` has a different architecture from the model, so the policy cannot be copied into it: "
+                f"{name!r} has the shape {policy.get(name)} in the model and {reference.get(name)} in `ref_model`. "
+                "Pass a `ref_model` of the same architecture, or none."
             )
 
     def _models(self) -> tuple[nn.Module, nn.Module]:
@@ -45,11 +54,11 @@ class ModelReference:
         return unwrap(self.trainer.model), unwrap(self.trainer.ref_model)
 
     def become_policy(self) -> None:
-        """Copy the policy into the reference."""
+        """Copy the weights of the policy into the reference."""
         copy_weights(*self._models())
 
     def restore(self, folder: Path) -> None:
-        """Copy a saved model into the reference."""
+        """Load the weights of a saved model into the reference."""
         reference = self._models()[1]
         options: dict[str, Any] = {"dtype": reference.dtype, "device_map": None}
         if self.args.trust_remote_code:
@@ -58,7 +67,18 @@ class ModelReference:
 
 
 class AdapterReference:
-    """A frozen adapter `"ref"` on the policy's base, which [`~trl.DPOTrainer`] takes for the reference where it is."""
+    """
+    A frozen adapter `"ref"` on the base model of the policy, for LoRA and QLoRA.
+
+    [`~trl.DPOTrainer`] uses an adapter of that name as the reference. It is added here if the model does not have one.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            Trainer whose model is a [`~peft.PeftModel`].
+
+    Raises:
+        ValueError: If the model cannot hold a second adapter that is equal to the policy's.
+    """
 
     kind = "adapter"
 
@@ -67,26 +87,26 @@ class AdapterReference:
         args: Any = trainer.args
         if list(self.model.active_adapters) != [POLICY]:
             raise ValueError(
-                f"The active adapter must be the one named {POLICY!r}, as for DPOTrainer, and is "
-                f"{list(self.model.active_adapters)}. Load it with `adapter_name={POLICY!r}`."
+                f"The active adapters are {list(self.model.active_adapters)}, but DPOTrainer trains the adapter named "
+                f"{POLICY!r}. Load the adapter with `adapter_name={POLICY!r}`."
             )
         config = self.model.peft_config[POLICY]
         if getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"The adapter trains biases (bias={config.bias!r}). They belong to the base model, which policy and "
-                "reference share, so no reference can be kept beside them. Set `bias='none'`, or "
-                "`precompute_ref_log_probs=True`, which keeps none."
+                f"The adapter trains biases of the base model (bias={config.bias!r}), which policy and reference "
+                "share, so the reference would change during training. Set `bias='none'`, or use "
+                "`precompute_ref_log_probs=True`, which needs no reference adapter."
             )
         if REFERENCE not in self.model.peft_config:
             self._add(config)
         elif changes_base(config):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base model when an adapter is added, and "
-                "DPOTrainer has added one as the reference. Merge the adapter into the base model and train a new "
-                "one, or pass `peft_config` rather than a PeftModel."
+                f"init_lora_weights={config.init_lora_weights!r} changes the base model whenever an adapter is added, "
+                "and DPOTrainer has added one as the reference. Merge the adapter into the base model and train a new "
+                "one, or pass `peft_config` instead of a PeftModel."
             )
         for policy, reference in self._pairs():
-            # A copy with the policy's dtype, which for QLoRA is not the one that PEFT gives a new adapter
+            # For QLoRA, PEFT creates the new adapter in another dtype than the policy's
             reference.data = reference.data.to(policy.dtype)
             copy_tensor(policy, reference)
             reference.requires_grad_(False)
@@ -96,16 +116,17 @@ class AdapterReference:
     def _add(self, config: Any) -> None:
         config = copy.deepcopy(config)
         if changes_base(config):
-            config.init_lora_weights = False  # its weights are copied from the policy's in any case
+            config.init_lora_weights = False  # the weights are overwritten by the policy's
         try:
             self.model.add_adapter(REFERENCE, config)
         except (ValueError, NotImplementedError, TypeError) as error:
             raise ValueError(
-                f"PEFT adds no second adapter of this kind ({type(config).__name__}) as the reference: {error} Set "
-                "`precompute_ref_log_probs=True`, which needs none."
+                f"PEFT cannot add a second adapter of type {type(config).__name__} as the reference: {error} Use "
+                "`precompute_ref_log_probs=True`, which needs no reference adapter."
             ) from error
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Return the parameters of the policy adapter with their counterparts in the reference adapter."""
         parameters = dict(self.model.named_parameters())
         pairs = []
         for name, policy in parameters.items():
@@ -114,39 +135,43 @@ class AdapterReference:
                 counterpart = parameters.get(".".join(REFERENCE if part == POLICY else part for part in parts))
                 if counterpart is None:
                     raise ValueError(
-                        f"The adapter's weight {name!r} has no counterpart in a second adapter, so no reference can "
-                        "be kept beside it. Set `precompute_ref_log_probs=True`, which needs none."
+                        f"The adapter weight {name!r} has no counterpart in the reference adapter. Use "
+                        "`precompute_ref_log_probs=True`, which needs no reference adapter."
                     )
                 pairs.append((policy, counterpart))
         return pairs
 
     def become_policy(self) -> None:
-        """Copy the trained adapter into the frozen one."""
+        """Copy the weights of the policy adapter into the reference adapter."""
         reshard(self.model)
         for policy, reference in self._pairs():
             copy_tensor(policy, reference)
 
     def restore(self, folder: Path) -> None:
-        """Load a saved adapter into the frozen one. Before training, when no parameter is sharded yet."""
-        # PEFT would load it in float32, which for QLoRA is not the policy's
+        """Load a saved adapter into the reference adapter. Must be called before the parameters are sharded."""
+        # PEFT would otherwise load the adapter in float32, which for QLoRA is not the policy's dtype
         self.model.load_adapter(str(folder), REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
         self.model.set_adapter(POLICY)
 
 
 class ScoredReference:
-    """No reference model: at a stage's start policy and reference are the same weights, so the policy scores it."""
+    """
+    Precomputed log-probabilities instead of a reference model, for `precompute_ref_log_probs=True`.
+
+    At the start of a stage, policy and reference have the same weights, so the policy scores the rows of the stage.
+    """
 
     kind = "scores"
 
     def become_policy(self) -> None:
-        """Nothing: the scores of the next stage are computed at its start."""
+        """Do nothing. The scores of the next stage are computed when it starts."""
 
     def restore(self, folder: Path) -> None:
-        """Nothing: the scores of the stage are on disk."""
+        """Do nothing. The scores of the stage are read from disk."""
 
 
 def changes_base(config: Any) -> bool:
-    """Whether PEFT subtracts a new adapter of this kind from the base model (PiSSA, OLoRA, CorDA, LoftQ ...)."""
+    """Return whether PEFT changes the base model when it adds this adapter (PiSSA, OLoRA, CorDA, LoftQ, ...)."""
     initialization = getattr(config, "init_lora_weights", True)
     return isinstance(initialization, str) and initialization.lower() not in ("gaussian", "orthogonal", "eva")
 
@@ -156,7 +181,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers of one model into another of the same architecture, one by one."""
+    """Copy the parameters and buffers of a model, one by one, into a model of the same architecture."""
     reshard(source)
     reshard(target)
     for tensors in ("named_parameters", "named_buffers"):
@@ -166,7 +191,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered for a forward and may have kept: the shards are the model."""
+    """Free parameters that FSDP2 has gathered for a forward pass and not yet resharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -175,9 +200,16 @@ def reshard(model: nn.Module) -> None:
 @torch.no_grad()
 def copy_tensor(source: torch.Tensor, target: torch.Tensor) -> None:
     """
-    Copy a tensor in place, whether whole or sharded by ZeRO-3 or FSDP2.
+    Copy a tensor in place. Source and target may be sharded by ZeRO-3 or FSDP2.
 
-    Where both sides are sharded alike each process copies its shard. At most this one tensor is gathered or cut.
+    If both are sharded in the same way, each process copies its shard. Otherwise this tensor alone is gathered or
+    sharded.
+
+    Args:
+        source (`torch.Tensor`):
+            Tensor to copy from.
+        target (`torch.Tensor`):
+            Tensor of the same shape to copy into. It keeps its dtype and sharding.
     """
     if hasattr(target, "ds_tensor"):
         _copy_zero3(source, target)
@@ -196,13 +228,13 @@ def _copy_zero3(source: Any, target: Any) -> None:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    alike = hasattr(source, "ds_tensor") and source.ds_tensor.shape == target.ds_tensor.shape
-    if alike:
+    same_shards = hasattr(source, "ds_tensor") and source.ds_tensor.shape == target.ds_tensor.shape
+    if same_shards:
         target.ds_tensor.data.copy_(source.ds_tensor.data)
-    # Small parameters are also kept whole, and a source that is sharded otherwise must be whole for a moment
+    # ZeRO-3 keeps small parameters gathered as well, so both copies must be updated
     if target.ds_status == ZeroParamStatus.AVAILABLE:
         with deepspeed.zero.GatheredParameters([source], enabled=hasattr(source, "ds_tensor")):
             target.data.copy_(source.data)
-    elif not alike:
+    elif not same_shards:
         with deepspeed.zero.GatheredParameters([source, target], modifier_rank=0):
             target.data.copy_(source.data)

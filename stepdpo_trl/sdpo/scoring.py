@@ -1,4 +1,8 @@
-"""Log-probabilities of a stage's rows under its reference: gamma_ref, and what `precompute_ref_log_probs` needs."""
+"""
+Log-probabilities of rows under the reference of a stage.
+
+They give gamma_ref, and with `precompute_ref_log_probs=True` they replace the reference model.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,81 +18,101 @@ from tqdm.auto import tqdm
 from ..shared_prefix.mixin import longest_first
 from .files import read_scores, scores_file, write_scores
 from .reference import AdapterReference, ModelReference, ScoredReference
-from .stages import Stage, combined_digest, row_digests
+from .stages import Stage, StageCallback, combine_digests, row_digests
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
-
-    from .callback import SDPOCallback
 else:
-    DPOTrainer = object  # a mixin, put before whichever trainer it serves
+    DPOTrainer = object  # a mixin for DPOTrainer and its subclasses
 
-SCORES = ("ref_chosen_logps", "ref_rejected_logps")  # DPOTrainer's names of the columns
-GAMMA_ROWS = 1000  # how many rows gamma_ref is measured on where not all of them are scored anyway
+SCORES = ("ref_chosen_logps", "ref_rejected_logps")  # column names in DPOTrainer
+GAMMA_ROWS = 1000  # sample size for gamma_ref if the rows need not be scored for training
 
 
 class StageScoring(DPOTrainer):
-    """The part of [`StagedTraining`] that scores rows. Does nothing until an [`SDPOCallback`] is attached."""
+    """
+    Scoring part of [`StagedTraining`]. It has no effect until an [`SDPOCallback`] is attached.
+
+    Attributes:
+        sdpo ([`SDPOCallback`], *optional*):
+            The callback, if one is attached.
+        stages (`list[Stage]`):
+            All stages, set by the callback.
+        stage (`Stage`, *optional*):
+            The current stage.
+        reference ([`ModelReference`], [`AdapterReference`] or [`ScoredReference`]):
+            The reference.
+    """
 
     args: Any
     model: Any
-    sdpo: "SDPOCallback | None" = None
-    stages: list[Stage] = []  # noqa: RUF012  (set when the callback is attached)
-    stage: Stage | None = None  # the one in training
+    sdpo: StageCallback | None = None
+    stages: list[Stage] = []  # noqa: RUF012  (replaced, never changed)
+    stage: Stage | None = None
     reference: ModelReference | AdapterReference | ScoredReference
-    _eval_data: Any = None  # eval_dataset without scores
+    _eval_data: Any = None  # `eval_dataset` without scores
 
-    def _id(self, stage: Stage) -> str:
-        """What tells a start of a stage from others."""
+    def _start_id(self, stage: Stage) -> str:
+        """Return the id of the start of a stage. It changes if training resumes from an earlier checkpoint."""
         assert self.sdpo is not None
         return self.sdpo.record["ids"][stage.number - 1]
 
     def _scores_id(self, stage: Stage, dataset: Dataset) -> str:
-        """What tells a start of a stage and the rows that were scored from others."""
-        rows = stage.digest if dataset is stage.dataset else combined_digest(row_digests(dataset))
-        return f"{self._id(stage)}-{rows}"
+        """Return an id of the stage's start and the rows that are scored."""
+        rows = stage.digest if dataset is stage.dataset else combine_digests(row_digests(dataset))
+        return f"{self._start_id(stage)}-{rows}"
 
-    def _agree(self, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, on all of them; its errors too."""
-        decision: list[Any] = [None]
+    def _on_main_process(self, function: Callable[[], Any]) -> Any:
+        """Call a function on the main process, and return its result, or raise its error, on all processes."""
+        result: list[Any] = [None]
         if self.is_world_process_zero():
             try:
-                decision = [decide()]
+                result = [function()]
             except Exception as error:
-                decision = [error]
-        broadcast_object_list(decision, from_process=0)
-        if isinstance(decision[0], Exception):
-            raise decision[0]
-        return decision[0]
+                result = [error]
+        broadcast_object_list(result, from_process=0)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
 
     @property
     def _output_dir(self) -> str:
         return str(self.args.output_dir)
 
-    def _score(self, stage: Stage) -> np.ndarray:
+    def read_gamma(self, stage: Stage) -> np.ndarray:
+        """Read gamma_ref of a stage from disk, of shape `(rows,)` in nats, or empty if the stage has not started."""
+        assert self.sdpo is not None
+        if stage.number > len(self.sdpo.record["ids"]):
+            return np.array([])
+        file = scores_file(self._output_dir, stage.number, "train")
+        scores = read_scores(file, self._scores_id(stage, stage.dataset))
+        return np.array([]) if scores is None else scores[0] - scores[1]
+
+    def _score_stage(self, stage: Stage) -> np.ndarray:
         """
-        Score the stage's rows with its reference.
+        Score the rows of a stage with its reference and set `train_dataset` and `eval_dataset`.
 
         Returns:
-            `np.ndarray`: gamma_ref of each row, or of `GAMMA_ROWS` of them where there is a reference model.
+            `np.ndarray`: gamma_ref of the rows, of shape `(rows,)`, in nats. If there is a reference model or adapter,
+            a sample of at most `GAMMA_ROWS` rows.
         """
         args = self.args
         self.train_dataset = stage.dataset
         if self.reference.kind != "scores":
             rows = np.random.default_rng(args.seed).permutation(len(stage.dataset))[:GAMMA_ROWS]
-            chosen, rejected = self._scored(stage, "train", stage.dataset, args.per_device_train_batch_size, rows)
+            chosen, rejected = self._score(stage, "train", stage.dataset, args.per_device_train_batch_size, rows)
             return chosen - rejected
         size = args.precompute_ref_batch_size
-        scores = self._scored(stage, "train", stage.dataset, size or args.per_device_train_batch_size)
+        scores = self._score(stage, "train", stage.dataset, size or args.per_device_train_batch_size)
         self.train_dataset = with_scores(stage.dataset, scores)
         eval_size = size or args.per_device_eval_batch_size
-        self._map_eval(lambda name, data: with_scores(data, self._scored(stage, name, data, eval_size)))
+        self._map_eval(lambda name, data: with_scores(data, self._score(stage, name, data, eval_size)))
         return scores[0] - scores[1]
 
-    def _scored(
+    def _score(
         self, stage: Stage, name: str, dataset: Dataset, batch_size: int, rows: np.ndarray | None = None
     ) -> np.ndarray:
-        """Score a data set, or some rows of it, and keep the scores on disk."""
+        """Score a dataset, or only the given rows of it, and write the scores to disk."""
         scores = reference_logps(self, dataset if rows is None else dataset.select(rows), name, batch_size)
         if self.is_world_process_zero():
             file = scores_file(self._output_dir, stage.number, name)
@@ -97,23 +121,23 @@ class StageScoring(DPOTrainer):
         return scores
 
     def _map_eval(self, function: Callable[[str, Dataset], Dataset]) -> None:
-        self.__dict__.pop("_eval_dataloaders", None)  # which persistent workers keep, with the scores of before
+        self.__dict__.pop("_eval_dataloaders", None)  # persistent workers would keep the previous scores
         if isinstance(self._eval_data, dict):
             self.eval_dataset = {name: function(f"eval-{name}", data) for name, data in self._eval_data.items()}
         elif self._eval_data is not None:
             self.eval_dataset = function("eval", self._eval_data)
 
-    def _reopen_scores(self, stage: Stage) -> None:
-        """Restore the scores of a stage that a checkpoint was saved in."""
+    def _restore_scores(self, stage: Stage) -> None:
+        """Read the scores of a stage from disk, to resume within it."""
 
         def restore(name: str, dataset: Dataset) -> Dataset:
             file = scores_file(self._output_dir, stage.number, name)
-            scores = self._agree(lambda: read_scores(file, self._scores_id(stage, dataset)))
+            scores = self._on_main_process(lambda: read_scores(file, self._scores_id(stage, dataset)))
             if scores is None:
                 raise ValueError(
-                    f"Cannot resume in stage {stage.number}: {file}, which holds its reference, is missing, of "
-                    f"another run, or for other data than the {len(dataset)} {name} rows. Resume from a checkpoint of "
-                    "an earlier stage, or train anew."
+                    f"Cannot resume in stage {stage.number}: {file}, which holds the scores of its reference, is "
+                    f"missing, from another run, or for other data than the {len(dataset)} {name} rows. Resume from a "
+                    "checkpoint of an earlier stage, or start a new run."
                 )
             return with_scores(dataset, scores)
 
@@ -121,20 +145,21 @@ class StageScoring(DPOTrainer):
         self._map_eval(restore)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Leave the scores to the stages, whose references do not exist yet."""
+        """Skip precomputation when the trainer is created, since the references of the stages do not exist yet."""
         if self.sdpo is None:
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        if not self.stages:  # while the trainer is made
+        if not self.stages:  # in the constructor of the trainer
             return dataset
         if self.stage is not None and self.stage.number > 1:
             raise ValueError(
-                "With `precompute_ref_log_probs=True` no reference is kept, so data given to `evaluate()` cannot be "
-                "scored after the first stage. Give it to the trainer as `eval_dataset`: it is scored in each stage."
+                "With `precompute_ref_log_probs=True`, a dataset passed to `evaluate()` cannot be scored after the "
+                "first stage, because there is no reference model. Pass it to the trainer as `eval_dataset`, which is "
+                "scored at the start of each stage."
             )
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, against the reference of the stage in training."""
+        """Evaluate the model against the reference of the current stage."""
         if self.sdpo is not None and self.reference.kind == "scores" and self.stage is None:
             size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             self._map_eval(lambda name, data: super(StageScoring, self)._precompute_ref_logps(data, name, size))
@@ -143,16 +168,20 @@ class StageScoring(DPOTrainer):
 
 def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
     """
-    Score rows with the reference.
+    Compute the log-probabilities of rows under the reference.
 
     Args:
-        trainer (`StagedTraining`): A trainer whose model is prepared for training.
-        dataset (`Dataset`): Tokenized rows.
-        name (`str`): What the progress bar calls them.
-        batch_size (`int`): Pairs a process scores at once.
+        trainer ([`StagedTraining`]):
+            Trainer whose model has been prepared for training.
+        dataset (`Dataset`):
+            Tokenized rows.
+        name (`str`):
+            Name of the dataset in the progress bar.
+        batch_size (`int`):
+            Number of pairs per batch and process.
 
     Returns:
-        `np.ndarray`: Log-probabilities of chosen and of rejected, of shape `(2, rows)`, in nats.
+        `np.ndarray`: Log-probabilities of chosen and rejected, of shape `(2, rows)`, in nats.
     """
     order = longest_first(dataset) if getattr(trainer, "shares_prefixes", False) else np.arange(len(dataset))
     loader = DataLoader(
@@ -163,8 +192,8 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
         pin_memory=trainer.args.dataloader_pin_memory,
     )
     parts = []
-    # So that a run that resumes after the scoring goes on alike
-    with _random_state_kept(), _evaluated(trainer) as model:
+    # A run that resumes after the scoring must see the same random numbers
+    with _preserve_random_state(), _scoring_model(trainer) as model:
         for batch in tqdm(
             trainer.accelerator.prepare(loader),
             desc=f"Scoring the {name} rows with the stage's reference",
@@ -176,22 +205,22 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
 
 
 def with_scores(dataset: Dataset, scores: np.ndarray) -> Dataset:
-    """Add scores as the columns that `DPOTrainer` reads."""
+    """Add scores of shape `(2, rows)` as the columns that [`~trl.DPOTrainer`] reads."""
     for name, values in zip(SCORES, scores, strict=True):
         dataset = dataset.add_column(name, values)
     return dataset
 
 
 def without_scores(dataset: Any) -> Any:
-    """Remove scores, which for a trainer that is made already are those of the model before all stages."""
+    """Remove the score columns, which an existing trainer has computed for its initial reference."""
     if not isinstance(dataset, Dataset):
         return dataset
     return dataset.select_columns([name for name in dataset.column_names if name not in SCORES])
 
 
 @contextmanager
-def _evaluated(trainer: Any) -> Iterator[torch.nn.Module]:
-    """The model that scores, without dropout. Where no reference is kept that is the policy, adapters and all."""
+def _scoring_model(trainer: Any) -> Iterator[torch.nn.Module]:
+    """Yield the model that scores, without dropout. Without a reference model, this is the policy with its adapter."""
     reference, policy = trainer.ref_model, trainer.model_wrapped
     was_training = policy.training
     policy.eval()
@@ -205,7 +234,7 @@ def _evaluated(trainer: Any) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -38,7 +38,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
             Model, without the wrapper of PEFT.
     """
     backbone: Any = model.base_model
-    # Stays true if others wrap the forward later. In an unpickled copy both are the forward of the class
+    # Already wrapped, even if others have wrapped it again. After unpickling, both are the forward of the class
     if getattr(backbone, "forward_without_tree", backbone.forward) != backbone.forward:
         return
     _wrap_attention(backbone)

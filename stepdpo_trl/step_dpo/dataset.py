@@ -75,7 +75,7 @@ def prepare_step_dataset(
         dataset = dataset.map(
             _encode_row,
             with_indices=True,
-            # The cache's fingerprint covers the arguments but not the code that they call, hence the version
+            # The fingerprint of the cache covers the arguments but not the code of `encode`, so it needs the version
             fn_kwargs={"encode": encode, "where": where, "version": __version__},
             num_proc=num_proc,
             desc=f"Tokenizing {where}",

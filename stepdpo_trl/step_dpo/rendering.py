@@ -58,7 +58,7 @@ class PromptRenderer:
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether prompts are rendered with a chat template."""
+        """`True` if prompts are rendered with a chat template."""
         return self.prompt_template is None and bool(self.chat_template or self.tokenizer.chat_template)
 
     @property

@@ -179,7 +179,11 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         return PromptGroupSampler(dataset["prompt"], self.args.data_seed or self.args.seed)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, and keep the outputs of FSDP2 in float32: bfloat16 rounds logps of -40 to 0.25."""
+        """
+        Create the accelerator, and keep model outputs in float32 under FSDP2.
+
+        FSDP2 casts them to bfloat16 by default, which rounds a log-probability of -40 to a multiple of 0.25.
+        """
         super().create_accelerator_and_postprocess()
         plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         policy = plugin.mixed_precision_policy if plugin is not None and plugin.fsdp_version == 2 else None

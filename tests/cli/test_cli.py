@@ -1,14 +1,17 @@
 import json
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerState
 
 from stepdpo_trl import __version__
 from stepdpo_trl.cli import main as cli
 from stepdpo_trl.cli.train import load_data, main, parse_arguments
+from stepdpo_trl.runs.progress import ProgressLines
 
 from ..tiny import step_rows
 
@@ -28,7 +31,7 @@ def test_version(capsys):
 def test_help(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert "train with StepDPOTrainer" in out
+    assert "Train with StepDPOTrainer" in out
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0
     assert "--overlong_prefix" in out
@@ -78,26 +81,27 @@ CPU = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", 
         (["--learning_rat", "1e-6"], "", "Did you mean --learning_rate?"),  # argparse would complete it
         (["--overlong_prefix", "cut"], "", "argument --overlong_prefix/--overlong-prefix: invalid choice: 'cut'"),
         (["--num_processes", "two"], "", "invalid int value: 'two'"),
-        (["pairs.py"], "", "'pairs.py' belongs to no option"),  # accelerate would run it
+        (["pairs.py"], "", "'pairs.py' belongs to no option"),  # accelerate would run it as a script
         ([], "cpu: true", "'True' belongs to no option. Flags of accelerate"),
-        (["--config=other.yaml"], "", "Give --config once"),
+        (["--config=other.yaml"], "", "--config must be passed once"),
         (["--dataset_name", "nowhere.jsonl"], "", "No such file: 'nowhere.jsonl'"),
         (["--test_split_size", "0.1"], "", "--test_split_size has no effect with `dataset_name`"),
         (["--dataset_name", ""], "datasets: [{pth: x}]", "unexpected keyword argument 'pth'"),
         (["--dataset_name", ""], "{datasets: [{path: x}], dataset_config: y}", "no effect with `datasets`"),
         (["--config_file", "nowhere.yaml"], "", "`nowhere.yaml` does not exist"),
-        (["--dataset_name", ""], "", "Name the data with --dataset_name"),
-        (["--model_name_or_path", ""], "", "Name the model"),
+        (["--dataset_name", ""], "", "Pass the data either as --dataset_name, or as `datasets`"),
+        (["--model_name_or_path", ""], "", "No model is given. Pass --model_name_or_path."),
+        (["--output_dir", ""], "", "No output folder is given. Pass --output_dir."),
     ],
 )
-def test_bad_arguments_are_one_sentence(capsys, tmp_path, argv, yaml, message):
+def test_bad_arguments_are_one_line(capsys, tmp_path, argv, yaml, message):
     path = tmp_path / "config.yaml"
     path.write_text(yaml or "{}")
     code, _, err = run(capsys, "train", "--config", str(path), *CPU, *argv)
     assert code == 2
     assert "stepdpo train: error: " in err
     assert message in err
-    assert len(err.splitlines()) <= 3  # no traceback, no list of all the options
+    assert len(err.splitlines()) == 1  # no traceback, no usage
 
 
 def test_missing_file_and_unknown_accelerate_config(capsys):
@@ -107,7 +111,7 @@ def test_missing_file_and_unknown_accelerate_config(capsys):
         assert "No such file or directory: 'nowhere.yaml'" in err
     code, _, err = run(capsys, "train", "--config")
     assert code == 2
-    assert "a file after it" in err
+    assert "with a file after it" in err
     for option in (["--accelerate_config", "zero4"], ["--accelerate_config=zero4"]):
         code, _, err = run(capsys, "train", *CPU, *option)
         assert code == 2
@@ -136,6 +140,38 @@ def test_data_from_files_and_mixtures(tmp_path):
     assert (len(data["train"]), len(data["test"])) == (8, 2)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (subprocess.CalledProcessError(3, "python"), 1, "training ended with status 3; see its message above."),
+        (KeyboardInterrupt(), 130, "interrupted. To resume, add --resume_from_checkpoint true."),
+    ],
+)
+def test_failed_or_interrupted_training(capsys, monkeypatch, error, status, message):
+    def launch(args):
+        raise error
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    assert cli.main(["train", *CPU]) == status
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("stepdpo train: ")
+    assert err.endswith(message)
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("value", "passed"), [("true", True), ("True", True), ("false", None), ("out/x", "out/x")])
+def test_resume_from_checkpoint(tmp_path, monkeypatch, value, passed):
+    """`true` is the last checkpoint, as for `Trainer.train`, and not a folder of that name."""
+    Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
+    trainer = MagicMock()
+    monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)
+    main([*CPU, "--dataset_name", str(tmp_path / "pairs.jsonl"), "--resume_from_checkpoint", value])
+    trainer.train.assert_called_once_with(resume_from_checkpoint=passed)
+    callback = trainer.add_callback.call_args.args[0]  # the output of a test is not a terminal
+    callback.on_train_begin(None, TrainerState(max_steps=3, is_world_process_zero=True), None)
+    assert isinstance(callback.training_bar, ProgressLines)
+
+
 @pytest.mark.slow
 def test_train_launches_accelerate(chat_model, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
@@ -146,9 +182,12 @@ def test_train_launches_accelerate(chat_model, tmp_path):
         "beta: 0.4\nmax_steps: 5\nuse_cpu: true\nbf16: false\nreport_to: none\nsave_strategy: 'no'\n"
     )
     command = [sys.executable, "-m", "stepdpo_trl.cli.main", "train", "--config", str(config)]
-    command += ["--num_processes", "1", "--cpu", "--max_steps", "2"]
+    command += ["--num_processes", "1", "--cpu", "--max_steps", "2", "--log-file", str(tmp_path / "log.txt")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Model saved to {tmp_path / 'out'}" in done.stdout
+    assert "gemm_4bit" not in done.stderr
+    assert "is deprecated" not in done.stderr
+    assert (tmp_path / "log.txt").exists()
     arguments = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
-    assert (arguments.beta, arguments.max_steps) == (0.4, 2)  # from the file; from the command line, which overrides
+    assert (arguments.beta, arguments.max_steps) == (0.4, 2)  # from the file; overridden on the command line

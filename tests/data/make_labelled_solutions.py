@@ -1,8 +1,10 @@
 """
-Solutions with known labels, of GSM8K's gold solutions: python -m tests.data.make_labelled_solutions gsm8k_test.jsonl
+Create solutions with known labels from the gold solutions of GSM8K.
 
-Each problem gives one right solution and one with the same reasoning and another final answer, written in the ways in
-which models write theirs. Which of them is right is known from how they were made.
+    python -m tests.data.make_labelled_solutions gsm8k_test.jsonl
+
+Each problem yields a right solution and a solution with the same reasoning but a wrong final answer. The final answers
+use formats that are typical of language models. The labels are known by construction.
 """
 
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 
 TARGET = Path(__file__).parent / "labelled_solutions.jsonl"
 
-# Ways to end a solution with an answer, a number as GSM8K writes it
+# Endings of a solution, with a placeholder for the answer
 ENDINGS = (
     "#### {}",
     "The answer is $\\boxed{{{}}}$.",
@@ -26,18 +28,18 @@ ENDINGS = (
 
 
 def spellings(number: str) -> list[str]:
-    """Ways to write the same number."""
+    """Return different spellings of the same number."""
     plain = number.replace(",", "")
-    ways = [plain, f"{float(plain):,.2f}"]
+    found = [plain, f"{float(plain):,.2f}"]
     if abs(float(plain)) < 1e5:
-        ways += [f"\\frac{{{2 * float(plain):g}}}{{2}}"]
+        found += [f"\\frac{{{2 * float(plain):g}}}{{2}}"]
     if float(plain).is_integer():
-        ways += [f"{int(float(plain)):,}", f"{int(float(plain)):,}".replace(",", "{,}"), f"{plain}.0"]
-    return ways
+        found += [f"{int(float(plain)):,}", f"{int(float(plain)):,}".replace(",", "{,}"), f"{plain}.0"]
+    return found
 
 
 def falsified(number: str, reasoning: str) -> list[str]:
-    """Other numbers than the right one: small slips, wrong signs and scales, results on the way."""
+    """Return wrong numbers: small slips, wrong signs, wrong scales and intermediate results."""
     right = float(number.replace(",", ""))
     others = [right + 1, right - 1, right * 10, -right, right + 0.5, right * 2, right / 2]
     others += [float(result) for result in re.findall(r"=(\d+(?:\.\d+)?)>>", reasoning)][:-1]
@@ -47,7 +49,7 @@ def falsified(number: str, reasoning: str) -> list[str]:
 
 
 def make(rows: list[dict[str, str]]) -> list[dict[str, object]]:
-    """Labelled solutions, two for each row."""
+    """Create two labeled solutions for each row, and a truncated one for every tenth row."""
     labelled: list[dict[str, object]] = []
     for number, row in enumerate(rows):
         reasoning, _, gold = row["answer"].rpartition("####")
@@ -56,15 +58,15 @@ def make(rows: list[dict[str, str]]) -> list[dict[str, object]]:
         others = falsified(gold, reasoning)
         wrong = others[number // len(ENDINGS) % len(others)]
         for is_correct, answer in ((True, gold), (False, wrong)):
-            ways = spellings(answer)
-            spelt = ways[(number // 3) % len(ways)]
+            candidates = spellings(answer)
+            spelling = candidates[(number // 3) % len(candidates)]
             ending = ENDINGS[number % len(ENDINGS)]
             if "text{{{}}}" in ending:
-                spelt = answer  # no formula within \text
-            solution = text + ending.format(*[spelt] * ending.count("{}"))
+                spelling = answer  # \text cannot contain math
+            solution = text + ending.format(*[spelling] * ending.count("{}"))
             name = f"{number}-{'right' if is_correct else 'wrong'}"
             labelled.append({"id": name, "answer": gold, "solution": solution, "is_correct": is_correct})
-        if number % 10 == 0:  # cut before the answer: not right, and not wrong either
+        if number % 10 == 0:  # truncated before the answer: unreadable rather than wrong
             labelled.append({"id": f"{number}-cut", "answer": gold, "solution": text, "is_correct": False})
     return labelled
 

@@ -15,7 +15,7 @@ ROWS = [json.loads(line) for line in (HERE / "answer_pairs.jsonl").read_text(enc
 PAIRS = [row for row in ROWS if "gold" in row]
 HANGING = json.loads((HERE / "hanging_answers.json").read_text(encoding="utf-8"))
 
-# Graded otherwise than by hand: what a list repeats is lost in a set; a fraction of units; words that say no more
+# Known disagreements with the manual labels: a repeated element of a set, a fraction of units, and a redundant word
 REMAINING = {
     ("1,1,1,3", "1,3"),
     ("6\\text{ m/s}", "6\\,\\frac{\\text{m}}{\\text{s}}"),
@@ -37,7 +37,7 @@ def equal():
     return compare
 
 
-def test_the_pairs_are_many_and_of_both_labels():
+def test_answer_pairs_are_numerous_and_balanced():
     assert len(PAIRS) >= 170
     assert all(set(pair) == {"gold", "solution", "right", "kind"} and type(pair["right"]) is bool for pair in PAIRS)
     assert 0.4 < sum(pair["right"] for pair in PAIRS) / len(PAIRS) < 0.6
@@ -45,7 +45,7 @@ def test_the_pairs_are_many_and_of_both_labels():
     assert all("note" in row for row in ROWS[:5])
 
 
-def test_rules_and_math_verify_grade_as_by_hand(equal):
+def test_grades_match_the_manual_labels(equal):
     answers = [final_answer(pair["solution"]) for pair in PAIRS]
     graded = zip(PAIRS, answers, strict=True)
     wrong = {(pair["gold"], a) for pair, a in graded if agrees(pair["gold"], a, equal) != pair["right"]}
@@ -114,7 +114,7 @@ def test_normalize(answer, plain):
 @pytest.mark.parametrize(
     "answer", ["\\text{Tuesday}", "(B)", "C", "Evelyn", "\\text{(E) 6}", "\\text{June 20}", "\\textbf{(B)}", "No"]
 )
-def test_text(answer):
+def test_is_text(answer):
     assert is_text(answer)
 
 
@@ -122,7 +122,7 @@ def test_text(answer):
     "answer",
     ["12\\text{ cm}", "ab", "x", "(2,5)", "\\text{10:30 a.m.}", "x \\text{ or } y", "\\sin x", "A3_{16}", "2AB"],
 )
-def test_no_text(answer):
+def test_is_not_text(answer):
     assert not is_text(answer)
 
 
@@ -134,7 +134,7 @@ def test_text_key():
 
 
 @pytest.mark.parametrize(
-    ("answer", "value", "measure", "factor"),
+    ("answer", "value", "dimension", "factor"),
     [
         ("12\\text{ cm}", "12", "length", 0.01),
         ("36\\ \\mathrm{cm^2}", "36", "length^2", 0.0001),
@@ -149,8 +149,8 @@ def test_text_key():
         ("10:30\\text{ AM}", "10:30", "morning", 1),
     ],
 )
-def test_units(answer, value, measure, factor):
-    assert split_unit(answer) == (value, (measure, pytest.approx(factor)))
+def test_known_units(answer, value, dimension, factor):
+    assert split_unit(answer) == (value, (dimension, pytest.approx(factor)))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_no_known_unit(answer, value):
     assert split_unit(answer) == (value, None)
 
 
-def test_what_needs_no_comparison():
+def test_agreement_without_comparison():
     def never(gold, answer):
         raise AssertionError((gold, answer))
 
@@ -175,7 +175,7 @@ def test_what_needs_no_comparison():
     assert not agrees("101_2", "101_3", never)
 
 
-def test_what_is_compared():
+def test_values_passed_to_the_comparison():
     calls = []
 
     def record(gold, answer):
@@ -207,7 +207,7 @@ def test_what_is_compared():
     ],
     ids=range(14),
 )
-def test_degenerate_solutions_take_no_time(text):
+def test_degenerate_solutions_are_fast(text):
     begin = time.perf_counter()
     answer = final_answer(text)
     for gold in ("6", "\\text{cat}"):
@@ -215,7 +215,7 @@ def test_degenerate_solutions_take_no_time(text):
     assert time.perf_counter() - begin < 5
 
 
-def test_hanging_answers_are_measured_and_reach_the_comparison():
+def test_hanging_answers_are_slow_and_reach_the_comparison():
     assert len(HANGING) >= 6
     for row in HANGING:
         assert row["seconds_with_limits"] > 5
@@ -225,8 +225,8 @@ def test_hanging_answers_are_measured_and_reach_the_comparison():
         assert seen
 
 
-def test_standard_library_only():
-    code = "import sys, stepdpo_trl.data.answer_rules; print(*({'torch', 'trl', 'sympy', 'math_verify'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
-    )
+def test_answer_rules_need_only_the_standard_library():
+    code = "import sys, stepdpo_trl.data.answer_rules; "
+    code += "print(*({'torch', 'trl', 'sympy', 'math_verify'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""

@@ -1,4 +1,4 @@
-"""Checking answers: three outcomes, labelled pairs, and a hard time limit."""
+"""Answer checking: three outcomes, labeled pairs and a hard time limit."""
 
 import json
 import time
@@ -39,8 +39,8 @@ def test_outcomes(checker, gold, text, outcome, answer):
     assert (check.reason is not None) == (outcome == "unreadable")
 
 
-def test_labelled_pairs(checker):
-    """Graded as by hand. What is neither right nor wrong is unreadable, and not scored as wrong."""
+def test_labeled_pairs(checker):
+    """Grades match the manual labels, and answers that cannot be compared are unreadable rather than wrong."""
     checks = checker.check((pair["gold"], pair["solution"]) for pair in PAIRS)
     graded = [(pair, check) for pair, check in zip(PAIRS, checks, strict=True) if check.outcome != "unreadable"]
     unreadable = [pair for pair, check in zip(PAIRS, checks, strict=True) if check.outcome == "unreadable"]
@@ -50,11 +50,11 @@ def test_labelled_pairs(checker):
 
 
 @pytest.mark.slow
-def test_answers_that_hang():
-    """Ended after the limit, counted as unreadable; the others are checked all the same."""
+def test_hanging_answers():
+    """Checks that hang are killed after the time limit and unreadable, and all other answers are still checked."""
     hanging = json.loads((HERE / "hanging_answers.json").read_text(encoding="utf-8"))[:4]
     with AnswerChecker(2, time_limit=1.5) as checker:
-        checker.check([("1", r"\boxed{1}")] * 4)  # started
+        checker.check([("1", r"\boxed{1}")] * 4)  # start the workers
         answers = [(case["gold"], case["solution"]) for case in hanging]
         mixed = [pair for answer in answers for pair in (answer, ("2", r"\boxed{2}"))]
         start = time.perf_counter()
@@ -64,6 +64,6 @@ def test_answers_that_hang():
     assert time.perf_counter() - start < 30
 
 
-def test_gold_answers_that_cannot_be_read(checker):
+def test_unreadable_gold_answers(checker):
     golds = ["72", "1,200", "-3.5", r"\frac{1}{2}", "Tuesday", "(2, 5)", r"\frac{1}{", "", r"x^2 + 1", r"\text{two}"]
     assert [golds[index] for index in check_golds(checker, golds)] == [r"\frac{1}{", ""]

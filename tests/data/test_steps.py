@@ -67,8 +67,8 @@ WORDS = st.sampled_from(
 
 
 @given(st.lists(WORDS, max_size=30).map("".join), st.sampled_from([None, *STYLES]))
-def test_nothing_is_lost(text, style):
-    """Prefix and step are what stands in the text, in order; only labels and white space lie between steps."""
+def test_no_text_is_lost(text, style):
+    """Prefixes and steps are substrings of the text, in order, with only labels and whitespace between the steps."""
     steps = split_steps(text, style)
     end = 0
     for number, span in enumerate(steps.spans, start=1):
@@ -80,15 +80,15 @@ def test_nothing_is_lost(text, style):
 
 
 @given(st.lists(st.text("ab =1\n", min_size=1).filter(str.strip), min_size=1, max_size=5))
-def test_steps_go_on_from_their_prefix(texts):
-    """A solution that keeps a prefix keeps its steps: what continuations are read by."""
+def test_continuations_keep_the_steps_of_their_prefix(texts):
+    """A continuation of a prefix is split into the same steps, followed by the new one."""
     text = "".join(f"Step {n}: {t}\n" for n, t in enumerate(texts, start=1))
     steps = split_steps(text)
     for number in range(1, len(steps) + 1):
-        anew = split_steps(steps.prefix(number) + " other", steps.style)
-        assert len(anew) == number
-        assert anew.spans[: number - 1] == steps.spans[: number - 1]
-        assert anew.step(number) == " other"
+        continued = split_steps(steps.prefix(number) + " other", steps.style)
+        assert len(continued) == number
+        assert continued.spans[: number - 1] == steps.spans[: number - 1]
+        assert continued.step(number) == " other"
 
 
 def test_unknown_style():

@@ -1,4 +1,4 @@
-"""Runs a recipe on CPU processes under an accelerate configuration, and writes down what ran."""
+"""Run a recipe on CPU under a distributed launcher and report what ran. Started by the tests."""
 
 import json
 import runpy
@@ -15,26 +15,24 @@ from tests.training import logged
 
 
 def optimized_types(trainer) -> set[str]:
-    """Types of the tensors that the optimizer updates on this process."""
+    """Return the dtypes of the tensors that the optimizer updates on this process."""
     if trainer.is_deepspeed_enabled:
         return {str(group.dtype) for group in trainer.model_wrapped.optimizer.fp32_partitioned_groups_flat}
     return {str(parameter.dtype) for group in trainer.optimizer.param_groups for parameter in group["params"]}
 
 
 class ReportingTrainer(StepDPOTrainer):
-    """Says after training what happened."""
+    """Writes `report.json` after training."""
 
     def compute_loss(self, model, *args, **kwargs):
-        """As inherited."""
         with model.register_forward_hook(self.see_type):
             return super().compute_loss(model, *args, **kwargs)
 
     def see_type(self, module, inputs, output):
-        """Type of the log-probabilities that the model returns; older TRL has it return logits."""
+        """Record the dtype of the model's log-probabilities. Models of older TRL versions return logits."""
         self.type_seen = str(output.log_probs.dtype) if hasattr(output, "log_probs") else None
 
     def train(self, *args, **kwargs):
-        """As inherited."""
         super().train(*args, **kwargs)
         report = {
             "distributed_type": self.accelerator.distributed_type.value,
@@ -51,12 +49,12 @@ class ReportingTrainer(StepDPOTrainer):
 
 
 def main() -> None:
-    """The first argument is the back end, the second the recipe, and the others are the recipe's."""
-    mode, recipe, *arguments = sys.argv[1:]
+    """Run `recipe.py STRATEGY RECIPE [--option VALUE ...]`."""
+    strategy, recipe, *arguments = sys.argv[1:]
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    for name, value in prepare_cpu(mode).items():
+    for name, value in prepare_cpu(strategy).items():
         arguments += [f"--{name}", str(value)]
-    # Where the training script will look for it
+    # The training script imports the trainer from here
     sys.modules["stepdpo_trl.step_dpo.trainer"].StepDPOTrainer = ReportingTrainer
     sys.argv = [recipe, *arguments]
     runpy.run_path(recipe, run_name="__main__")

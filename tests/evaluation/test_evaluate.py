@@ -92,8 +92,10 @@ def test_results_match_the_records(tmp_path, checker):
     assert test["both"] + test["neither"] + sum(only) == 40
     printed = table(results)
     assert f"{outcomes.count('unreadable')} no final answer" in printed
-    assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in printed
-    assert f"p = {test['p']:.2g}; solved by majority vote by the first only {only[0]}" in printed
+    assert f"here/model minus there/model: {100 * difference['accuracy']:+.1f}" in " ".join(printed.split())
+    assert f"McNemar's exact test: p = {test['p']:.2g}\n" in printed
+    solved = f"both {test['both']}, first only {only[0]}, second only {only[1]}, neither {test['neither']}"
+    assert f"\nSolved by majority vote: {solved}" in printed
 
 
 def test_a_rerun_samples_nothing_and_changes_no_file(tmp_path, checker):
@@ -167,7 +169,7 @@ def test_other_settings_are_rejected(tmp_path, checker):
             run(tmp_path, checker, Student(), **other)
     problems = draw_records(40)
     for first in (Problem("p0", "What is 1 + 1?", "2"), Problem("other", "What is 1 + 1?", "2")):
-        with pytest.raises(RunError, match=r"'count': 40, 'digest': .* \(now .*'count': 40, 'digest': "):
+        with pytest.raises(RunError, match=r"\n  problems\.digest: '\w{16}' in this run, '\w{16}' now\n"):
             run(tmp_path, checker, Student(), problems=[first, *problems[1:]])
     assert contents(tmp_path) == before
     Session({ONE: Student()}, checker).collect(
@@ -321,7 +323,7 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
     [
         ((*EVAL, "--problems", "gms8k"), "Did you mean 'gsm8k'?"),
         ((*EVAL, "--problems", "q.jsonl"), "Did you mean p.jsonl?"),
-        ((*EVAL, "--problems", "b.jsonl"), "has no `answer`"),
+        ((*EVAL, "--problems", "b.jsonl"), "row 1: no `answer` ('What is 1 + 1?')"),
         ((*ASKED, "--baseline", "./m"), "is the model itself"),
         ((*ASKED, "--baseline", "./x/../m"), "is the model itself"),
         ((*ASKED, "--baseline-backend", "vllm"), "not its name: --baseline."),
@@ -336,16 +338,16 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
         ((*ASKED, "--baseline", "m", "--adapter", "a", "--baseline-adapter", "./a"), "is the model itself"),
         (
             ("eval", "--model", MODEL_PATH, "--output-dir", "p.jsonl", *ASKED[5:]),
-            "The folder p.jsonl cannot be made (File ex",
+            "The folder p.jsonl cannot be created (File ex",
         ),
-        ((*EVAL, "--problems", "f.parquet"), "f.parquet is not a Parquet file that can be read"),
+        ((*EVAL, "--problems", "f.parquet"), "f.parquet cannot be read as Parquet: "),
         ((*ASKED, "--adapter", "a", "--backend", "vllm"), "does not load the adapter"),
         (ASKED, "'./m' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--baseline", "./n", *ASKED[3:]), "'./n' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, *EVAL[3:], "--problems", "g.jsonl"), "cannot be read as an answer"),
-        ((*EVAL, "--tasks", "h4", "--num-samples", 4), "--num-samples cannot go with --tasks"),
-        ((*EVAL, "--tasks", "h4", "--baseline", "n"), "--baseline cannot go with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--num-samples", 4), "--num-samples cannot be used with --tasks"),
+        ((*EVAL, "--tasks", "h4", "--baseline", "n"), "--baseline cannot be used with --tasks"),
         ((*EVAL, "--tasks", "h4"), "pip install 'stepdpo_trl[lm-eval]'"),
     ],
 )

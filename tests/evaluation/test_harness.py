@@ -109,7 +109,7 @@ def test_h4(tmp_path, calls, capsys):
     assert len(calls) == 4  # no new calls
     assert contents(tmp_path) == before
     assert stepdpo(*command[:-4], "--output-dir", tmp_path) == 2
-    assert "limit=8 (now None)" in capsys.readouterr().err
+    assert "limit: 8 in this run, None now" in capsys.readouterr().err
 
 
 def test_finished_tasks_are_not_repeated(tmp_path, calls, monkeypatch):
@@ -151,7 +151,7 @@ def test_gsm8k_and_math(tmp_path, calls, capsys):
 
 
 def test_arguments_of_other_inference_backends():
-    server = ModelSpec("m", "openai", "http://localhost:8000/v1", batch_size=7)
+    server = ModelSpec("m", "openai", "http://localhost:8000/v1", max_concurrent_requests=7)
     assert harness.model_arguments(server, None) == {
         "model": "local-completions",
         "model_args": {
@@ -167,6 +167,13 @@ def test_arguments_of_other_inference_backends():
         "model_args": {"pretrained": "m", "dtype": "bfloat16"},
         "batch_size": "auto",
     }
+    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2", tokenizer="t"), None)["model_args"]
+    assert arguments == {"pretrained": "m", "dtype": "auto", "tokenizer": "t", "revision": "v2"}
+    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2"), None)["model_args"]
+    assert arguments == {"pretrained": "m", "dtype": "auto", "revision": "v2", "tokenizer_revision": "v2"}
+    assert harness.model_arguments(ModelSpec("m", revision="v2"), None)["model_args"]["revision"] == "v2"
+    with pytest.raises(RunError, match="--revision v2 and --tokenizer t cannot be combined with --tasks"):
+        harness.model_arguments(ModelSpec("m", revision="v2", tokenizer="t"), None)
     with pytest.raises(RunError, match="OPENAI_API_KEY"):
         harness.model_arguments(ModelSpec("m", "openai", "http://h/v1", api_key_env="KEY"), None)
 

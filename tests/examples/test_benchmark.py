@@ -1,16 +1,17 @@
-"""The throughput benchmark counts right, says what it measured, and refuses what it cannot run."""
+"""The throughput benchmark: its counts, its report and its argument checks."""
 
 import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config
+
+from ..distributed.launcher import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,7 +69,7 @@ def test_four_pairs_of_a_problem_extend_each_other(examples):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
-    """Positions are counted in the model. Here they are counted in the batches."""
+    """Compare the positions counted in the model with those counted in the batches."""
     args = argparse.Namespace(batch_size=2, dtype="float32", output_dir=str(tmp_path), peft=lora, seed=0, steps=2)
     base = examples.inputs.load_model(None, tiny_config, torch.float32, "cpu")
     pairs = examples.inputs.write_pairs("math-step-dpo", 8, 100, seed=0)
@@ -96,7 +97,7 @@ def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
     assert all(weights[0][name] is weights[1][name] for name in frozen)
 
 
-def test_a_difference_is_an_error(examples):
+def test_difference_between_sides_raises(examples):
     def side(grad_norm):
         logged = {**dict.fromkeys(examples.script.CHECKED, 0.7), "grad_norm": grad_norm}
         return argparse.Namespace(first_step=lambda pairs: logged)
@@ -104,11 +105,11 @@ def test_a_difference_is_an_error(examples):
     check = examples.script.check_first_step
     assert check([side(0.7), side(0.7014)], None, "bfloat16")["grad_norm"] == pytest.approx(0.002)
     for other in (0.7014, float("nan")):
-        with pytest.raises(SystemExit, match="do not compute the same"):
+        with pytest.raises(SystemExit, match="do not compute the same loss"):
             check([side(0.7), side(other)], None, "float32")
 
 
-def test_a_side_without_enough_memory(examples, capsys):
+def test_side_out_of_memory_is_reported(examples, capsys):
     turn = examples.measure.Turn(2.0, 30, 20, 1.5, 0.01, None, None)
     summary = examples.script.summarize([[turn, None], [turn, turn]])
     assert summary["medians"]["StepDPOTrainer"]["pairs_per_second"] == 2.0
@@ -136,11 +137,11 @@ def test_out_of_memory_is_caught(examples):
 
 
 def test_command_line(tiny_config, tmp_path):
-    command = [sys.executable, str(EXAMPLES / "benchmark_throughput.py"), "--config", tiny_config, "--lengths"]
-    command += ["four-per-problem", "--batch-size", "4", "--rounds", "3", "--steps", "1", "--profile", "--json"]
-    done = subprocess.run([*command, str(tmp_path / "figures.json")], capture_output=True, text=True)
+    options = ["--config", tiny_config, "--lengths", "four-per-problem", "--batch-size", 4, "--rounds", 3]
+    options += ["--steps", 1, "--profile", "--json", tmp_path / "figures.json"]
+    done = run_script(EXAMPLES / "benchmark_throughput.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "flatter whoever scores fewer" in done.stdout
+    assert "favor the trainer with fewer" in done.stdout
     assert "pairs per second" in done.stdout
     assert "making batches" in done.stdout
     assert "attention" in done.stdout
@@ -157,7 +158,7 @@ def test_command_line(tiny_config, tmp_path):
             assert turn["positions_per_unique"] == turn["positions"] / turn["unique_tokens"]
         speeds = [turn["pairs_per_second"] for turn in turns]
         assert row["medians"][name]["pairs_per_second"] == statistics.median(speeds)
-    # Grouped: the four pairs of a problem share it
+    # The four pairs of a problem are in one batch and share its prefix
     assert row["medians"]["StepDPOTrainer"]["positions_per_unique"] == 1
     assert row["medians"]["StepDPOTrainer"]["unique_tokens"] < row["medians"]["DPOTrainer"]["unique_tokens"]
     ratio = row["ratios"]["pairs_per_second"]
@@ -172,11 +173,11 @@ def test_command_line(tiny_config, tmp_path):
         (["--length", "equal"], "unrecognized arguments: --length"),
         (["--lengths", "equals"], "invalid choice: 'equals'"),
         (["--settings", "some"], "invalid choice: 'some'"),
-        (["--rounds", "0"], "'0' is not a whole number from 1"),
+        (["--rounds", "0"], "'0' is not a whole number of at least 1"),
         (["--dataset", "pairs.jsonl"], "needs a tokenizer"),
-        (["--dataset", "pairs.jsonl", "--lengths", "long"], "Leave one of them out"),
+        (["--dataset", "pairs.jsonl", "--lengths", "long"], "Remove one of them"),
         (["--dataset", "no/pairs.jsonl", "--model", "gpt2"], "which does not exist"),
-        (["--all", "--settings", "same"], "--all chooses the rows itself"),
+        (["--all", "--settings", "same"], "--all selects the rows itself"),
         (["--config", "qwen"], "neither a file nor one of small, qwen2.5-7b"),
         (["--model", "gpt2", "--config", "qwen2.5-7b"], "not allowed with argument --model"),
         (["--json", "no/such/file.json"], "does not exist"),

@@ -1,7 +1,6 @@
-"""The experiments run, and their parts are what they say."""
+"""A short run of the miniature's experiments, and tests of their parts."""
 
 import json
-import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +13,8 @@ from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.quickstart import PAIRS_PATH, make_problems, write_solution
 from stepdpo_trl.runs.run_directory import Log
 
+from ..distributed.launcher import run_script
+
 FOLDER = Path(__file__).parents[2] / "examples" / "paper_in_miniature"
 ENDS = {"chosen_ends_solution": False, "rejected_ends_solution": False}
 ROWS = [{**json.loads(line), **ENDS} for line in PAIRS_PATH.read_text().splitlines()[:3]]
@@ -22,10 +23,10 @@ ROWS = [{**json.loads(line), **ENDS} for line in PAIRS_PATH.read_text().splitlin
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the script sets for good
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the script sets it for the whole process
 
 
-def test_the_other_model_goes_on_from_any_right_step():
+def test_other_model_continues_from_any_right_step():
     from pairs import OtherModel
 
     model = OtherModel()
@@ -34,15 +35,15 @@ def test_the_other_model_goes_on_from_any_right_step():
         steps = split_steps(solution)
         for number in range(1, len(steps) + 1):
             prefix = steps.prefix(number)
-            text = prefix + model.go_on(model.render(problem.text, prefix)).text
+            text = prefix + model.complete(model.render(problem.text, prefix)).text
             assert check_answer(problem.answer, text).outcome == "right"
-            anew = split_steps(text, steps.style)
-            assert len(anew) == len(steps)
-            assert anew.texts()[: number - 1] == steps.texts()[: number - 1]
-            assert " makes " in anew.step(number)  # in its own words
+            continued = split_steps(text, steps.style)
+            assert len(continued) == len(steps)
+            assert continued.texts()[: number - 1] == steps.texts()[: number - 1]
+            assert " makes " in continued.step(number)  # the wording of the other model
 
 
-def test_rows_hold_the_same_pair_in_the_form_of_each_method():
+def test_rows_hold_the_same_pair_in_each_format():
     from training import rows_for
 
     forms = (rows_for(method, ROWS) for method in ("step", "dpo", "stock", "sft"))
@@ -62,18 +63,18 @@ def test_intervals_count_seeds_and_problems():
     one = np.array([[1.0, 0, 1, 1, 0, 1, 1, 1]])
     mean, half = mean_and_half(one)
     assert (mean, half) == (75.0, pytest.approx(196 * np.sqrt(one.var(ddof=1) / 8)))
-    same = np.repeat(one, 5, axis=0)  # seeds that agree tell nothing more
+    same = np.repeat(one, 5, axis=0)  # seeds that agree do not narrow the interval
     assert mean_and_half(same) == (mean, half)
     rng = np.random.default_rng(0)
     inside = 0
-    for _ in range(300):  # problems of different difficulty, seeds of different luck
+    for _ in range(300):  # problems vary in difficulty, seeds in luck
         difficulty, luck = rng.normal(0.7, 0.15, 200), rng.normal(0, 0.05, (6, 1))
         mean, half = mean_and_half((rng.random((6, 200)) < difficulty + luck).astype(float))
         inside += abs(mean - 70) < half
-    assert inside / 300 > 0.88  # six seeds are few
+    assert inside / 300 > 0.88  # below 0.95, since six seeds are few
 
 
-def test_the_lowest_of_the_best_settings_is_taken(tmp_path):
+def test_ties_between_settings_go_to_the_lowest(tmp_path):
     from report import best_settings
 
     log = Log(tmp_path / "runs.jsonl")
@@ -86,8 +87,7 @@ def test_the_lowest_of_the_best_settings_is_taken(tmp_path):
 
 @pytest.mark.slow
 def test_it_runs(tmp_path):
-    command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--processes", "1", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_script(FOLDER / "run.py", "--quick", "--processes", 1, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = (tmp_path / "tables.md").read_text()
     for words in ("| Step-DPO, other model's steps |", "| rollout |", "| sDPO, stage 2 from S |", "| fresh pairs |"):
@@ -97,7 +97,7 @@ def test_it_runs(tmp_path):
     }
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
+def test_finished_jobs_are_not_repeated(tmp_path):
     from experiments import Runs
 
     class Pool:
@@ -126,7 +126,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     }
 
 
-def test_another_scale_is_refused(tmp_path, monkeypatch):
+def test_changed_scale_raises(tmp_path, monkeypatch):
     import experiments
 
     (tmp_path / "runs.jsonl").write_text('{"key": "scale", "problems": 1}\n')

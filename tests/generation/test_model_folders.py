@@ -1,4 +1,4 @@
-"""One name for the same files, another for others."""
+"""Fingerprints of model folders."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_changes_answers_changes_the_name(folder):
+def test_the_fingerprint_follows_the_files_that_change_completions(folder):
     names = [fingerprint([str(folder), None])]
     (folder / "README.md").write_text("the same model")
     assert fingerprint([str(folder)]) == names[0]
@@ -26,7 +26,7 @@ def test_what_changes_answers_changes_the_name(folder):
     assert len(set(names)) == 4
 
 
-def test_ids_have_none(folder):
+def test_hub_ids_have_no_fingerprint(folder):
     assert fingerprint(["Qwen/Qwen2-7B", None]) is None
     assert adapter_base("Qwen/Qwen2-7B") is None
     assert adapter_base(str(folder)) is None

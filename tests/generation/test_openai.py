@@ -1,7 +1,9 @@
-"""An OpenAI-compatible server that behaves, and one that does not."""
+"""Generation by a local OpenAI-compatible server, which also fails in all the ways that servers do."""
 
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,25 +18,42 @@ KEY = "sk-abcdefghijklmnop1234567890"
 
 
 class Server:
-    """Answers each request with what is next in `script`, properly when that is empty."""
+    """
+    Answers each request as the next entry of `script` says, and correctly once it is empty.
+
+    `models` is the reply to `GET /v1/models` (or another `prefix`): a status, and a body or a list of names.
+    """
 
     def __init__(self):
-        self.script, self.bodies, self.running, self.most = [], [], 0, 0
+        self.script, self.bodies, self.running, self.most_running = [], [], 0, 0
+        self.prefix, self.models, self.listed = "/v1", (200, ["m"]), 0
         self.lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.listed += 1
+                known = self.path == f"{outer.prefix}/models"
+                status, models = outer.models if known else (404, b'{"detail": "Not Found"}')
+                if status is None:
+                    self.close_connection = True
+                elif isinstance(models, list):
+                    data = [{"id": name, "object": "model", "created": 1, "owned_by": "me"} for name in models]
+                    self.reply(status, json.dumps({"object": "list", "data": data}).encode())
+                else:
+                    self.reply(status, models)
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer.lock:
                     outer.bodies.append((self.path, body, self.headers.get("authorization")))
                     outer.running += 1
-                    outer.most = max(outer.most, outer.running)
-                    what = outer.script.pop(0) if outer.script else "ok"
+                    outer.most_running = max(outer.most_running, outer.running)
+                    reply = outer.script.pop(0) if outer.script else "ok"
                 threading.Event().wait(0.02)
                 with outer.lock:
                     outer.running -= 1
-                getattr(self, f"reply_{what}")(body)
+                getattr(self, f"reply_{reply}")(body)
 
             def reply(self, status, content, length=None, **headers):
                 self.send_response(status)
@@ -104,7 +123,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -114,14 +133,15 @@ def server():
     server.http.shutdown()
 
 
-def ask(server, count=6, batch_size=2, done=(), prompt="text", **options):
+def ask(server, count=6, concurrent=2, done=(), prompt="text", top_k=0, url=None, **options):
+    """Return the answers, the pauses, and the error message if there was an error."""
     pauses = []
-    spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=batch_size)
+    spec = ModelSpec("m", "openai", url or server.url, str(MODEL_PATH), max_concurrent_requests=concurrent)
     generator = OpenAIGenerator(spec, sleep=pauses.append, **options)
     requests = [Request(str(n), prompt, n) for n in range(count)]
     found = {}
     try:
-        for part in generator.generate(requests, Sampling(0.5, 0.9, 7), done):
+        for part in generator.generate(requests, Sampling(0.5, 0.9, 7, top_k), done):
             found.update({request.key: answer for request, answer in part})
     except GenerationError as error:
         return found, pauses, str(error)
@@ -144,46 +164,144 @@ def test_texts_and_messages(server):
 
 
 def test_bounded_concurrency(server):
-    ask(server, 12, batch_size=3)
-    assert server.most == 3
+    ask(server, 12, concurrent=3)
+    assert server.most_running == 3
 
 
-def test_what_is_done_is_not_asked(server):
+def test_top_k_is_sent_if_it_is_used(server):
+    ask(server, 1, top_k=20)
+    assert server.bodies[-1][1]["top_k"] == 20
+
+
+def test_models_are_listed_once(server):
+    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH)))
+    list(generator.generate([Request("0", "text", 0)], Sampling(), {"0"}))
+    assert server.listed == 0  # no request, no check
+    for key in "abc":
+        list(generator.generate([Request(key, "text", 0)], Sampling(), ()))
+    assert server.listed == 1
+
+
+def immediate_error(server, url=None):
+    start = time.monotonic()
+    found, pauses, error = ask(server, url=url)
+    assert time.monotonic() - start < 2
+    assert (found, pauses, server.bodies) == ({}, [], [])
+    assert "\n" not in error
+    return error
+
+
+def test_connection_refused_is_reported_immediately(server):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    error = immediate_error(server, url)
+    assert error.startswith(f"Cannot connect to the server at {url} (")
+    assert "Connection refused). Start the server, or fix the address." in error
+
+
+def test_an_unknown_host_is_reported_immediately(server, monkeypatch):
+    def fail(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    error = immediate_error(server, "http://no-such-host.invalid:8000/v1")
+    assert error.startswith("Cannot connect to the server at http://no-such-host.invalid:8000/v1 (")
+    assert "Name or service not known). Start the server, or fix the address." in error
+
+
+def test_a_model_that_is_not_served_is_reported_immediately(server):
+    server.models = (200, ["qwen-72b", "me"])
+    assert immediate_error(server) == (
+        f"The server at {server.url} does not serve 'm'. Did you mean 'me'? It serves: 'qwen-72b', 'me'."
+    )
+    server.models = (200, [f"model-{number}" for number in range(30)])
+    error = immediate_error(server)
+    assert error.endswith("'model-8', 'model-9' ....")
+
+
+def test_a_wrong_path_is_reported_immediately(server):
+    root = server.url.removesuffix("/v1")
+    for url in (root, f"{root}/", f"{root}/api"):
+        assert immediate_error(server, url) == (
+            f"The server at {url} has no API at this path (HTTP 404 for /models). The address probably lacks /v1. "
+            f"Try {url.rstrip('/')}/v1."
+        )
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        (404, b'{"error": {"message": "Not found", "type": "invalid_request_error"}}'),
+        (404, b"<html>Not found</html>"),  # the path contains /v1, so only this endpoint may be missing
+        (405, b"Method not allowed"),
+        (501, b"Not implemented"),
+        (403, b'{"error": {"message": "This key may not list models"}}'),
+        (500, b"oh no"),
+        (200, b"<html>hello</html>"),
+        (200, b"{}"),
+        (200, []),
+        (None, b""),
+    ],
+)
+def test_servers_that_do_not_list_their_models_are_used(server, models):
+    server.models = models
+    found, pauses, error = ask(server, 3)
+    assert (len(found), pauses, error) == (3, [], None)
+
+
+def test_a_server_that_does_not_list_its_models_may_be_at_any_path(server):
+    server.prefix, server.models = "/api", (404, b'{"error": {"message": "Not found"}}')
+    assert ask(server, 1, url=server.url.replace("/v1", "/api"))[2] is None
+
+
+def test_each_retry_is_logged(server, caplog):
+    server.script = ["500", "429", "nonsense"]
+    ask(server, 1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings[:2] == [
+        "Request '0': attempt 2 of 8 in 0.5 s: HTTP 500",
+        "Request '0': attempt 3 of 8 in 7 s: HTTP 429",
+    ]
+    assert warnings[2].startswith("Request '0': attempt 4 of 8 in 2 s: an invalid reply (")
+    assert len(warnings) == 3
+
+
+def test_completed_requests_are_not_sent(server):
     assert set(ask(server, 4, done={"1", "2"})[0]) == {"0", "3"}
     assert len(server.bodies) == 2
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "nonsense", "empty", "null", "nothing", "half"])
-def test_trouble_that_passes(server, trouble):
-    """Tried again after a pause, and nothing is lost or doubled."""
+def test_temporary_trouble(server, trouble):
+    """Requests are sent again after a pause, and no answer is lost or duplicated."""
     server.script = [trouble, trouble]
-    found, pauses, error = ask(server, 5, batch_size=1)
+    found, pauses, error = ask(server, 5, concurrent=1)
     assert error is None
     assert {key: answer.text for key, answer in found.items()} == {str(n): f"to {n}" for n in range(5)}
     assert pauses == ([7.0, 7.0] if trouble == "429" else [0.5, 1.0])
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "nonsense", "nothing", "half"])
-def test_trouble_that_stays(server, trouble):
-    """An end that says what happened; what had been answered is handed out."""
+def test_permanent_trouble(server, trouble):
+    """The error names the request and the cause, and earlier answers are returned."""
     server.script = ["ok", "ok"] + [trouble] * 50
-    found, pauses, error = ask(server, 5, batch_size=1, tries=4)
+    found, pauses, error = ask(server, 5, concurrent=1, tries=4)
     assert set(found) == {"0", "1"}
     assert len(pauses) == 3
-    assert "did not answer '2' in 4 tries" in error
-    assert {"429": "HTTP 429", "500": "HTTP 500", "nonsense": "a reply that is none"}.get(
-        trouble, "Connection"
-    ) in error
+    assert "did not answer the request '2' in 4 attempts. The last one failed with " in error
+    assert "rerun the same command to resume" in error
+    assert {"429": "HTTP 429", "500": "HTTP 500", "nonsense": "an invalid reply"}.get(trouble, "Connection") in error
 
 
-def test_a_server_that_hangs(server):
+def test_a_server_that_does_not_answer(server):
     server.script = ["hang"] * 2
     _, pauses, error = ask(server, 1, tries=2, timeout=0.3)
     assert len(pauses) == 1
     assert "APITimeoutError" in error
 
 
-def test_ctrl_c_in_a_pause_sends_nothing_more(server):
+def test_ctrl_c_during_a_pause_ends_the_attempts(server):
     server.script = ["500"]
     generator = OpenAIGenerator(
         ModelSpec("m", "openai", server.url, str(MODEL_PATH)), sleep=lambda pause: generator._stopping.set()
@@ -193,10 +311,10 @@ def test_ctrl_c_in_a_pause_sends_nothing_more(server):
     assert len(server.bodies) == 1
 
 
-def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
+def test_a_rejected_key_is_reported_immediately_and_not_shown(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.script = ["401"]
-    found, pauses, error = ask(server, 3, batch_size=1)
+    found, pauses, error = ask(server, 3, concurrent=1)
     assert (found, pauses) == ({}, [])
     assert server.bodies[0][2] == f"Bearer {KEY}"
     assert "HTTP 401" in error
@@ -205,7 +323,7 @@ def test_refusals_end_at_once_and_keep_the_key(server, monkeypatch):
     assert KEY[:8] not in error
 
 
-def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
+def test_the_key_is_in_no_file(server, monkeypatch, tmp_path, capfd):
     from stepdpo_trl.runs.run_directory import RunDirectory
     from stepdpo_trl.runs.tasks import RecordedModel
 
@@ -221,14 +339,14 @@ def test_key_in_no_file(server, monkeypatch, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("trouble", ["filtered", "half_filtered", "long"])
-def test_a_text_that_is_refused_ends_nothing(server, trouble):
+def test_one_refused_text_does_not_end_the_run(server, trouble):
     server.script = [trouble]
     found, pauses, error = ask(server, 5)
     assert (len(found), pauses, error) == (5, [], None)
     assert sorted(answer.finish_reason for answer in found.values()) == ["refused"] + ["stop"] * 4
 
 
-def test_texts_that_are_all_refused_end_the_run(server):
+def test_the_run_ends_if_all_texts_are_refused(server):
     server.script = ["long"] * 30
     found, _, error = ask(server, 30)
     assert not found
@@ -236,12 +354,12 @@ def test_texts_that_are_all_refused_end_the_run(server):
     assert len(server.bodies) < 12
 
 
-def test_half_a_character_can_be_written(server):
+def test_a_lone_surrogate_is_replaced(server):
     server.script = ["half_character"]
     assert ask(server, 1)[0]["0"].text.encode().decode() == "\ufffd 0"
 
 
-def test_what_is_on_its_way_is_kept_at_ctrl_c(server, monkeypatch):
+def test_requests_in_flight_are_kept_at_ctrl_c(server, monkeypatch):
     waited, stops = openai.wait, []
 
     def wait(*args, **kwargs):
@@ -251,7 +369,7 @@ def test_what_is_on_its_way_is_kept_at_ctrl_c(server, monkeypatch):
         return waited(*args, **kwargs)
 
     monkeypatch.setattr(openai, "wait", wait)
-    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), batch_size=2))
+    generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), max_concurrent_requests=2))
     kept = []
 
     def keep():

@@ -1,4 +1,4 @@
-"""Generation with transformers: seeds, batches, distribution, ends."""
+"""Generation with transformers: seeds, batches, sampling distribution and ends of completions."""
 
 from collections import Counter
 
@@ -27,8 +27,12 @@ def answers(generator, requests, sampling, done=()):
     return {request.key: answer for part in generator.generate(requests, sampling, done) for request, answer in part}
 
 
-def test_an_answer_depends_on_its_seed_alone(quickstart):
-    """Not on what else is in the batch, nor on the global generator."""
+def test_settings_stored_without_top_k_can_be_read():
+    assert Sampling(**{"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 1024}).top_k == 0
+
+
+def test_a_completion_depends_only_on_its_seed(quickstart):
+    """The rest of the batch and the global random state have no influence."""
     one, many = TransformersGenerator(*quickstart, batch_size=1), TransformersGenerator(*quickstart, batch_size=16)
     requests = requests_for(one, 24)
     sampling = Sampling(1.0, 0.95, 96)
@@ -42,7 +46,7 @@ def test_an_answer_depends_on_its_seed_alone(quickstart):
     assert len({answers(one, [request], sampling)["x"].text for request in again}) > 1
 
 
-def test_greedy_is_that_of_generate(quickstart):
+def test_greedy_decoding_matches_generate(quickstart):
     model, tokenizer = quickstart
     generator = TransformersGenerator(model, tokenizer, batch_size=4)
     requests = requests_for(generator, 6)
@@ -55,15 +59,15 @@ def test_greedy_is_that_of_generate(quickstart):
         assert found[request.key].prompt_tokens == ids["input_ids"].shape[1]
 
 
-def test_cut_answers_say_so(quickstart):
+def test_completions_at_the_length_limit_are_marked(quickstart):
     generator = TransformersGenerator(*quickstart)
     requests = requests_for(generator, 2)
     for answer in answers(generator, requests, Sampling(1.0, 1.0, 5)).values():
         assert (answer.finish_reason, answer.tokens) == ("length", 5)
 
 
-def test_batches_are_run_whole_and_handed_out_in_part(quickstart):
-    """A run that goes on makes the batches of the unbroken one."""
+def test_a_resumed_run_forms_the_same_batches(quickstart):
+    """Batches are generated as a whole, but only missing completions are returned."""
     generator = TransformersGenerator(*quickstart, batch_size=4)
     requests = requests_for(generator, 8)
     sampling = Sampling(1.0, 1.0, 48)
@@ -78,20 +82,26 @@ def test_batches_are_run_whole_and_handed_out_in_part(quickstart):
     assert rest == {key: whole[key] for key in order[5:]}
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6)])
-def test_distribution(temperature, top_p):
-    """Frequencies of 20,000 seeds against the distribution, worked out here in plain Python."""
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.6, 0), (1.0, 1.0, 3), (0.7, 0.7, 2), (1.0, 0.9, 9)],
+)
+def test_sampled_frequencies_match_the_distribution(temperature, top_p, top_k):
+    """Frequencies of 20,000 seeds match the distribution, which is computed here in plain Python."""
     scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
     weights = [2.718281828459045 ** (s / temperature) for s in scores.tolist()]
     probabilities = {token: weight / sum(weights) for token, weight in enumerate(weights)}
+    ranked = sorted(probabilities, key=probabilities.get, reverse=True)[: top_k or None]
+    total = sum(probabilities[token] for token in ranked)
+    probabilities = {token: probabilities[token] / total for token in ranked}  # top-p applies to what top-k keeps
     nucleus, mass = {}, 0.0
-    for token in sorted(probabilities, key=probabilities.get, reverse=True):
+    for token in ranked:
         if mass >= top_p:
             break
         nucleus[token] = probabilities[token]
         mass += probabilities[token]
     count = 20_000
-    processor = SeededSampling(list(range(count)), Sampling(temperature, top_p, 1), prompt_length=1)
+    processor = SeededSampling(list(range(count)), Sampling(temperature, top_p, 1, top_k), prompt_length=1)
     chosen = processor(torch.zeros(count, 1, dtype=torch.long), scores.repeat(count, 1)).argmax(-1).tolist()
     found = Counter(chosen)
     assert set(found) == set(nucleus)
@@ -100,10 +110,10 @@ def test_distribution(temperature, top_p):
         assert abs(found[token] / count - expected) <= 1e-6 + 4 * (expected * (1 - expected) / count) ** 0.5
 
 
-def test_large_vocabularies_are_cut_where_the_mass_is():
-    """The shortcut of the most likely tokens chooses what sorting all of them does."""
+def test_large_vocabularies_are_not_sorted_completely():
+    """The shortcut by the most likely tokens samples the same tokens as sorting all of them."""
     torch.manual_seed(0)
-    for spread in (8.0, 0.1):  # within the shortcut, beyond it
+    for spread in (8.0, 0.1):  # the most likely tokens suffice, or do not
         scores = torch.randn(16, 5000) * spread
         sampling = Sampling(1.0, 0.9, 1)
         processor = SeededSampling(list(range(16)), sampling, prompt_length=1)
@@ -117,8 +127,8 @@ def test_large_vocabularies_are_cut_where_the_mass_is():
 
 
 @pytest.mark.parametrize("make", [sentencepiece_tokenizer, byte_level_tokenizer])
-def test_the_space_that_begins_an_answer_is_kept(make):
-    """Also by tokenizers that drop the space at the beginning of a text."""
+def test_a_leading_space_is_kept(make):
+    """Some tokenizers drop the space at the beginning of a text."""
     tokenizer = make()
     generator = TransformersGenerator(tiny_model(len(tokenizer)), tokenizer)
     for before, after in (("Step 1:", " 12 = 42"), ("Step 1: ", "12"), ("1", "2"), ("Step", " + t")):
@@ -128,7 +138,7 @@ def test_the_space_that_begins_an_answer_is_kept(make):
             assert generator._completion(whole, joint[len(whole) :]).text == after
 
 
-def test_bad_models(tmp_path):
+def test_models_that_cannot_be_used(tmp_path):
     with pytest.raises(GenerationError, match="cannot be loaded"):
         make_generator(ModelSpec(str(tmp_path)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
@@ -142,29 +152,53 @@ def test_bad_models(tmp_path):
     ("spec", "message"),
     [
         ({"backend": "transfomers"}, "Did you mean 'transformers'"),
-        ({"backend": "openai"}, "needs the back end 'openai' and its address"),
-        ({"base_url": "http://localhost:8000/v1"}, "do not fit"),
-        ({"backend": "openai", "base_url": "localhost:8000"}, "must look like"),
-        ({"backend": "openai", "base_url": "https://user:secret@host/v1"}, "would be written"),
-        ({"backend": "openai", "base_url": "https://host/v1?key=secret"}, "would be written"),
+        ({"backend": "openai"}, "use the backend 'openai' with an address"),
+        ({"base_url": "http://localhost:8000/v1"}, "does not match base_url='http://localhost:8000/v1'"),
+        ({"backend": "openai", "base_url": "localhost:8000"}, "is not a URL. Use the form http://localhost:8000/v1"),
+        ({"backend": "openai", "base_url": "https://user:secret@host/v1"}, "would be written to the files of the run"),
+        ({"backend": "openai", "base_url": "https://host/v1?key=secret"}, "would be written to the files of the run"),
         ({"batch_size": 0}, "at least 1"),
+        ({"backend": "openai", "base_url": "http://h/v1", "max_concurrent_requests": 0}, "at least 1"),
+        ({"backend": "openai", "base_url": "http://h/v1", "batch_size": 4}, "Use max_concurrent_requests"),
+        ({"backend": "openai", "base_url": "http://h/v1", "revision": "main"}, "revision='main' has no effect"),
+        ({"max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
+        ({"backend": "vllm", "max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
     ],
 )
-def test_bad_descriptions(spec, message):
+def test_invalid_specs(spec, message):
     with pytest.raises(ValueError, match=message) as error:
         ModelSpec("m", **spec)
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("values", [(-1, 0.9, 1), (1, 0, 1), (1, 1.1, 1), (1, 0.9, 0)])
-def test_bad_sampling(values):
+@pytest.mark.parametrize("values", [(-1, 0.9, 1), (1, 0, 1), (1, 1.1, 1), (1, 0.9, 0), (1, 1, 1, -1), (1, 1, 1, 0.5)])
+def test_invalid_sampling_parameters(values):
     with pytest.raises(ValueError, match="must"):
         Sampling(*values)
 
 
-def test_answers_beyond_the_context_are_warned_of_once(quickstart, caplog):
+def test_revision_of_model_and_tokenizer(monkeypatch):
+    loaded = []
+
+    def load(name, *args, revision=None, **kwargs):
+        loaded.append((name, revision))
+        raise OSError("not loaded in this test")
+
+    monkeypatch.setattr("stepdpo_trl.generation.transformers.load_tokenizer", load)
+    with pytest.raises(OSError, match="not loaded"):
+        make_generator(ModelSpec("org/model", revision="v1"))
+    with pytest.raises(OSError, match="not loaded"):
+        make_generator(ModelSpec("org/model", tokenizer="org/tokenizer", revision="v1"))
+    monkeypatch.setattr("stepdpo_trl.generation.transformers.load_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(GenerationError, match="cannot be loaded"):
+        make_generator(ModelSpec("org/model", revision="v1"))
+    assert loaded == [("org/model", "v1"), ("org/tokenizer", None), ("org/model", "v1")]
+
+
+def test_a_warning_is_logged_once_if_the_context_is_too_short(quickstart, caplog):
     generator = TransformersGenerator(*quickstart)
     prompt = generator.render("What is 2 + 3?", "")
     for _ in range(2):
         list(generator.generate([Request("a", prompt, 0)], Sampling(0.0, 1.0, 600), {"a"}))
-    assert caplog.text.count("max_new_tokens=600 go beyond the 512 positions of the model") == 1
+    assert caplog.text.count("max_new_tokens=600 exceed the model's context of 512 tokens") == 1

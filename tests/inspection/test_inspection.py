@@ -108,7 +108,7 @@ def test_the_reference_of_an_adapter_is_its_base_model(chat_model, tmp_path, cap
         assert float(reference) == pytest.approx(expected_reference, abs=1e-4)
         assert abs(float(policy) - float(reference)) > 0.1  # training has changed it
     assert float(MARGIN.findall(out)[0]) == pytest.approx(expected["eval_rewards/margins"], abs=1e-4)
-    assert f"under the reference model \n{chat_model}" in out.replace("model " + chat_model, "model \n" + chat_model)
+    assert f"with the reference model \n{chat_model}" in out.replace("model " + chat_model, "model \n" + chat_model)
 
 
 def test_each_token_matches_the_reference_implementation(chat_model, tmp_path):
@@ -236,7 +236,7 @@ def test_terminal_without_color():
         "",
         "· space, ↵ end of line, → tab, ◌ part of a character",
         "log π: log-probability of the token under policy, in nats",
-        "ratio: log π - log π_ref, under the reference model ref",
+        "ratio: log π - log π_ref, with the reference model ref",
     ]
 
 
@@ -405,8 +405,8 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         ([STEP_ROW], ["--model", "m", "--beta", "nan"], "--beta nan must be a number above 0"),
         ([STEP_ROW], ["--split", "test"], "has no splits"),
         ([STEP_ROW], ["--html", "."], "--html . is a folder"),
-        ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix decides on tokens"),
-        ([STEP_ROW], ["--solution", "a"], "--solution is for the folder of a run"),
+        ([STEP_ROW], ["--prompt-suffix", "step-dpo"], "--prompt-suffix changes tokens"),
+        ([STEP_ROW], ["--solution", "a"], "--solution needs the folder of a run"),
         ([STEP_ROW], ["--html", "nowhere/page.html"], "there is no folder nowhere"),
         ([STEP_ROW], ["--tokenizer", "./nowhere"], "The tokenizer of './nowhere' cannot be loaded"),
         ([PLAIN_ROW], ["--tokenizer", "MODEL", "--max-length", "5"], "The prompt of row 0 of {} fills max_length=5"),

@@ -1,4 +1,4 @@
-"""The judge that reads equations: what it must see, and what it must leave alone."""
+"""The arithmetic judge: equations that it must find, and equations that it must ignore."""
 
 from fractions import Fraction
 
@@ -25,12 +25,12 @@ FALSE = [
     "20% * 50 = 11",
     "She pays 3*12=<<3*12=36>>37 for 3 * 12 = 37 eggs",
 ]
-TRUE_OR_UNCLEAR = [
+TRUE_OR_AMBIGUOUS = [
     "5 + 3 = 8",
     "10/3 = 3.33",  # rounded
-    "33.33*3 = 100",  # a rounded number taken over
+    "33.33*3 = 100",  # a rounded input
     "7/2 = 4 buses",  # rounded up
-    "12*2 = 24 + 5 = 29",  # read as it is meant
+    "12*2 = 24 + 5 = 29",  # chained operations
     "20% * 50 = 10",
     "0.2*100 = 20%",
     "50/100 = 50%",
@@ -68,20 +68,20 @@ def read(text, problem=""):
 
 
 @pytest.mark.parametrize("text", FALSE)
-def test_false(text):
+def test_false_equations_are_found(text):
     assert read(text) != [None]
 
 
-@pytest.mark.parametrize("text", TRUE_OR_UNCLEAR)
-def test_true_or_unclear(text):
+@pytest.mark.parametrize("text", TRUE_OR_AMBIGUOUS)
+def test_true_or_ambiguous_equations_are_ignored(text):
     assert read(text) == [None]
 
 
-def test_each_step():
+def test_each_step_is_checked():
     assert read("1 + 1 = 2\n\n2 + 2 = 5\n\n5 + 1 = 6") == [None, "2 + 2 = 5", None]
 
 
-def test_what_is_left_of_an_expression():
+def test_what_a_step_leaves_of_the_expression_is_checked():
     problem = "What is 2 + 2 * 4?"
     assert read("2 * 4 = 8, leaving 2 + 8\n\n2 + 8 = 10", problem) == [None, None]
     assert read("2 + 2 = 4, leaving 4 * 4", problem) == ["2 + 2 * 4 = 4 * 4"]
@@ -107,5 +107,5 @@ def test_what_is_left_of_an_expression():
         ("", None),
     ],
 )
-def test_evaluate(expression, value):
+def test_evaluate_expression(expression, value):
     assert evaluate_expression(expression) == value

@@ -1,4 +1,4 @@
-"""The page for a person: what it keeps, and the page itself in a headless Chromium."""
+"""The page of the human judge: stored labels, rendered text, and the page itself in a headless Chromium."""
 
 import re
 import shutil
@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from stepdpo_trl.pipeline.judges.human_page import Labelling, ToLabel, _text, label
+from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
+from stepdpo_trl.pipeline.judges.human_page import Labeling, ToLabel, label
 from stepdpo_trl.runs.run_directory import Log
 
 ITEMS = [
@@ -35,36 +36,36 @@ def read(path):
     return dict(Log(path))
 
 
-def test_answers_skips_undo_and_resume(tmp_path):
+def test_label_skip_undo_and_resume(tmp_path):
     path = tmp_path / "labels.jsonl"
-    labelling = Labelling(ITEMS, Log(path))
-    assert labelling.current().key == "a"
-    labelling.answer("a", {"step": 1})
-    labelling.answer("b", {"step": None, "skipped": True})
-    assert (labelling.current().key, labelling.progress()) == ("c", "2 of 3 done, 1 skipped")
-    labelling.undo()
-    assert labelling.current().key == "b"
-    again = Labelling(ITEMS, Log(path))  # the next day
+    labeling = Labeling(ITEMS, Log(path))
+    assert labeling.current().key == "a"
+    labeling.add("a", {"step": 1})
+    labeling.add("b", {"step": None, "skipped": True})
+    assert (labeling.current().key, labeling.progress()) == ("c", "2 of 3 done, 1 skipped")
+    labeling.undo()
+    assert labeling.current().key == "b"
+    again = Labeling(ITEMS, Log(path))  # after a restart
     assert (again.current().key, again.progress()) == ("b", "1 of 3 done, 0 skipped")
     again.undo()
     assert again.current().key == "a"
-    again.undo()  # nothing left to take back
+    again.undo()  # nothing to undo
     for key in "abc":
-        again.answer(key, {"step": 1})
+        again.add(key, {"step": 1})
     assert again.current() is None
     assert read(path) == {key: {"step": 1} for key in "abc"}
 
 
-def test_a_page_that_is_behind(tmp_path):
-    """A click on what another page has answered changes nothing."""
-    labelling = Labelling(ITEMS, Log(tmp_path / "labels.jsonl"))
-    shown = labelling.current().key
-    labelling.answer(shown, {"step": 1})
-    labelling.answer(shown, {"step": 2})
+def test_an_outdated_page(tmp_path):
+    """A click changes nothing if another page has labeled the solution."""
+    labeling = Labeling(ITEMS, Log(tmp_path / "labels.jsonl"))
+    shown = labeling.current().key
+    labeling.add(shown, {"step": 1})
+    labeling.add(shown, {"step": 2})
     assert read(tmp_path / "labels.jsonl") == {"a": {"step": 1}}
 
 
-def test_nothing_to_do_needs_no_page(tmp_path):
+def test_no_page_is_shown_if_all_are_labeled(tmp_path):
     log = Log(tmp_path / "labels.jsonl")
     log.extend((item.key, {"step": 1}) for item in ITEMS)
     label(ITEMS, log)
@@ -76,7 +77,7 @@ def test_nothing_to_do_needs_no_page(tmp_path):
         ("$x$ and $y + 1$", ["x", "y + 1"]),
         ("$5 and $7", []),
         ("$5, and $x$.", ["x"]),
-        ("$x +\ny$, $5\n\nor 7$", ["x + y"]),  # over the end of a line, not of a paragraph
+        ("$x +\ny$, $5\n\nor 7$", ["x + y"]),  # formulas may span lines, but not paragraphs
         (r"$\$5 + \$7$ and $50%$ and $1\%$", [r"\$5 + \$7", r"50\%", r"1\%"]),
         ("$$x$$ or \\[y\\] or \\(z\\)", ["x", "y", "z"]),
         (r"$\frac{1}{2}$.", [r"\frac{1}{2}"]),
@@ -89,8 +90,8 @@ def test_nothing_to_do_needs_no_page(tmp_path):
         (r"$\defect$", [r"\defect"]),
     ],
 )
-def test_formulas(text, formulas):
-    assert re.findall(r"\\[(\[](.+?)\\[)\]]", _text(text)) == formulas
+def test_formulas_that_are_rendered(text, formulas):
+    assert re.findall(r"\\[(\[](.+?)\\[)\]]", to_markdown(text)) == formulas
 
 
 @pytest.fixture
@@ -125,15 +126,15 @@ def test_in_the_browser(browser, tmp_path):
             time.sleep(0.2)
 
     def wait_for(text):
-        page.get_by_text(text).first.wait_for(timeout=20_000)
+        page.get_byto_markdown(text).first.wait_for(timeout=20_000)
 
     wait_for("0 of 3 done")
-    wait_for("2*3 + 4*5 = 26")  # not emphasis
-    wait_for("4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)")  # nor a picture that is fetched
+    wait_for("2*3 + 4*5 = 26")  # not shown as emphasis
+    wait_for("4 * 3 = 12 ![x](http://127.0.0.1:9/a.png)")  # no image is fetched
     wait_for("Costs $5 and $7, so")  # money
-    wait_for(r"\[\rule{9999em}{9999em}\] is no")  # would cover the page
+    wait_for(r"\[\rule{9999em}{9999em}\] is no")  # not rendered: it would cover the page
     wait_for(r"$a\) ![x](http://127.0.0.1:9/b.png) \(b$")
-    # The problem's formula, the one between dollars, x, and the tall one, which leaves room for others
+    # The formula of the problem, the one between dollars, x, and the tall one, which must not push others off the page
     page.locator(".katex").nth(3).wait_for()
     assert page.locator(".katex").count() == 4
     assert page.locator(".katex-error").count() == 0
@@ -152,7 +153,7 @@ def test_in_the_browser(browser, tmp_path):
     wait_for("1 of 3 done, 0 skipped")
     page.keyboard.press("n")
     wait_for("2 of 3 done, 0 skipped")
-    page.keyboard.press("1")  # of twelve steps: waits for a second digit
+    page.keyboard.press("1")  # waits for a second digit, since there are twelve steps
     page.keyboard.press("1")
     wait_for("All done")
     served.join(timeout=20)

@@ -1,3 +1,5 @@
+"""Importers: step pairs and localization cases, counted rows, and errors of broken files."""
+
 import gzip
 import json
 import re
@@ -17,9 +19,9 @@ from stepdpo_trl.pipeline.importers.formats import (
 )
 
 
-# The rows of PRM800K follow the annotated row in the README of github.com/openai/prm800k. That ratings may be null, a
-# step's completions too, and that human_completion is an object, is so in the files (its issue 15; rows quoted in the
-# tests of github.com/openreasoner/openr).
+# The rows of PRM800K follow the annotated row in the README of github.com/openai/prm800k. In the files, ratings and
+# the completions of a step may also be null, and human_completion is an object. See issue 15 there, and the rows
+# quoted in the tests of github.com/openreasoner/openr.
 def completion(text, rating, flagged=None):
     return {"text": text, "rating": rating, "flagged": flagged}
 
@@ -31,7 +33,7 @@ def step(*completions, chosen=None, human=None, **corrected):
     return {"completions": completions, "human_completion": human, "chosen_completion": chosen}
 
 
-def labelled(*steps, finish="solution", problem="What is 2 + 2 * 4?", generated=None, control=False, screening=False):
+def labeled(*steps, finish="solution", problem="What is 2 + 2 * 4?", generated=None, control=False, screening=False):
     question = {"problem": problem, "ground_truth_answer": "10"}
     if generated:  # in phase 2
         question |= {"ground_truth_solution": "...", "pre_generated_steps": generated, "pre_generated_answer": "16"}
@@ -46,9 +48,9 @@ def labelled(*steps, finish="solution", problem="What is 2 + 2 * 4?", generated=
     }
 
 
-PHASE_1 = labelled(
+PHASE_1 = labeled(
     step(("Multiply first.", 1), chosen=0),
-    # The labeler's choice comes first, a text that is rated both ways is out, and so are flagged and neutral ones
+    # The chosen completion comes first. Texts with both ratings, flagged texts and neutral texts are skipped.
     step(
         ("2 * 4 = 6", -1),
         ("2 * 4 is 8.", 1),
@@ -65,7 +67,7 @@ PHASE_1 = labelled(
     step(("So 10.\n\n# Answer\n\n10", 1), ("So 11.\n\n# Answer\n\n11", -1), chosen=0),
 )
 GENERATED = ["Add first.", "2 + 2 = 4", "4 * 4 = 16", "# Answer\n\n16"]
-FOUND_ERROR = labelled(
+FOUND_ERROR = labeled(
     step(("Add first.", 0), chosen=0),
     step(("2 + 2 = 4", -1), ("2 * 4 = 8", 1)),
     finish="found_error",
@@ -73,8 +75,8 @@ FOUND_ERROR = labelled(
 )
 
 # The rows of Math-Shepherd follow the card of huggingface.co/datasets/peiyi9979/Math-Shepherd and the rows quoted in
-# the tests of github.com/openreasoner/openr. trl/examples/datasets/math_shepherd.py reads all of them by the rule that
-# `label` has one character, + or -, where `input` has ки, and names the irregular ones.
+# the tests of github.com/openreasoner/openr. As in trl/examples/datasets/math_shepherd.py, `label` has one character,
+# + or -, where `input` has ки.
 PROBLEM = "What is 2 + 2 * 4?"
 
 
@@ -88,8 +90,8 @@ def shepherd(text, labels, task="GSM8K"):
     return {"input": text, "label": re.sub("ки", lambda _: next(marks), text), "task": task}
 
 
-# The rows of ProcessBench follow the card of huggingface.co/datasets/Qwen/ProcessBench; 0 is the first step and -1 no
-# wrong step by its code/run_eval.py.
+# The rows of ProcessBench follow the card of huggingface.co/datasets/Qwen/ProcessBench. In its code/run_eval.py, label
+# 0 is the first step and -1 means that no step is wrong.
 BENCH = [
     {
         "id": "gsm8k-0",
@@ -182,36 +184,36 @@ BOTH = step(("8", 1), ("6", -1), chosen=0)
 
 
 @pytest.mark.parametrize(
-    ("reason", "labelled_row"),
+    ("reason", "labeled_row"),
     [
-        ("quality control or screening", labelled(BOTH, control=True)),
-        ("quality control or screening", labelled(BOTH, screening=True)),
-        ("bad_problem", labelled(BOTH, finish="bad_problem")),
-        ("give_up", labelled(BOTH, step(), finish="give_up")),
-        ("no step with both a +1 and a -1", labelled()),
-        ("no step with both a +1 and a -1", labelled(step(("6", -1), ("Hm.", 0)), finish="found_error")),
-        ("no step with both a +1 and a -1", labelled(step((" ", 1), ("6", -1), chosen=0))),
-        # What comes after a step that is not known to be right
-        ("no step with both a +1 and a -1", labelled(step(("5", -1), chosen=0), BOTH)),
-        ("no step with both a +1 and a -1", labelled(step(("5", None), chosen=0), BOTH)),
-        ("no step with both a +1 and a -1", labelled(step(("5", 1, True), chosen=0), BOTH)),
-        ("no step with both a +1 and a -1", labelled(step(("5", 0)), BOTH)),
-        ("no step with both a +1 and a -1", labelled(step(("6", -1), human="7", corrected_rating=-1))),
+        ("quality control or screening", labeled(BOTH, control=True)),
+        ("quality control or screening", labeled(BOTH, screening=True)),
+        ("bad_problem", labeled(BOTH, finish="bad_problem")),
+        ("give_up", labeled(BOTH, step(), finish="give_up")),
+        ("no step with both a +1 and a -1", labeled()),
+        ("no step with both a +1 and a -1", labeled(step(("6", -1), ("Hm.", 0)), finish="found_error")),
+        ("no step with both a +1 and a -1", labeled(step((" ", 1), ("6", -1), chosen=0))),
+        # Steps after a step that is not known to be right
+        ("no step with both a +1 and a -1", labeled(step(("5", -1), chosen=0), BOTH)),
+        ("no step with both a +1 and a -1", labeled(step(("5", None), chosen=0), BOTH)),
+        ("no step with both a +1 and a -1", labeled(step(("5", 1, True), chosen=0), BOTH)),
+        ("no step with both a +1 and a -1", labeled(step(("5", 0)), BOTH)),
+        ("no step with both a +1 and a -1", labeled(step(("6", -1), human="7", corrected_rating=-1))),
     ],
 )
-def test_prm800k_rows_without_pairs_are_counted(tmp_path, reason, labelled_row):
+def test_prm800k_rows_without_pairs_are_counted(tmp_path, reason, labeled_row):
     counts = Counter()
-    assert list(read_prm800k(write(tmp_path / "x.jsonl", [labelled_row]), counts)) == []
+    assert list(read_prm800k(write(tmp_path / "x.jsonl", [labeled_row]), counts)) == []
     assert counts == {"rows": 1, reason: 1}
 
 
 def test_prm800k_cases(tmp_path):
-    right = labelled(step(("8", 1), chosen=0), step(("10", 0), chosen=0), generated=["8", "10"])
-    path_wrong = labelled(step(("8", 1), chosen=0), step(("9", -1), chosen=0), step(("9", -1), chosen=0))
-    rest_unrated = labelled(step(("8", 1), chosen=0), generated=["8", "10"])
-    unrated = labelled(step(("8", None), chosen=0), step(("9", -1)), generated=["8", "9"], finish="found_error")
-    unfinished = labelled(step(("8", 1), chosen=0), finish="found_error")
-    rows = [PHASE_1, FOUND_ERROR, right, path_wrong, rest_unrated, unrated, unfinished, labelled(finish="give_up")]
+    right = labeled(step(("8", 1), chosen=0), step(("10", 0), chosen=0), generated=["8", "10"])
+    path_wrong = labeled(step(("8", 1), chosen=0), step(("9", -1), chosen=0), step(("9", -1), chosen=0))
+    rest_unrated = labeled(step(("8", 1), chosen=0), generated=["8", "10"])
+    unrated = labeled(step(("8", None), chosen=0), step(("9", -1)), generated=["8", "9"], finish="found_error")
+    unfinished = labeled(step(("8", 1), chosen=0), finish="found_error")
+    rows = [PHASE_1, FOUND_ERROR, right, path_wrong, rest_unrated, unrated, unfinished, labeled(finish="give_up")]
     counts = Counter()
     path = write(tmp_path / "p.jsonl", rows)
     walked = ("Multiply first.", "2 * 4 = 8.", "2 + 8 = 10.", "So 10.\n\n# Answer\n\n10")
@@ -248,7 +250,7 @@ def test_math_shepherd_pairs(tmp_path):
     a, b, c, d = (f"math_shepherd:m.jsonl:{k}" for k in (1, 2, 3, 4))
     counts = Counter()
     pairs = list(read_math_shepherd(path, counts))
-    # In step 1 the only right one, "2 * 4 = 8.", has both labels, so 5, 6 and 9 stay without a pair
+    # In step 1 the only right text, "2 * 4 = 8.", occurs with both labels, so that rows 5, 6 and 9 have no pair
     assert pairs == [
         row(
             "GSM8K",
@@ -276,8 +278,8 @@ def test_math_shepherd_pairs(tmp_path):
     assert counts == {
         "rows": 10,
         "rows with pairs": 4,
-        "no right step to set against the wrong one": 4,
-        "no wrong step, and no wrong step of another row to set against": 2,
+        "no right step to pair with the wrong step": 4,
+        "no wrong step to pair with": 2,
     }
 
 
@@ -290,22 +292,22 @@ def test_math_shepherd_prefix_and_step_are_the_text_without_tags(tmp_path):
         text = source["input"].removeprefix(f"{PROBLEM} ").replace(" ки", "")
         assert pairs[0]["initial_reason_steps"] + pairs[0][side] == text
     assert pairs[0]["answer"] == "1"
-    assert counts == {"rows": 3, "rows with pairs": 2, "wrong step already in the pair of another row": 1}
+    assert counts == {"rows": 3, "rows with pairs": 2, "wrong step already in a pair of another row": 1}
 
 
 @pytest.mark.parametrize(
     ("reason", "text", "labels"),
     [
-        ("steps and ки do not go together", "Q? 4 ки\nStep 2: 5 ки", "++"),  # without "Step 1:"
-        ("steps and ки do not go together", "Q? ки Step 1: 4 ки\nStep 2: 5 ки", "+++"),  # a tag in the problem
-        ("steps and ки do not go together", "Q? Step 1: 4\nStep 2: 5 ки", "+"),  # a step without a tag
-        ("steps and ки do not go together", "Q? Step 1: 4 ки\nStep 2: 5", "+"),  # the last one
-        ("steps and ки do not go together", "Q? Step 1: 4 ки\n5 ки", "++"),  # a tag within a step
-        ("steps and ки do not go together", "In Step 1: of Q? Step 1: 4 ки", "+"),
-        ("an empty problem or step", "Q? Step 1: 4 ки\nStep 2: ки", "++"),
-        ("an empty problem or step", "Step 1: 4 ки", "+"),
-        ("a + after a -", "Q? Step 1: 4 ки\nStep 2: 5 ки", "-+"),
-        ("no wrong step, and no wrong step of another row to set against", "Q? step 1: 4 ки\nstep 2: 5 ки", "++"),
+        ("steps and ки do not match", "Q? 4 ки\nStep 2: 5 ки", "++"),  # without "Step 1:"
+        ("steps and ки do not match", "Q? ки Step 1: 4 ки\nStep 2: 5 ки", "+++"),  # a tag in the problem
+        ("steps and ки do not match", "Q? Step 1: 4\nStep 2: 5 ки", "+"),  # a step without a tag
+        ("steps and ки do not match", "Q? Step 1: 4 ки\nStep 2: 5", "+"),  # the last one
+        ("steps and ки do not match", "Q? Step 1: 4 ки\n5 ки", "++"),  # a tag within a step
+        ("steps and ки do not match", "In Step 1: of Q? Step 1: 4 ки", "+"),
+        ("empty problem or step", "Q? Step 1: 4 ки\nStep 2: ки", "++"),
+        ("empty problem or step", "Step 1: 4 ки", "+"),
+        ("step labeled + after one labeled -", "Q? Step 1: 4 ки\nStep 2: 5 ки", "-+"),
+        ("no wrong step to pair with", "Q? step 1: 4 ки\nstep 2: 5 ки", "++"),
     ],
 )
 def test_math_shepherd_rows_without_pairs_are_counted(tmp_path, reason, text, labels):
@@ -328,7 +330,7 @@ def test_math_shepherd_cases(tmp_path):
             (3, ("2 * 4 = 8.", "The answer is: 10"), None),
         ]
     ]
-    assert counts == {"rows": 3, "cases": 2, "a + after a -": 1}
+    assert counts == {"rows": 3, "cases": 2, "step labeled + after one labeled -": 1}
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -347,7 +349,7 @@ def test_processbench(tmp_path, lines):
     assert FORMATS["processbench"].pairs is None
 
 
-def test_zipped_files_are_read(tmp_path):
+def test_compressed_files_are_read(tmp_path):
     plain = write(tmp_path / "phase1_train.jsonl", [PHASE_1])
     path = tmp_path / "phase1_train.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes() + b"\n"))
@@ -376,12 +378,18 @@ def test_the_file_of_another_format(tmp_path, format, other):
         (b"", r"x\.jsonl is empty\. Expected"),
         (b"\n\n", r"x\.jsonl is empty\. Expected"),
         (b"[]", r"x\.jsonl is empty\. Expected"),
-        (b"%s\n\n%.40s", r"Line 3 of .*x\.jsonl is not JSON, or not all of it \(.* at column \d+\): '\{.*Expected"),
-        (b"[%s,\n%.40s", r"Line 2 of .*x\.jsonl is not JSON, or not all of it"),
-        (b"%s\n[%.0s1]", r"The whole of line 2 of .*x\.jsonl is \[1\]\. Expected"),
-        (b"[%s, 5%.0s]", r"The whole of row 2 of .*x\.jsonl is 5\. Expected"),
+        (
+            b"%s\n\n%.40s",
+            r"Line 3 of .*x\.jsonl is not valid JSON, or is truncated \(.* at column \d+\): '\{.*Expected",
+        ),
+        (b"[%s,\n%.40s", r"Line 2 of .*x\.jsonl is not valid JSON, or is truncated"),
+        (b"%s\n[%.0s1]", r"The value of line 2 of .*x\.jsonl is \[1\]\. Expected"),
+        (b"[%s, 5%.0s]", r"The value of row 2 of .*x\.jsonl is 5\. Expected"),
         (b"%s\n\xff%.0s", r"x\.jsonl cannot be read after line \d \(.*codec can't decode.*\)\. Expected"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:11\n", r"pointer of Git LFS: run `git lfs pull`"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:11\n",
+            r"is a Git LFS pointer\. Run `git lfs pull` in its repository\. Expected",
+        ),
     ],
 )
 def test_broken_files(tmp_path, format, content, message):
@@ -396,7 +404,7 @@ def test_broken_files(tmp_path, format, content, message):
 
 
 @pytest.mark.parametrize("change", [lambda z: z[:-20], lambda z: z[:30] + b"\x00\x00" + z[32:], lambda z: z[:5]])
-def test_broken_zipped_files(tmp_path, change):
+def test_broken_compressed_files(tmp_path, change):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(change(gzip.compress(json.dumps(PHASE_1).encode())))
     with pytest.raises(ValueError, match=r"x\.jsonl\.gz cannot be read after line 0 \(.*\)\. Expected phase"):
@@ -406,17 +414,20 @@ def test_broken_zipped_files(tmp_path, change):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (labelled(problem=None), r"`question\.problem` of line 1 of .* is None"),
-        (labelled(finish=None), r"`label\.finish_reason` of line 1 of .* is None"),
-        (labelled(generated=[1]), r"`question\.pre_generated_steps` of line 1 of .* is \[1\]"),
-        (labelled(5), r"step 1 of line 1 of .* is 5"),
-        (labelled({"completions": ["8"]}), r"completion 1 of step 1 of line 1 of .* is '8'"),
-        (labelled(step((None, 1))), r"`text` of completion 1 of step 1 of line 1 of .* is None"),
-        (labelled(step(("8", True))), r"`rating` of completion 1 of step 1 of line 1 of .* is True"),
-        (labelled(step(("8", 2))), r"`rating` of completion 1 of step 1 of line 1 of .* is 2"),
-        (labelled(step(("8", 1), chosen=1)), r"`chosen_completion` \(of 1\) of step 1 of line 1 of .* is 1"),
-        (labelled(step(("8", 1), chosen=-1)), r"`chosen_completion` \(of 1\) of step 1 of line 1 of .* is -1"),
-        (labelled(step(human=4)), r"`text` of the human completion of step 1 of line 1 of .* is 4"),
+        (labeled(problem=None), r"`question\.problem` of line 1 of .* is None"),
+        (labeled(finish=None), r"`label\.finish_reason` of line 1 of .* is None"),
+        (labeled(generated=[1]), r"`question\.pre_generated_steps` of line 1 of .* is \[1\]"),
+        (labeled(5), r"step 1 of line 1 of .* is 5"),
+        (labeled({"completions": ["8"]}), r"completion 1 of step 1 of line 1 of .* is '8'"),
+        (labeled(step((None, 1))), r"`text` of completion 1 of step 1 of line 1 of .* is None"),
+        (labeled(step(("8", True))), r"`rating` of completion 1 of step 1 of line 1 of .* is True"),
+        (labeled(step(("8", 2))), r"`rating` of completion 1 of step 1 of line 1 of .* is 2"),
+        (labeled(step(("8", 1), chosen=1)), r"`chosen_completion` \(completions: 1\) of step 1 of line 1 of .* is 1"),
+        (
+            labeled(step(("8", 1), chosen=-1)),
+            r"`chosen_completion` \(completions: 1\) of step 1 of line 1 of .* is -1",
+        ),
+        (labeled(step(human=4)), r"`text` of the human completion of step 1 of line 1 of .* is 4"),
     ],
 )
 def test_broken_prm800k_rows(tmp_path, broken, message):
@@ -427,9 +438,9 @@ def test_broken_prm800k_rows(tmp_path, broken, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": "Q? Step 1: 4"}, r"`input` \(which has no ки\) of line 2 of .* is 'Q\? Step 1: 4'"),
-        ({"label": "Q? Step 1: 4"}, r"`label` \(which lacks a \+ or - where `input` has ки\) of line 2 of .* is 'Q\?"),
-        ({"label": "Q? Step 1: 4 ?"}, r"`label` \(which lacks a \+ or -"),
+        ({"input": "Q? Step 1: 4"}, r"`input` \(without ки\) of line 2 of .* is 'Q\? Step 1: 4'"),
+        ({"label": "Q? Step 1: 4"}, r"`label` \(without \+ or - where `input` has ки\) of line 2 of .* is 'Q\?"),
+        ({"label": "Q? Step 1: 4 ?"}, r"`label` \(without \+ or -"),
         ({"task": None}, r"`task` of line 2 of .* is None"),
     ],
 )
@@ -444,8 +455,8 @@ def test_broken_math_shepherd_rows(tmp_path, change, message):
     [
         ({"steps": []}, r"`steps` of line 2 of .* is \[\]"),
         ({"steps": ["a", None]}, r"`steps` of line 2 of .* is \['a', None\]"),
-        ({"label": 3}, r"`label` \(of 3 steps\) of line 2 of .* is 3"),
-        ({"label": -2}, r"`label` \(of 3 steps\) of line 2 of .* is -2"),
+        ({"label": 3}, r"`label` \(steps: 3\) of line 2 of .* is 3"),
+        ({"label": -2}, r"`label` \(steps: 3\) of line 2 of .* is -2"),
         ({"label": False}, r"`label` of line 2 of .* is False"),
         ({"id": 4}, r"`id` of line 2 of .* is 4"),
         ({"problem": None}, r"`problem` of line 2 of .* is None"),
@@ -457,7 +468,7 @@ def test_broken_processbench_rows(tmp_path, change, message):
         list(read_processbench(path))
 
 
-def test_imports_need_the_standard_library_alone():
+def test_importers_use_the_standard_library_only():
     code = "import stepdpo_trl.pipeline.importers.formats, sys; print({'torch', 'trl', 'datasets'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"

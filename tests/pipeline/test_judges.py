@@ -1,4 +1,4 @@
-"""Who finds the first wrong step: binary search against the linear scan, replies, votes, scores."""
+"""Judges: binary search against a linear scan, readable replies, votes, scores, and combined judges."""
 
 import math
 
@@ -32,7 +32,7 @@ def solution(steps):
 
 
 class Rollouts:
-    """Services in which a rollout is right behind fewer than `first_wrong` steps, from number `luck` on."""
+    """Services whose rollouts from number `luck` on are right after fewer than `first_wrong` steps."""
 
     def __init__(self, first_wrong, luck=0):
         self.first_wrong, self.luck, self.asked = first_wrong, luck, []
@@ -58,7 +58,7 @@ def judge_one(judge, item, services):
 @pytest.mark.parametrize("luck", [0, 1, 3, 7])
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 13])
 def test_rollouts_find_every_step(steps, luck):
-    """Binary search names the step that a linear scan of all prefixes names, with k log2 M rollouts at most."""
+    """Binary search finds the same step as a linear scan of all prefixes, with at most k log2(M) rollouts."""
     policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     for first_wrong in range(1, steps + 1):
         services = Rollouts(first_wrong, luck)
@@ -69,18 +69,18 @@ def test_rollouts_find_every_step(steps, luck):
 
 
 def test_rollouts_stop_early():
-    """Prefixes that are not lost cost a sample each, the lost one all eight."""
+    """A prefix that is not lost costs one rollout, a lost one all eight."""
     policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     services = Rollouts(first_wrong=8)
     verdict = judge_one(rollout_judge(policy, 8), solution(8), {"policy": services, "check": services})
-    # 0 (the beginning), 4, 6, 7 steps are good; that all 8 are not is known
+    # Prefixes of 0, 4, 6 and 7 steps are not lost. The whole solution is known to be wrong.
     assert verdict.evidence["rollouts"] == {"0": [1, 1], "4": [1, 1], "6": [1, 1], "7": [1, 1]}
     services = Rollouts(first_wrong=1)
     verdict = judge_one(rollout_judge(policy, 8), solution(8), {"policy": services, "check": services})
     assert verdict.evidence["rollouts"] == {"0": [1, 1], "4": [8, 0], "2": [8, 0], "1": [8, 0]}
 
 
-def test_out_of_reach():
+def test_rollouts_abstain_on_problems_that_are_never_solved():
     policy = Policy("policy", STEP_PROMPTS["plain"], lambda user, response_prefix: response_prefix, 0)
     services = Rollouts(first_wrong=0)
     verdict = judge_one(rollout_judge(policy, 8), solution(3), {"policy": services, "check": services})
@@ -110,31 +110,31 @@ class Replies:
         (3, ["no"] * 6, None, 6),
     ],
 )
-def test_llm(votes, replies, step, unreadable):
+def test_votes_of_a_language_model(votes, replies, step, unreadable):
     services = Replies(*replies)
     verdict = judge_one(llm_judge("judge", 0, votes), solution(3), {"judge": services})
     assert verdict.step == step
     assert verdict.evidence["unreadable"] == unreadable
-    assert not services.texts  # it asked as often as it had to
+    assert not services.texts  # no fewer requests than expected
     assert len({request.key for request in services.asked}) == len({r.seed for r in services.asked}) == len(replies)
 
 
-def test_what_the_judge_sees():
+def test_the_prompt_contains_the_gold_solution_only_if_it_should():
     for gold in (True, False):
         services = Replies(r"\boxed{1}")
         judge_one(llm_judge("judge", 0, gold=gold), solution(2), {"judge": services})
         (message,) = services.asked[0].prompt
-        for part, seen in (
+        for part, expected in (
             ("What is it?", True),
             ("<step_2>\ns2\n</step_2>", True),
             ("It is 1.", gold),
             ("[Correct answer]\n1\n", gold),
         ):
-            assert (part in message["content"]) == seen
+            assert (part in message["content"]) == expected
         assert message["content"].endswith(r"with \boxed{-1} if no step is wrong.")
 
 
-def test_a_template_shows_no_gold_where_the_judge_is_to_see_none():
+def test_a_template_without_gold_gets_empty_variables():
     services = Replies(r"\boxed{1}")
     template = "{{ problem }}{{ steps[0] }}[{{ answer }}{{ solution }}]"
     judge_one(llm_judge("judge", 0, gold=False, prompt=template), solution(2), {"judge": services})
@@ -156,19 +156,19 @@ def test_a_template_shows_no_gold_where_the_judge_is_to_see_none():
         ("2", None),
     ],
 )
-def test_strict_reading(reply, number):
+def test_replies_are_read_strictly(reply, number):
     assert read_step(reply, 3) == number
 
 
-def test_expressions():
+def test_judge_expressions():
     assert parse_judges("arithmetic , rollout+llm") == [["arithmetic"], ["rollout", "llm"]]
     for wrong in ("", "arithmetic,", "rollout+", "gpt"):
         with pytest.raises(RunError, match="is not known"):
             parse_judges(wrong)
 
 
-def test_combinations():
-    def says(step):
+def test_combined_judges():
+    def fixed(step):
         def judge(item):
             return Verdict(step, "stand-in", {})
             yield
@@ -176,7 +176,7 @@ def test_combinations():
         return judge
 
     def verdict(expression, **steps):
-        judge = combine(parse_judges(expression), {name: says(step) for name, step in steps.items()})
+        judge = combine(parse_judges(expression), {name: fixed(step) for name, step in steps.items()})
         return judge_one(judge, solution(3), {})
 
     assert verdict("arithmetic,rollout", arithmetic=2, rollout=3).step == 2
@@ -199,7 +199,7 @@ def test_arithmetic_evidence():
 
 
 class QwenPRM(nn.Module):
-    """The layout of Qwen2.5-Math-PRM: a backbone and a head of two layers with two classes."""
+    """A tiny model like Qwen2.5-Math-PRM: a backbone, and a head of two layers with two classes."""
 
     def __init__(self, config):
         super().__init__()
@@ -230,8 +230,8 @@ def tiny_config(tokenizer, **kwargs):
 STEPS = [("first step", "second, and last"), ("a",), ("one", "two", "three")]
 
 
-def test_prm_of_qwen():
-    """Scores are those of each solution by itself, read where `<extra_0>` stands."""
+def test_qwen_prm():
+    """Scores in a batch match those of each solution alone, read at `<extra_0>`."""
     tokenizer = byte_level_tokenizer(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
     torch.manual_seed(0)
@@ -245,8 +245,8 @@ def test_prm_of_qwen():
         )
         text += "<extra_0>".join(steps) + "<extra_0><|im_end|>\n"
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        places = (ids[0] == tokenizer.convert_tokens_to_ids("<extra_0>")).nonzero().flatten()
-        expected = model(input_ids=ids)[0][0, places].softmax(-1)[:, 1]
+        positions = (ids[0] == tokenizer.convert_tokens_to_ids("<extra_0>")).nonzero().flatten()
+        expected = model(input_ids=ids)[0][0, positions].softmax(-1)[:, 1]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
         assert len(found) == len(steps)
 
@@ -265,7 +265,7 @@ def test_prm_with_a_token_classification_head():
         assert found == pytest.approx(expected[1:], rel=1e-4)
 
 
-def test_prm_names_the_first_low_score():
+def test_prm_picks_the_first_low_score():
     class Scores:
         def answer(self, requests):
             return {request.key: {"scores": [0.9, 0.4, 0.1]} for request in requests}

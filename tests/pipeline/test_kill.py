@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends with what an unbroken one gives, and asks nothing twice."""
+"""A run killed many times and resumed gives the results of an uninterrupted one, without repeated requests."""
 
 import json
 import os
@@ -14,53 +14,49 @@ import pytest
 
 from stepdpo_trl.pipeline.build import build
 
-from .kill_pipeline import main
+from ..distributed.launcher import run_script
+from . import kill_pipeline
 
 ROOT = Path(__file__).parents[2]
 
 
 def start(path):
+    """Start the run in a new interpreter, with worker processes that check the answers."""
     command = [sys.executable, "-m", "tests.pipeline.kill_pipeline", str(path)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
-def wait_for_growth(process, path, least):
-    """Until the run has written so much more, or has ended."""
-    while process.poll() is None and sum(f.stat().st_size for f in path.glob("*.jsonl")) < least:
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_25_kills(tmp_path):
-    main(tmp_path / "unbroken")
-    whole = sum(f.stat().st_size for f in (tmp_path / "unbroken").glob("*.jsonl"))
+    kill_pipeline.run(tmp_path / "uninterrupted")
+    whole = kill_pipeline.size(tmp_path / "uninterrupted")
     path = tmp_path / "killed"
     path.mkdir()
     rng = random.Random(0)
-    stages = Counter()
-    kills = 0
-    for moment in ((kill + rng.random()) / 26 for kill in range(25)):
+    stages = []
+    for _ in range(2):  # with the worker processes; the other kills are in forks without them
         process = start(path)
-        wait_for_growth(process, path, moment * whole)
+        before = kill_pipeline.size(path)
+        while process.poll() is None and kill_pipeline.size(path) < before + whole / 50:
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
+            stages.append(kill_pipeline.last_stage(path))
         process.wait()
-        stages[max((f.name.partition(".")[0] for f in path.glob("*.jsonl")), key=ORDER.index, default=None)] += 1
+    done = run_script(kill_pipeline.__file__, path, "--kills", 23, "--size", whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages += json.loads(done.stdout.splitlines()[-1])
     process = start(path)
     output = process.communicate()[0].decode()
     assert process.returncode == 0, output
-    assert kills >= 20, kills
-    assert len(stages) >= 3, stages  # kills fell into all of them
-    for file in (tmp_path / "unbroken").glob("*.jsonl"):
+    assert len(stages) >= 20, stages
+    assert len(Counter(stages)) >= 3, stages  # kills in all pipeline stages
+    for file in (tmp_path / "uninterrupted").glob("*.jsonl"):
         lines = [json.loads(line) for line in (path / file.name).read_text().splitlines()]
-        assert len({line["key"] for line in lines}) == len(lines), file.name  # nothing twice
+        assert len({line["key"] for line in lines}) == len(lines), file.name  # no request was repeated
         expected = [json.loads(line) for line in file.read_text().splitlines()]
         assert sorted(lines, key=str) == sorted(expected, key=str), file.name
-    assert build([path]) == build([tmp_path / "unbroken"])
-
-
-ORDER = ["settings", "problems", "checks", "generations", "solutions", "verdicts", "corrections"]
+    assert build([path]) == build([tmp_path / "uninterrupted"])

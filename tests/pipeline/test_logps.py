@@ -1,12 +1,19 @@
-"""Log-probabilities of steps: against one sequence at a time, and how much is held in memory for them."""
+"""Log-probabilities of steps: values and tokens against the trainer's, and memory."""
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stepdpo_trl import StepDPOConfig, StepDPOTrainer
+from stepdpo_trl.cli.data import _score
+from stepdpo_trl.generation.transformers import TransformersGenerator
 from stepdpo_trl.pipeline.logps import add_logps
 from stepdpo_trl.quickstart import MODEL_PATH
+from stepdpo_trl.step_dpo.tokenization import StepTokenizer
+
+from ..tiny import CHATML, byte_level_tokenizer, save_tiny_model, sentencepiece_tokenizer
 
 ROWS = [
     {
@@ -20,7 +27,7 @@ ROWS = [
 
 
 class Largest(TorchDispatchMode):
-    """The most positions whose scores over the vocabulary, or log-probabilities, were in one tensor."""
+    """Largest number of positions whose logits, or log-probabilities, were in one tensor."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -37,11 +44,11 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_one_sequence_at_a_time_and_what_is_in_memory():
+def test_values_and_memory():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
     rows = [dict(row) for row in ROWS]
     with Largest(model.config.vocab_size) as largest:
-        add_logps(rows, str(MODEL_PATH), batch_size=4)
+        add_logps(rows, model, StepTokenizer(tokenizer), batch_size=4)
     longest_prefix = longest_step = 0
     for row in rows:
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -54,6 +61,40 @@ def test_one_sequence_at_a_time_and_what_is_in_memory():
             logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
             expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
             assert row[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)
-    assert longest_prefix > 4 * longest_step  # or the next would say nothing
+    assert longest_prefix > 4 * longest_step  # or the next two lines would show nothing
     assert 0 < largest.logps <= longest_step  # one row at a time
-    assert 0 < largest.scores <= 4 * 4 * longest_step  # of each of four rows where any of four has a step
+    assert 0 < largest.scores <= 4 * 4 * longest_step  # for each of four rows, the positions of any step
+
+
+@pytest.mark.parametrize("make_tokenizer", [sentencepiece_tokenizer, byte_level_tokenizer])
+def test_tokens_are_those_of_the_trainer(make_tokenizer, tmp_path, monkeypatch):
+    """`build --logps` sums over the tokens that the trainer labels, without an extra "▁" and with the end of turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    path = save_tiny_model(tmp_path / "model", tokenizer)
+    rows = [
+        {
+            "prompt": "What is 12 + 30?",
+            "initial_reason_steps": "Step 1:",
+            "chosen": " 12 + 30 = 42",
+            "rejected": " 12 + 30 = 41" + " therefore" * number,
+            "chosen_ends_solution": number == 1,
+            "rejected_ends_solution": False,
+        }
+        for number in range(3)
+    ]
+    args = StepDPOConfig(str(tmp_path), max_length=None, report_to="none", use_cpu=True, bf16=False)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    generator = TransformersGenerator(model, tokenizer)
+    monkeypatch.setattr(
+        TransformersGenerator, "load", lambda spec: generator
+    )  # AutoTokenizer would load another class
+    trainer = StepDPOTrainer(path, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    _score(path, rows)
+    for row, ids in zip(rows, trainer.train_dataset, strict=True):
+        for name in ("chosen", "rejected"):
+            prefix, step = ids["prompt_ids"], ids[f"{name}_ids"]
+            with torch.no_grad():
+                logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
+            expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
+            assert row[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Stages whose pairs come from the model of the last one: order, interruptions, the whole way on the small model."""
+"""Loop of pairs and training: order, interruptions, and two stages with the quickstart model."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ class StoppedError(Exception):
 
 
 class Work:
-    """Writes down what it is asked for, and stops before or after the given one."""
+    """Records the parts that it is asked to do, and stops before or after one of them."""
 
     def __init__(self, stop_at=None, after=False):
         self.asked, self.stop_at, self.after = [], stop_at, after
@@ -55,7 +55,7 @@ def expected(out, stages=3):
     return [(what, n, model) for n, model in enumerate(models, start=1) for what in ("pairs", "train")]
 
 
-def test_each_stage_has_the_model_of_the_last(tmp_path):
+def test_each_stage_uses_the_model_of_the_previous_one(tmp_path):
     work = Work()
     work.run(tmp_path)
     assert work.asked == expected(tmp_path)
@@ -63,8 +63,8 @@ def test_each_stage_has_the_model_of_the_last(tmp_path):
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("stop_at", range(6))
-def test_an_interrupted_loop_goes_on(stop_at, after, tmp_path):
-    """Nothing is done twice, and nothing left out."""
+def test_an_interrupted_loop_resumes(stop_at, after, tmp_path):
+    """No part is done twice or left out."""
     first, second = Work(stop_at, after), Work()
     with pytest.raises(StoppedError):
         first.run(tmp_path)
@@ -72,17 +72,17 @@ def test_an_interrupted_loop_goes_on(stop_at, after, tmp_path):
     assert first.asked + second.asked == expected(tmp_path)
 
 
-def test_more_stages_later_and_other_settings_never(tmp_path):
+def test_stages_can_be_added_but_settings_cannot_change(tmp_path):
     Work().run(tmp_path, stages=2, seed=0)
     work = Work()
     work.run(tmp_path, stages=3, seed=0)
     assert work.asked == expected(tmp_path)[4:]
-    with pytest.raises(RunError, match=r"was begun with seed=0 \(now 1\)"):
+    with pytest.raises(RunError, match=r"was started with other settings:\n  seed: 0 in this run, 1 now\n"):
         Work().run(tmp_path, stages=3, seed=1)
 
 
-def test_nothing_is_settled_before_there_are_pairs(tmp_path):
-    """A wrong first command can be mended."""
+def test_settings_are_written_after_the_first_pairs(tmp_path):
+    """A failed first command can be corrected."""
     with pytest.raises(StoppedError):
         Work(stop_at=0).run(tmp_path, seed=0)
     work = Work()
@@ -95,8 +95,8 @@ def test_one_process_at_a_time(tmp_path):
         Work().run(tmp_path)
 
 
-def test_what_a_killed_loop_started_is_waited_for(tmp_path):
-    """An orphan may still train in the folder."""
+def test_processes_of_a_killed_loop_keep_the_lock(tmp_path):
+    """A training that outlives the loop may still write to the folder."""
     started = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], close_fds=False)"
     script = (
         "import sys; from pathlib import Path; from stepdpo_trl.pipeline.loop import run_loop\n"
@@ -106,12 +106,12 @@ def test_what_a_killed_loop_started_is_waited_for(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "at work\n"
-        time.sleep(1)  # for the orphan to be there
+        time.sleep(1)  # until the child process has started
         process.kill()
         process.wait()
-        with pytest.raises(RunError, match=f"process {process.pid}, or what it started, on"):
+        with pytest.raises(RunError, match=f"process {process.pid} or its children on "):
             Work().run(tmp_path)
-        process.stdin.close()  # which ends the orphan
+        process.stdin.close()  # ends the child process
         for _ in range(100):
             with contextlib.suppress(RunError):
                 Work().run(tmp_path)
@@ -120,7 +120,7 @@ def test_what_a_killed_loop_started_is_waited_for(tmp_path):
     assert (tmp_path / "stage-3" / "model").exists()
 
 
-def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
+def test_a_failed_part_reports_how_to_continue(tmp_path, capfd):
     argv = [
         "loop",
         "--model",
@@ -131,10 +131,10 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
         str(tmp_path / "none.jsonl"),
     ]
     assert main([*argv, "--", *CPU]) == 2
-    said = capfd.readouterr().err
-    assert "There is no file" in said
-    assert "stage-1: `stepdpo data` ended with status 2" in said
-    assert f"remove {tmp_path / 'out' / 'stage-1'}" in said
+    error = capfd.readouterr().err
+    assert "There is no file" in error
+    assert "stage-1: `stepdpo data` ended with status 2" in error
+    assert f"remove {tmp_path / 'out' / 'stage-1'}" in error
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_part_that_fails_says_how_to_go_on(tmp_path, capfd):
         (["--base-url", "http://localhost:1/v1"], [], "would go on answering with the model that it has loaded"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_done(data, training, message, tmp_path, capsys):
+def test_invalid_options_are_refused_first(data, training, message, tmp_path, capsys):
     argv = [
         "loop",
         "--model",
@@ -165,14 +165,14 @@ def test_wrong_options_are_refused_before_anything_is_done(data, training, messa
     ]
     try:
         status = main(argv)
-    except SystemExit as stopped:  # of argparse
+    except SystemExit as stopped:  # by argparse
         status = stopped.code
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_merged_adapter_is_the_adapted_model(chat_model, tmp_path):
+def test_merged_adapter_equals_the_adapted_model(chat_model, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(chat_model)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
@@ -187,9 +187,9 @@ def test_merged_adapter_is_the_adapted_model(chat_model, tmp_path):
     assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
 
 
-def test_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
+def test_training_resumes_from_the_last_complete_checkpoint(tmp_path):
     assert _resume(tmp_path) == []
-    for number, content in ((2, "{}"), (4, "{")):  # the second was cut off
+    for number, content in ((2, "{}"), (4, "{")):  # the second is truncated
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(content)
     assert _resume(tmp_path) == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
@@ -197,7 +197,7 @@ def test_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
-    """The parts in this process, which need not import everything anew; test_cli launches a training."""
+    """All parts run in this process, which saves imports. test_cli launches a training."""
 
     def run(command, **options):
         what, *argv = command[3:]

@@ -1,6 +1,9 @@
-"""From problems to step pairs with a made-up student, whose mistakes are known."""
+"""The pipeline stages with a simulated student whose mistakes are known."""
 
+import hashlib
+import html
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,15 +11,23 @@ import pytest
 from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.data.schema import StepPreference
-from stepdpo_trl.generation import Completion, ModelSpec, Sampling
+from stepdpo_trl.data.steps import split_steps
+from stepdpo_trl.generation import Completion, GenerationError, ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories, select_pairs
+from stepdpo_trl.pipeline.build_record import make_record, read_build, write_build
 from stepdpo_trl.pipeline.collect import read_solutions, wrong_solutions
-from stepdpo_trl.pipeline.localize import agreement, read_verdicts
-from stepdpo_trl.pipeline.records import read_problems
-from stepdpo_trl.pipeline.session import JudgeOptions, Session, corrections_name
-from stepdpo_trl.pipeline.summary import summarize
+from stepdpo_trl.pipeline.data_card import write_card, write_import_card
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
+from stepdpo_trl.pipeline.localize import agreement, localize, read_verdicts
+from stepdpo_trl.pipeline.names import corrections_name
+from stepdpo_trl.pipeline.records import Verdict, describe_source, read_problems
+from stepdpo_trl.pipeline.report import render_report
+from stepdpo_trl.pipeline.session import Session
+from stepdpo_trl.pipeline.stage_directory import read_times
+from stepdpo_trl.pipeline.summary import Summary, costs_of, summarize, table_of
 from stepdpo_trl.quickstart import ArithmeticProblem, first_lost_step
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
+from stepdpo_trl.runs.runner import TaskRunner
 
 from ..simulated import Student, draw_records
 
@@ -31,13 +42,21 @@ def checker():
 
 
 def run_all(
-    path, checker, student=None, problems=None, judge_name="arithmetic,rollout", shard=(0, 1), num_samples=3, **options
+    path,
+    checker,
+    student=None,
+    problems=None,
+    judge_name="arithmetic,rollout",
+    shard=(0, 1),
+    num_samples=3,
+    num_rollouts=8,
+    **options,
 ):
     student = student or Student()
     session = Session({MODEL: student}, checker)
     problems = draw_records(30) if problems is None else problems
     session.collect(path, problems, "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, num_samples, shard=shard)
-    session.localize(path, judge_name, JudgeOptions())
+    session.localize(path, judge_name, JudgeOptions(num_rollouts=num_rollouts))
     session.rectify(path, **options)
     return student
 
@@ -47,7 +66,7 @@ def records(path):
 
 
 def test_pairs(tmp_path, checker):
-    """Every number of the run, against the truth."""
+    """All records of a run agree with the ground truth."""
     run_all(tmp_path, checker, judge_name="rollout", num_corrections=2)
     with RunDirectory(tmp_path) as run:
         solutions = list(read_solutions(run))
@@ -61,7 +80,7 @@ def test_pairs(tmp_path, checker):
     right = sum(
         step == first_lost_step(ArithmeticProblem.parse(s.problem.problem), s.text) for s, step in located.values()
     )
-    assert right / len(located) > 0.95  # luck makes some wrong steps good
+    assert right / len(located) > 0.95  # some rollouts reach the right answer by luck
     rows, left_out = build([tmp_path])
     assert len(rows) > 30
     assert left_out["duplicate"] >= 0
@@ -79,8 +98,8 @@ def test_pairs(tmp_path, checker):
         StepPreference.from_row(row, "row")
 
 
-def test_a_prefix_is_sampled_once_in_all_stages(tmp_path, checker):
-    """Samples of `collect` are rollouts from the beginning; rollouts of the last right prefix are corrections."""
+def test_samples_are_shared_by_all_stages(tmp_path, checker):
+    """Samples of `collect` are rollouts from the beginning, and rollouts of the last right prefix are corrections."""
     student = run_all(tmp_path, checker, judge_name="rollout")
     assert len(student.asked) == len(set(student.asked))
     with RunDirectory(tmp_path) as run:
@@ -91,11 +110,11 @@ def test_a_prefix_is_sampled_once_in_all_stages(tmp_path, checker):
         )
     assert set(asked) == set(student.asked)
     assert set(found) <= set(asked)
-    assert len(asked) < 90 + rollouts  # some rollouts cost nothing
+    assert len(asked) < 90 + rollouts  # some rollouts are samples of `collect`
 
 
-def test_batches_are_those_of_an_unbroken_run(tmp_path, checker):
-    """What a stage had asked before a kill is in its batches again, as done; what other stages asked is not."""
+def test_batches_of_a_resumed_run(tmp_path, checker):
+    """Batches contain the requests that the same stage had sent before a kill, but not those of other stages."""
 
     class Batches(Student):
         def generate(self, requests, sampling, done):
@@ -115,7 +134,7 @@ def test_batches_are_those_of_an_unbroken_run(tmp_path, checker):
     lines = log.read_text().splitlines(keepends=True)
     stages = [json.loads(line)["stage"] for line in lines]
     for stage in ("localize rollout", "rectify rollout"):
-        log.write_text("".join(lines[: stages.index(stage) + 3]))  # three answers of its first round
+        log.write_text("".join(lines[: stages.index(stage) + 3]))  # keep three answers of the first round
         for name in ("verdicts.rollout", "corrections.rollout"):
             (tmp_path / "cut" / f"{name}.jsonl").unlink(missing_ok=True)
         rest = go(tmp_path / "cut")
@@ -123,7 +142,7 @@ def test_batches_are_those_of_an_unbroken_run(tmp_path, checker):
         assert log.read_text() == "".join(lines)
 
 
-def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
+def test_rerun_requests_nothing_and_changes_nothing(tmp_path, checker):
     run_all(tmp_path, checker)
     before = records(tmp_path)
     student = run_all(tmp_path, checker)
@@ -131,16 +150,138 @@ def test_again_asks_nothing_and_changes_nothing(tmp_path, checker):
     assert records(tmp_path) == before
 
 
-def test_more_samples_go_on(tmp_path, checker):
-    run_all(tmp_path, checker, num_samples=2)
-    student = run_all(tmp_path, checker, num_samples=3)
-    run_all(tmp_path / "whole", checker, num_samples=3)
-    assert student.asked
-    assert build([tmp_path])[0] == build([tmp_path / "whole"])[0]
+def latest(path):
+    """Records of a run by file and key. The last record of a key counts."""
+    lines = ((file.name, json.loads(line)) for file in path.glob("*.jsonl") for line in file.read_text().splitlines())
+    return {(name, record.pop("key")): record for name, record in lines}
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ({"num_samples": 2}, {"num_samples": 3}),
+        ({"max_attempts": 2}, {"max_attempts": 12}),
+        ({"num_corrections": 1}, {"num_corrections": 3}),
+        ({"num_rollouts": 1}, {"num_rollouts": 8}),
+        (
+            {"num_samples": 1, "max_attempts": 2, "num_rollouts": 2},
+            {"num_samples": 2, "max_attempts": 9, "num_rollouts": 6, "num_corrections": 2},
+        ),
+    ],
+)
+def test_growing_equals_a_run_from_scratch(small, large, tmp_path, checker):
+    """No sample is requested twice, and all results are those of a new run with the larger values."""
+    options = {"judge_name": "rollout", "max_attempts": 8, "problems": draw_records(12)}
+    student = Student(mistakes=0.4, wordings=3)
+    run_all(tmp_path / "grown", checker, student, **{**options, **small})
+    before = build([tmp_path / "grown"])[0]
+    run_all(tmp_path / "grown", checker, student, **{**options, **large})
+    assert len(student.asked) == len(set(student.asked))
+    run_all(tmp_path / "whole", checker, Student(mistakes=0.4, wordings=3), **{**options, **large})
+    grown, whole = latest(tmp_path / "grown"), latest(tmp_path / "whole")
+    for kind in ("settings", "solutions", "verdicts", "problems"):
+        assert {k: v for k, v in grown.items() if k[0].startswith(kind)} == {
+            k: v for k, v in whole.items() if k[0].startswith(kind)
+        }
+    assert build([tmp_path / "grown"]) == build([tmp_path / "whole"])
+    assert build([tmp_path / "grown"])[0] != before  # or the test would show nothing
+    one, other = summarize([tmp_path / "grown"]), summarize([tmp_path / "whole"])
+    assert (one.verdicts, one.corrections) == (other.verdicts, other.corrections)
+
+
+@pytest.mark.parametrize(
+    ("small", "message"),
+    [
+        ({"num_samples": 2}, "num_samples=2 is less than num_samples=3 of `collect`"),
+        ({"num_rollouts": 7}, "num_rollouts=7 is less than num_rollouts=8 of `localize arithmetic,rollout`"),
+        ({"max_attempts": 19}, "max_attempts=19 is less than max_attempts=20 of `rectify arithmetic,rollout`"),
+        ({"num_corrections": 1}, "num_corrections=1 is less than num_corrections=2"),
+    ],
+)
+def test_shrinking_is_refused(small, message, tmp_path, checker):
+    options = {"num_corrections": 2, "problems": draw_records(8)}
+    run_all(tmp_path, checker, **options)
+    before = records(tmp_path)
+    with pytest.raises(RunError, match=rf"{message}.*use another folder"):
+        run_all(tmp_path, checker, **{**options, **small})
+    assert records(tmp_path) == before
+
+
+def test_corrections_of_replaced_verdicts_are_left_out(tmp_path, checker, caplog):
+    """`build` between `localize` and `rectify` must not pair a step with the correction of another one."""
+    student = Student(mistakes=0.35, wordings=3)
+    run_all(tmp_path, checker, student, judge_name="rollout", num_rollouts=2)
+    before = build([tmp_path])[0]
+    Session({MODEL: student}, checker).localize(tmp_path, "rollout", JudgeOptions(num_rollouts=8))
+    assert "Run `stepdpo rectify` again" not in caplog.text
+    after = build([tmp_path])[0]
+    assert "belong to verdicts that `localize` has replaced" in caplog.text
+    assert 0 < len(after) < len(before)
+    with RunDirectory(tmp_path) as run:
+        located = {solution.text: read_verdicts(run)[1][solution.key].step for solution in wrong_solutions(run)}
+    assert all(row["step_index"] == located[row["initial_reason_steps"] + row["full_rejected"]] for row in after)
+
+
+class FailingGenerator(Student):
+    """Generator of a server that cannot be reached."""
+
+    def generate(self, requests, sampling, done):
+        raise GenerationError("no connection")
+        yield
+
+
+def test_a_failed_first_attempt_does_not_lock_the_folder(tmp_path, checker):
+    """Settings and problems are written with the first answer."""
+    down = ModelSpec("unreachable")
+    session = Session({MODEL: Student(), down: FailingGenerator()}, checker)
+    problems, prompt = draw_records(8), STEP_PROMPTS["plain"]
+    with pytest.raises(GenerationError):
+        session.collect(
+            tmp_path, problems, "other", down, STEP_PROMPTS["qwen2-boxed"], Sampling(0.5, 1.0, 64), 5, seed=1
+        )
+    assert records(tmp_path) == {}
+    session.collect(tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, 2)
+    before = records(tmp_path)
+    with pytest.raises(GenerationError):
+        Session({MODEL: FailingGenerator()}, checker).collect(
+            tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, num_samples=9
+        )
+    with pytest.raises(GenerationError):
+        session.localize(tmp_path, "llm", JudgeOptions(model=down, votes=3))
+    assert records(tmp_path) == before
+    session.localize(tmp_path, "arithmetic", JudgeOptions())
+    with pytest.raises(GenerationError):
+        session.rectify(tmp_path, max_attempts=9, rectifier=down)
+    session.generators[down] = Student()
+    assert session.rectify(tmp_path, max_attempts=3, rectifier=down)["pairs"]
+    assert session.collect(tmp_path, problems, "drawn", MODEL, prompt, SAMPLING, num_samples=3)
+
+
+def test_a_misspelled_model_does_not_lock_the_folder(chat_model, tmp_path, capsys):
+    """A command with a misspelled path can be corrected and rerun in the same folder."""
+    (tmp_path / "problems.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    command = ["collect", "--problems", str(tmp_path / "problems.jsonl"), "--output-dir", str(tmp_path / "run")]
+    command += ["--max-new-tokens", "4"]
+    assert main([*command, "--model", str(tmp_path / "nosuch")]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    assert main([*command, "--model", chat_model]) == 0
+
+
+def test_time_is_added_up_over_resumes(tmp_path, checker):
+    """A rerun that has nothing to do adds no time."""
+    session = Session({MODEL: Student(delay=0.02)}, checker)
+    arguments = (tmp_path, draw_records(6), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING)
+    session.collect(*arguments, 2)
+    first = read_times(tmp_path)["collect"]
+    assert first >= 0.2
+    session.collect(*arguments, 2)
+    assert read_times(tmp_path) == {"collect": first}
+    session.collect(*arguments, 4)
+    assert read_times(tmp_path)["collect"] >= first + 0.2
 
 
 def test_shards_merge(tmp_path, checker):
-    """The pairs of four shards are those of one run."""
+    """Four shards give the pairs of one run."""
     run_all(tmp_path / "whole", checker)
     for index in range(4):
         run_all(tmp_path / "parts" / f"shard-{index}-of-4", checker, shard=(index, 4))
@@ -154,8 +295,8 @@ def test_shards_merge(tmp_path, checker):
         run_directories(tmp_path / "parts")
 
 
-def test_judges_combined(tmp_path, checker):
-    """`>` asks where the first is silent, `+` keeps what both say."""
+def test_judge_expressions(tmp_path, checker):
+    """`,` asks the next judge if the first abstains, `+` keeps the verdicts on which both agree."""
     session = Session({MODEL: Student()}, checker)
     session.collect(tmp_path, draw_records(30), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
     for judge_name in ("arithmetic", "rollout", "arithmetic,rollout", "arithmetic+rollout"):
@@ -168,14 +309,14 @@ def test_judges_combined(tmp_path, checker):
         shared = agreement(run)["arithmetic", "rollout"]
     assert either == {key: one[key] or two[key] for key in one}
     assert both == {key: one[key] if one[key] == two[key] else None for key in one}
-    speaking = [key for key in one if one[key] and two[key]]
-    assert shared == {"both": len(speaking), "same": sum(one[key] == two[key] for key in speaking)}
+    located = [key for key in one if one[key] and two[key]]
+    assert shared == {"both": len(located), "same": sum(one[key] == two[key] for key in located)}
     with pytest.raises(RunError, match="several judges"):
         session.rectify(tmp_path)
 
 
-def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
-    """Both through the session: the person's answers are kept apart, the judge's replies too."""
+def test_human_and_llm_judges(tmp_path, checker, monkeypatch):
+    """Labels and replies are kept in separate files."""
     from stepdpo_trl.pipeline.judges import human_page
 
     truth = {}
@@ -203,13 +344,13 @@ def test_a_person_and_a_language_model_judge(tmp_path, checker, monkeypatch):
         (log,) = (log for name, log in run.logs("generations").items() if name.startswith("judge-"))
         assert len(log) == sum(step is not None for step in truth.values())
     assert {key: verdict.step for key, verdict in verdicts.items()} == truth
-    # The same judge says that the last step of every solution is wrong: no correction of a last step passes
+    # This judge finds the last step of every solution wrong, so no correction of a last step passes
     counts = session.rectify(tmp_path, max_attempts=4, check="llm", options=JudgeOptions(model=judge))
     assert counts["dropped"] > 0
     assert counts["pairs"] == 0
 
 
-def test_wanted_and_most(tmp_path, checker):
+def test_num_corrections_and_max_attempts(tmp_path, checker):
     student = run_all(tmp_path, checker, Student(mistakes=0.5), num_corrections=3, max_attempts=5)
     with RunDirectory(tmp_path) as run:
         log = next(iter(run.logs("corrections").values()))
@@ -219,20 +360,20 @@ def test_wanted_and_most(tmp_path, checker):
 
 
 def test_rectified_by_another_model(tmp_path, checker):
-    """Preferred steps out of distribution: the samples are another model's, and kept apart."""
+    """Samples of another model are kept in their own file."""
     run_all(tmp_path, checker)
     other = ModelSpec("org/teacher")
     teacher = Student(mistakes=0.0)
     session = Session({MODEL: Student(), other: teacher}, checker)
     session.rectify(tmp_path, rectifier=other)
     with RunDirectory(tmp_path) as run:
-        ways = list(run.logs("corrections"))
+        sets = list(run.logs("corrections"))
         (log,) = (log for name, log in run.logs("generations").items() if name.startswith("rectifier-teacher-"))
         assert set(log) == set(teacher.asked)
-    own, others = sorted(ways, key=len)
+    own, others = sorted(sets, key=len)
     assert own == "arithmetic,rollout"
     assert others.startswith(f"{own}.by-teacher-")
-    with pytest.raises(RunError, match="several kinds of corrections"):
+    with pytest.raises(RunError, match="several sets of corrections"):
         build([tmp_path])
     assert build([tmp_path], others)[0]
 
@@ -252,42 +393,42 @@ def test_selection():
     problems = {name: Problem(name, f"What is {name}?", "1") for name in "abc"}
     rows = [
         row("a", "Step 1:", " x = 1", " x = 2"),
-        row("a", "Step 1:", " x  = 1.", " X = 2"),  # the same but for spaces, case and full stop
-        row("a", "Step 1:", " y = 1", " x = 2"),  # another way to correct the first error
+        row("a", "Step 1:", " x  = 1.", " X = 2"),  # differs in spaces, case and final period only
+        row("a", "Step 1:", " y = 1", " x = 2"),  # another correction of the first error
         row("a", "Step 1: u\nStep 2:", " x = 1", " x = 2"),  # another error
         row("b", "Step 1:", " x = 1", " x = 2"),
         row("c", "Step 1:", " x = 1", " x = 2"),
     ]
     kept, left_out = select_pairs(rows, problems, ["what is  B ?"], max_pairs_per_problem=2)
     assert kept == [rows[0], rows[3], rows[5]]
-    assert left_out == {"duplicate": 1, "more than enough of a problem": 1, "in a test set": 1}
+    assert left_out == {"duplicate": 1, "above the limit per problem": 1, "in a test set": 1}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"problem": "What is 1 + 1?"}', "row 1: has no `answer`"),
-        ('{"problem": "What is 1 + 1?", "answer": ""}', "row 1: has no `answer`"),
-        ('{"question": "What is 1 + 1?", "answer": "It is ####  "}', "nothing behind `####`"),
-        ('{"task": "What is 1 + 1?", "answer": "2"}', "has no `problem`"),
+        ('{"problem": "What is 1 + 1?"}', "row 1: no `answer`"),
+        ('{"problem": "What is 1 + 1?", "answer": ""}', "row 1: no `answer`"),
+        ('{"question": "What is 1 + 1?", "answer": "It is ####  "}', "no final answer after `####`"),
+        ('{"task": "What is 1 + 1?", "answer": "2"}', "no column `problem`"),
         ('{"problem": " ", "answer": "2"}', "`problem` is empty"),
-        ('{"id": 1, "problem": "a", "answer": "2"}\n{"id": 1, "problem": "b", "answer": "2"}', "the id '1' again"),
-        ('{"problem": "a", "answer": "2"}\n{"problem": "a", "answer": "2"}', "the text of row 1 again"),
-        ('{"problem": 5, "answer": "2"}', r"`problem` is no text \(5\)"),
-        ('{"problem": "a\\ud800", "answer": "2"}', "row 1: is no text that can be written"),
+        ('{"id": 1, "problem": "a", "answer": "2"}\n{"id": 1, "problem": "b", "answer": "2"}', "same id '1' as row 1"),
+        ('{"problem": "a", "answer": "2"}\n{"problem": "a", "answer": "2"}', "same text as row 1"),
+        ('{"problem": 5, "answer": "2"}', r"`problem` is not text \(5\)"),
+        ('{"problem": "a\\ud800", "answer": "2"}', "row 1: contains text that cannot be encoded"),
         ('{"problem": "a", ', "Line 1 of .* is not JSON"),
         ("[1]", "is not an object"),
         ("", "has no problems"),
     ],
 )
-def test_problems_that_cannot_be_used(tmp_path, content, message):
+def test_invalid_problems(tmp_path, content, message):
     path = tmp_path / "problems.jsonl"
     path.write_text(content)
     with pytest.raises(RunError, match=message):
         read_problems(path)
 
 
-def test_problems_as_published(tmp_path):
+def test_gsm8k_problems(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(
         "\ufeff"
@@ -304,7 +445,7 @@ def test_problems_as_published(tmp_path):
         read_problems(tmp_path / "gms8k.jsonl")
 
 
-def test_answers_that_do_not_parse(tmp_path, checker):
+def test_gold_answers_that_cannot_be_parsed(tmp_path, checker):
     student = Student()
     problems = [*draw_records(2), type(draw_records(1)[0])("odd", "What is 1 + 1?", "\\frac{1}{")]
     with pytest.raises(RunError, match=r"1 gold answers cannot be read .*'odd'"):
@@ -312,7 +453,7 @@ def test_answers_that_do_not_parse(tmp_path, checker):
     assert student.asked == []
 
 
-def test_a_server_that_does_not_sample(tmp_path, checker, caplog):
+def test_warning_if_all_samples_are_the_same(tmp_path, checker, caplog):
     student = Student()
     student.answer = lambda request, answer=student.answer: answer(replace(request, seed=0))
     session = Session({MODEL: student}, checker)
@@ -320,15 +461,15 @@ def test_a_server_that_does_not_sample(tmp_path, checker, caplog):
     assert "the model is not sampled" in caplog.text
 
 
-def test_nothing_wrong(tmp_path, checker, caplog):
+def test_no_wrong_answers(tmp_path, checker, caplog):
     session = Session({MODEL: Student(mistakes=0.0)}, checker)
     session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
-    assert "Give harder problems, or more --num-samples" in caplog.text
+    assert "Use harder problems, or increase --num-samples" in caplog.text
     with pytest.raises(RunError, match="harder problems"):
         session.localize(tmp_path, "arithmetic", JudgeOptions())
 
 
-def test_refused_and_cut_solutions_are_counted_as_such(tmp_path, checker):
+def test_refused_and_truncated_solutions(tmp_path, checker):
     ends = {"p0": "refused", "p1": "length", "p2": "stop"}
     student = Student()
     student.answer = lambda request: Completion("It is 5, as", ends[request.key.partition("/")[0]], 1, 1)
@@ -339,26 +480,26 @@ def test_refused_and_cut_solutions_are_counted_as_such(tmp_path, checker):
     assert summarize([tmp_path]).unreadable == expected
 
 
-def test_nothing_readable(tmp_path, checker, caplog):
+def test_unreadable_answers(tmp_path, checker, caplog):
     session = Session({MODEL: Student(unreadable=1.0)}, checker)
     counts = session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
     assert counts == {"unreadable": 6}
-    assert "Unreadable solutions teach nothing" in caplog.text
+    assert "Unreadable solutions cannot be used" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("judge_name", "options", "message"),
     [
         ("roll-out", JudgeOptions(), "Did you mean 'rollout'"),
-        ("rollout+rollout", JudgeOptions(), "stands twice"),
+        ("rollout+rollout", JudgeOptions(), "contains a judge twice"),
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
         ("rollout", JudgeOptions(num_rollouts=0), "num_rollouts=0"),
-        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "leaves the steps out"),
+        ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "does not contain the steps"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
 )
-def test_judges_that_cannot_be_asked(tmp_path, checker, judge_name, options, message):
+def test_invalid_judge_options(tmp_path, checker, judge_name, options, message):
     with pytest.raises(RunError, match=message):
         Session({}, checker).localize(tmp_path, judge_name, options)
 
@@ -380,7 +521,7 @@ def test_options_without_effect(tmp_path, capsys, options, message):
 
 
 def test_names_of_corrections(tmp_path, checker):
-    """What `data` builds from is what `rectify` wrote, whatever else is there."""
+    """`data` builds from the corrections that its `rectify` wrote, even if the run has others."""
     other = ModelSpec("there/other")
     session = Session({MODEL: Student(), other: Student()}, checker)
     session.collect(tmp_path, draw_records(10), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
@@ -404,11 +545,159 @@ def test_stages_out_of_order(tmp_path, checker):
         build([tmp_path])
 
 
-def test_other_settings(tmp_path, checker):
+def test_changed_settings_are_refused(tmp_path, checker):
     session = Session({MODEL: Student()}, checker)
     arguments = (tmp_path, draw_records(5), "drawn", MODEL, STEP_PROMPTS["plain"])
     session.collect(*arguments, SAMPLING, 2)
-    with pytest.raises(RunError, match=r"begun with sampling=.*another folder"):
+    before = records(tmp_path)
+    with pytest.raises(RunError, match=r"settings:\n  sampling.temperature: 1.0 in this run, 0.5 now\nUse .* folder"):
         session.collect(*arguments, Sampling(0.5, 1.0, 256), 2)
-    with pytest.raises(RunError, match=r"begun with seed=0 \(now 1\)"):
+    with pytest.raises(RunError, match=r"settings:\n  seed: 0 in this run, 1 now\n"):
         session.collect(*arguments, SAMPLING, 2, seed=1)
+    assert records(tmp_path) == before
+
+
+def test_custom_judges(tmp_path, checker):
+    """Verdicts of a judge that is no expression, such as a random one for comparison, can be rectified."""
+    session = Session({MODEL: Student()}, checker)
+    session.collect(tmp_path, draw_records(20), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
+
+    def last_step(solution):
+        return Verdict(len(split_steps(solution.text)), "last", {})
+        yield
+
+    with RunDirectory(tmp_path) as run:
+        localize(TaskRunner(run, "localize last"), last_step, "last")
+    session.rectify(tmp_path, "last")
+    assert build([tmp_path], "last")[0]
+    assert summarize([tmp_path]).verdicts["last"]["located"] > 10
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checker):
+    """Run folder with all stages, and a source of the problems."""
+    path = tmp_path_factory.mktemp("finished")
+    (path / "problems.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    session = Session({MODEL: Student(unreadable=0.1)}, checker)
+    source = describe_source(path / "problems.jsonl")
+    collect = (path / "run", draw_records(30), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 3)
+    session.collect(*collect, source=source)
+    session.localize(path / "run", "arithmetic,rollout", JudgeOptions())
+    session.rectify(path / "run")
+    return path / "run"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_table(finished, width):
+    """Columns are aligned and no line is too long, with long names too."""
+    rows, _ = build([finished])
+    record = make_record("pairs.jsonl", rows, {"duplicate": 7, "in a test set": 1234567})
+    summary = summarize([finished])
+    name = "arithmetic,rollout+llm.by-Qwen2_5-Math-72B-Instruct-abcdef"
+    summary.corrections[name] = summary.corrections["arithmetic,rollout"]
+    summary.stages["rectify " + name.replace(".by-", " by ")] = summary.stages["collect"]
+    lines = table_of(summary, record, width).splitlines()
+    assert max(map(len, lines)) <= width
+    head = lines[0]
+    ends = [head.index(column) + len(column) for column in ("count", "tokens", "requests", "minutes")]
+    for line in lines[1:]:
+        for number in re.finditer(r"(?<=  )[\d,.]*\d(?=  |$)", line[ends[0] - 9 :]):
+            assert number.end() + ends[0] - 9 in ends, line
+    text = " ".join(" ".join(lines).split())
+    for words in ("problems 30", "solutions, wrong", "located", "corrected", "dropped: duplicate 7", "total"):
+        assert words in text
+    assert f"pairs {len(rows)}" in text
+
+
+def test_costs(finished):
+    """Requests and tokens of all stages are those of the log of answers."""
+    with RunDirectory(finished) as run:
+        answers = list(run.log("generations.policy").values())
+    *stages, total = costs_of(summarize([finished]))
+    assert [name for name, *_ in stages] == ["collect", "localize arithmetic,rollout", "rectify arithmetic,rollout"]
+    assert sum(requests for _, requests, *_ in stages) == total[1] == len(answers)
+    assert total[2] == sum(answer["prompt_tokens"] for answer in answers)
+    assert total[3] == sum(answer["tokens"] for answer in answers)
+    assert total[4] == pytest.approx(sum(minutes for *_, minutes in stages))
+    assert stages[0][1] == 90
+
+
+def test_report_after_build(finished, tmp_path, capsys):
+    """`stepdpo report` keeps the counts of the last build."""
+    (tmp_path / "test.jsonl").write_text(json.dumps({"problem": draw_records(1)[0].problem}) + "\n")
+    target = tmp_path / "pairs.jsonl"
+    assert main(["build", str(finished), "--output-file", str(target), "--exclude", str(tmp_path / "test.jsonl")]) == 0
+    printed = capsys.readouterr().out
+    assert "dropped: in a test set" in printed
+    assert f"Pairs: {target}" in printed
+    assert max(map(len, printed.splitlines()[:-2])) <= 80
+    built = (finished / "report.html").read_text()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.html").read_text() == built
+    assert "dropped: in a test set" in built
+    record = read_build(finished)
+    pairs = [json.loads(line) for line in target.read_text().splitlines()]
+    assert record.pairs == len(pairs)
+    assert len(record.examples) == 3
+    for example in record.examples:
+        assert example in [{column: pair[column] for column in example} for pair in pairs]
+        for text in example.values():
+            assert html.escape(text) in built
+    for words in ("Glossary", "Cost per pipeline stage", "minutes", "Position of the first wrong step"):
+        assert words in built
+
+
+def test_report_without_build(finished):
+    page = render_report(summarize([finished]))
+    assert page.count("<div class=pair>") == 3
+    assert "Glossary" in page
+    assert render_report(Summary())
+
+
+@pytest.mark.parametrize(
+    ("model", "pairs", "license", "size", "base_model"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 999, None, "n<1K", ["Qwen/Qwen2.5-7B-Instruct"]),
+        ("outputs/../model", 1000, "cc-by-4.0", "1K<n<10K", None),
+        ("served", 20000, "mit", "10K<n<100K", None),
+    ],
+)
+def test_data_card(finished, model, pairs, license, size, base_model):
+    """The metadata is valid YAML with the fields of the Hub; the origin of the pairs is in the text."""
+    from huggingface_hub import DatasetCard
+
+    summary = summarize([finished])
+    summary.settings["collect"]["model"]["model"] = model
+    record = replace(make_record("pairs.jsonl", [], {"duplicate": 2}), pairs=pairs)
+    card = DatasetCard(write_card(summary, record, license))
+    data = card.data.to_dict()
+    assert data["language"] == ["en"]
+    assert data["size_categories"] == [size]
+    assert data["task_categories"] == ["text-generation"]
+    assert "step-dpo" in data["tags"]
+    assert data.get("license") == license
+    assert data.get("base_model") == base_model
+    source = finished.parent / "problems.jsonl"
+    assert f"| problems | `{source}` |" in card.text
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in card.text
+    for package in ("stepdpo_trl", "transformers", "torch"):
+        assert re.search(rf"^\| {package} \| \d", card.text, re.M)
+    assert f"| build | pairs | {pairs:,} |" in card.text
+    assert "| build | dropped: duplicate | 2 |" in card.text
+
+
+def test_data_card_of_imported_data():
+    from huggingface_hub import DatasetCard
+
+    card = DatasetCard(write_import_card("prm800k", {"pairs": 5}, 5))
+    assert card.data.size_categories == ["n<1K"]
+    assert "| pairs | 5 |" in card.text
+
+
+def test_record_of_a_build(tmp_path):
+    assert read_build(tmp_path) is None
+    rows = [{"prompt": f"{n}?", "initial_reason_steps": "", "chosen": "a", "rejected": "b", "x": 1} for n in range(10)]
+    record = make_record("pairs.jsonl", rows, {"duplicate": 1})
+    write_build(tmp_path, record)
+    assert read_build(tmp_path) == record
+    assert [example["prompt"] for example in record.examples] == ["0?", "3?", "6?"]

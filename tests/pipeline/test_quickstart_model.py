@@ -1,4 +1,4 @@
-"""The whole way with a real model, the quickstart's, whose truth can be computed: command line, figures, training."""
+"""The pipeline from the command line with the quickstart's model, whose correct steps can be computed."""
 
 import json
 import subprocess
@@ -22,10 +22,10 @@ def stepdpo(*arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with all stages and two more judges."""
+    """Folder of a run of all pipeline stages, with two more judges."""
     path = tmp_path_factory.mktemp("pipeline")
     with (path / "problems.jsonl").open("w") as file:
-        for problem in make_problems(250, "pairs"):
+        for problem in make_problems(120, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
     (path / "test.jsonl").write_text((path / "problems.jsonl").read_text().split("\n")[0])
     sampling = ("--prompt", "plain", "--temperature", 1, "--top-p", 1, "--max-new-tokens", 160, "--num-samples", 4)
@@ -49,23 +49,23 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_localizers_against_the_truth(run):
-    """The first step that breaks the value of what is left, named by 99 % of equations and 95 % of rollouts."""
+    """Of the verdicts, 99 % (arithmetic) and 95 % (rollout) name the first step that loses the right answer."""
     with RunDirectory(run / "run") as directory:
         wrong = wrong_solutions(directory)
         for judge, least in (("arithmetic", 0.99), ("rollout", 0.95)):
             verdicts = read_verdicts(directory, judge)[1]
-            spoken = [
+            pairs = [
                 (first_lost_step(ArithmeticProblem.parse(s.problem.problem), s.text), verdicts[s.key].step)
                 for s in wrong
             ]
-            spoken = [(truth, step) for truth, step in spoken if step]
-            assert len(spoken) > 0.8 * len(wrong) > 100
-            assert sum(truth == step for truth, step in spoken) >= least * len(spoken), judge
+            verdict_pairs = [(truth, step) for truth, step in pairs if step]
+            assert len(verdict_pairs) > 0.8 * len(wrong) > 100
+            assert sum(truth == step for truth, step in verdict_pairs) >= least * len(verdict_pairs), judge
 
 
 @pytest.mark.slow
 def test_pairs_against_the_truth(run):
-    """99 % of preferred steps are right, 99 % of undesirable ones wrong; nothing of the test set is in."""
+    """99 % of chosen steps are right, 99 % of rejected steps are wrong, and test problems are excluded."""
     pairs = load_dataset("json", data_files=str(run / "pairs.jsonl"), split="train")
     assert len(pairs) > 50
     right = wrong = 0
@@ -83,8 +83,8 @@ def test_pairs_against_the_truth(run):
 
 
 @pytest.mark.slow
-def test_trains_with_no_further_argument(run, tmp_path):
-    """Trained on what was generated: the same tokens before the step, and the step's own."""
+def test_pairs_train_without_further_options(run, tmp_path):
+    """The trainer sees the generated tokens, before the step and of the step itself."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     pairs = load_dataset("json", data_files=str(run / "pairs.jsonl"), split="train").select(range(16))
     trainer = StepDPOTrainer(
@@ -106,7 +106,7 @@ def test_trains_with_no_further_argument(run, tmp_path):
 
 @pytest.mark.slow
 def test_log_probabilities(run, tmp_path):
-    """Against one sequence at a time in plain torch."""
+    """Compared with plain torch, one sequence at a time."""
     import torch
 
     to = tmp_path / "pairs.parquet"
@@ -119,7 +119,8 @@ def test_log_probabilities(run, tmp_path):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prefix = tokenizer(text + pair["initial_reason_steps"], add_special_tokens=False)["input_ids"]
         for name in ("chosen", "rejected"):
-            step = tokenizer(pair[name], add_special_tokens=False)["input_ids"]
+            text = pair[name] + tokenizer.eos_token * pair[f"{name}_ends_solution"]
+            step = tokenizer(text, add_special_tokens=False)["input_ids"]
             logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
             expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
             assert pair[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)
@@ -129,16 +130,16 @@ def test_log_probabilities(run, tmp_path):
 def test_report_and_card(run, capsys):
     assert stepdpo("report", run / "run") == 0
     printed = capsys.readouterr().out
-    for words in ("solutions, wrong", "localize arithmetic,rollout", "rectified", "model policy"):
+    for words in ("solutions, wrong", "localize arithmetic,rollout", "corrected", "total"):
         assert words in printed
     report = (run / "run" / "report.html").read_text()
-    for words in ("Where errors lie", "Agreement of judges", "Cost", "arithmetic and rollout"):
+    for words in ("Position of the first wrong step", "Agreement of judges", "Cost", "arithmetic and rollout"):
         assert words in report
     card = (run / "pairs.card.md").read_text()
     pairs = len((run / "pairs.jsonl").read_text().splitlines())
     assert f"| build | pairs | {pairs} |" in card
     assert '"temperature": 1.0' in card
-    # In both: every solution is counted once
+    # The card counts each solution once, although two judges saw it
     assert card.count("solutions, right") == 1
 
 
@@ -149,15 +150,18 @@ DATA = ("data", *COLLECT[1:])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["collect", "--model", "m", "--problems", "none.jsonl", "--output-dir", "run"], "There is no file none.jsonl"),
+        (
+            ["collect", "--model", "m", "--problems", "none.jsonl", "--output-dir", "run"],
+            "There is no file none.jsonl",
+        ),
         ([*COLLECT, "--prompt", "qwen-boxed"], "Did you mean"),
         ([*COLLECT, "--prompt", "t.jinja"], "does not contain"),
         ([*COLLECT, "--prompt", "b.jinja"], "cannot be filled"),
         ([*COLLECT, "--temperature", "-1"], "negative"),
-        ([*COLLECT, "--backend", "openai"], "its address"),
+        ([*COLLECT, "--backend", "openai"], "with an address such as http://localhost:8000/v1"),
         (["collect", "--model", "./m", "--problems", "p.jsonl", "--output-dir", "run"], "cannot be loaded"),
         ([*DATA, "--output-file", "x.csv"], "--output-file 'x.csv'"),
-        ([*DATA, "--output-file", "x.jsonl", "--judge", "gold"], "Judge 'gold'"),
+        ([*DATA, "--output-file", "x.jsonl", "--judge", "gold"], "The judge 'gold' in 'gold' is not known"),
         ([*DATA, "--output-file", "x.jsonl", "--judge", "llm"], "--judge-model"),
         ([*DATA, "--output-file", "x.jsonl", "--judge", "arithmetic,human", "--engine", "ray"], "needs a person"),
         (["localize", "nowhere", "--judge", "human", "--engine", "ray"], "needs a person"),
@@ -169,7 +173,7 @@ DATA = ("data", *COLLECT[1:])
         (["import", "prm800k", "none.jsonl", "--output-file", "x.jsonl"], "none.jsonl"),
     ],
 )  # fmt: skip
-def test_errors_come_before_the_first_token(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_raised_before_generation(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}')
     (tmp_path / "t.jinja").write_text("Solve this.")

@@ -1,4 +1,4 @@
-"""Shards on a local Ray give what one process gives."""
+"""Shards on a local Ray cluster give the results of one process."""
 
 import json
 
@@ -10,8 +10,9 @@ from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build, run_directories
+from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.ray import run_on_ray
-from stepdpo_trl.pipeline.session import JudgeOptions, Session
+from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import Log, RunError
 
@@ -53,8 +54,8 @@ def test_shards_on_ray(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_on_ray(tmp_path, capfd):
-    """The solutions of two shards are those of one process; what is wrong is said as by one process."""
+def test_command_line_on_ray(tmp_path, capfd):
+    """Two shards give the solutions of one process, and the same error message."""
     problems = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(6, "pairs")]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]
@@ -67,13 +68,14 @@ def test_the_command_line_on_ray(tmp_path, capfd):
     assert {**parts[0], **parts[1]} == dict(Log(tmp_path / "whole" / "solutions.jsonl"))
     capfd.readouterr()
     assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2
-    told = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
-    assert told.startswith(f"`collect` in {tmp_path / 'parts'}/shard-0-of-2 was begun with seed=0 (now 1)")
-    assert len(told.splitlines()) == 2  # one for each shard
+    error = capfd.readouterr().err.partition("stepdpo collect: error: ")[2]
+    shard = tmp_path / "parts" / "shard-0-of-2"
+    assert error.startswith(f"`collect` in {shard} was started with other settings:\n  seed: 0 in this run, 1 now\n")
+    assert error.count("was started with other settings") == 2  # one for each shard
 
 
 @pytest.mark.slow
-def test_what_is_wrong_in_one_shard_leaves_the_others(tmp_path, capsys):
+def test_error_in_one_shard_leaves_the_others(tmp_path, capsys):
     def work(session, folder, shard):
         if shard[0] == 0:
             raise ValueError("It is wrong here.")

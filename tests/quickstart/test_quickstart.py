@@ -1,7 +1,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from stepdpo_trl.quickstart import (
     split_labelled_steps,
     write_solution,
 )
+
+from ..distributed.launcher import run_script
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 TEXT = "What is 7 + 3 * 4 - 5?"
@@ -74,7 +75,7 @@ def test_problem_and_solution_texts():
 
 
 @pytest.mark.parametrize("text", ["5 - 3", "What is 5?", "What is 5 / 3?", "What is 5 - 3", "What is 5.7 + 3?"])
-def test_other_problems_are_refused(text):
+def test_unsupported_problems_raise_an_error(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
         ArithmeticProblem.parse(text)
 
@@ -85,9 +86,9 @@ def test_other_problems_are_refused(text):
         (1, " 3 * 4 = 12, leaving 7 + 12 - 5", True),
         (2, " 7 + 12 = 19, leaving 19 - 5", True),
         (3, " 19 - 5 = 14", True),
-        (1, " 7 + 3 = 10, leaving 10 * 4 - 5", False),  # true, but the multiplication comes first
+        (1, " 7 + 3 = 10, leaving 10 * 4 - 5", False),  # correct sum, but the multiplication comes first
         (1, " 3 * 4 = 13, leaving 7 + 13 - 5", False),
-        (1, " 3 * 4 = 12, leaving 7 + 12 + 5", False),  # copied wrong
+        (1, " 3 * 4 = 12, leaving 7 + 12 + 5", False),  # copied incorrectly
         (1, " 3 * 4 = 12", False),
         (2, " 3 * 4 = 12, leaving 7 + 12 - 5", False),
         (4, " 14 - 5 = 9", False),
@@ -101,10 +102,10 @@ def test_is_right_step(index, step, right):
 def test_first_wrong_step():
     assert first_wrong_step(PROBLEM, SOLUTION) is None
     assert first_wrong_step(PROBLEM, LEFT_TO_RIGHT) == 1
-    # An error that later steps carry on counts once, where it was made
+    # An error that later steps propagate counts only in the step that introduced it
     wrong = SOLUTION.replace("= 19, leaving 19 - 5", "= 20, leaving 20 - 5").replace("19 - 5 = 14", "20 - 5 = 15")
     assert first_wrong_step(PROBLEM, wrong) == 2
-    # Two errors that cancel out leave the final answer right
+    # Two errors can cancel out, so that the final answer is right
     cancelled = wrong.replace("20 - 5 = 15", "20 - 5 = 14")
     assert first_wrong_step(PROBLEM, cancelled) == 2
     assert read_result(cancelled) == "14"
@@ -114,7 +115,7 @@ def test_first_wrong_step():
 
 
 def test_first_lost_step():
-    """As first_wrong_step, but for another order of the same value, and where solutions end early."""
+    """Unlike first_wrong_step, this accepts any order that preserves the value, and solutions that end early."""
     assert first_lost_step(PROBLEM, SOLUTION) is None
     assert first_lost_step(PROBLEM, LEFT_TO_RIGHT) == 1
     problem = ArithmeticProblem((2, 3, 4, 5), ("*", "+", "*"))  # 2 * 3 + 4 * 5
@@ -135,7 +136,7 @@ def test_problems_are_reproducible_distinct_and_within_bounds():
         assert problem.split == "held_out"
         assert all(2 <= number <= 9 for number in problem.numbers)
         assert all(0 <= number <= 60 for stage in problem.stages for number in stage.numbers)
-        # Each asks for the order of operations, and agrees with Python on the answer
+        # The order of operations matters in every problem, and the answer agrees with Python's
         assert problem.operators.index("*") > 0
         assert eval(problem.expression) == int(problem.answer)
         assert first_wrong_step(problem, write_solution(problem)) is None
@@ -147,18 +148,18 @@ def test_problems_are_reproducible_distinct_and_within_bounds():
     [
         ({"split": "test"}, "'held_out'"),
         ({"n_operations": 1}, "at least 2"),
-        ({"n_operations": (5, 4)}, "least and the most"),
+        ({"n_operations": (5, 4)}, r"a range \(minimum, maximum\)"),
         ({"count": 0}, "at least 1"),
-        ({"count": 100, "n_operations": 2}, "fewer"),
+        ({"count": 100, "n_operations": 2}, "fewer than 100"),
     ],
 )
-def test_impossible_problems_are_refused(arguments, message):
+def test_invalid_arguments_raise_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_problems(**{"count": 1, "split": "held_out", **arguments})
 
 
 def test_accuracy_interval():
-    # Wilson intervals, for example Newcombe (1998), table I
+    # Wilson intervals from Newcombe (1998), table I
     low, high = Accuracy(81, 263).interval
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     low, high = Accuracy(0, 20).interval
@@ -174,14 +175,14 @@ def test_tokenizer_round_trip(tokenizer):
         for index, step in enumerate(split_labelled_steps(solution), start=1):
             prefix = solution[: solution.index(f"Step {index}:")] + f"Step {index}:"
             parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, step)]
-            # Tokenized apart, prefix and step are the tokens of the whole text.
+            # Tokenizing prefix and step separately yields the tokens of the whole text
             assert parts[0] + parts[1] == ids[: len(parts[0]) + len(parts[1])]
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "a  b\n\n\tc ", "naïve 数学 🙂", "3.14e-10", "Step 10:\nStep 1 2", "\\frac{1}{2}"]
 )
-def test_tokenizer_takes_any_text(tokenizer, text):
+def test_tokenizer_round_trip_of_other_texts(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
@@ -195,7 +196,7 @@ def test_chat_template(tokenizer):
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
 
-def test_pairs_are_what_they_claim(pairs):
+def test_step_pairs_are_valid(pairs):
     assert 300 <= len(pairs) <= 900
     assert len({pair["prompt"] for pair in pairs}) == len(pairs)
     for pair in pairs:
@@ -237,14 +238,14 @@ def test_pairs_and_held_out_problems_are_disjoint(pairs):
     assert not texts["held_out"] & (prompts | texts["corpus"])
 
 
-def test_model_is_small_and_errs(model, tokenizer):
+def test_model_is_small_and_makes_mistakes(model, tokenizer):
     assert model.num_parameters() < 1_100_000
     assert sum(path.stat().st_size for path in MODEL_PATH.iterdir()) < 5_000_000
     problems = make_problems(200, "held_out")
     assert 100 < count_correct(model, tokenizer, problems) < 160
 
 
-def test_generation_continues_a_prefix_and_keeps_the_order(model, tokenizer):
+def test_generation_continues_prefixes_and_preserves_the_order(model, tokenizer):
     problems = [TEXT, "What is 2 + 3 * 5?"]
     prefixes = [SOLUTION[: SOLUTION.index(" 19 - 5 =")], ""]
     solutions = generate_solutions(model, tokenizer, problems, prefixes, batch_size=1)
@@ -254,7 +255,7 @@ def test_generation_continues_a_prefix_and_keeps_the_order(model, tokenizer):
 
 
 def test_accuracy_needs_problems(model, tokenizer):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one problem"):
         count_correct(model, tokenizer, [])
 
 
@@ -267,8 +268,8 @@ def test_accuracy_needs_problems(model, tokenizer):
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_quickstart_refuses_wrong_arguments(arguments, message, monkeypatch, capsys):
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the script sets for good
+def test_quickstart_rejects_invalid_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # restores the variable, which the script sets
     monkeypatch.setattr(sys, "argv", [str(QUICKSTART), *arguments])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(QUICKSTART), run_name="__main__")
@@ -278,8 +279,7 @@ def test_quickstart_refuses_wrong_arguments(arguments, message, monkeypatch, cap
 
 @pytest.mark.slow
 def test_quickstart_raises_accuracy(tmp_path):
-    arguments = ["--problems", "300", "--output_dir", str(tmp_path)]
-    run = subprocess.run([sys.executable, str(QUICKSTART), *arguments], capture_output=True, text=True)
+    run = run_script(QUICKSTART, "--problems", "150", "--output_dir", tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Warning" not in run.stdout + run.stderr
     for name in ("greedy", "sampled"):

@@ -1,7 +1,8 @@
+"""Settings of the recipes, short runs on a tiny model, and their accelerate configurations."""
+
 import json
 import math
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset
 
 from stepdpo_trl.cli.train import parse_arguments
 
+from ..distributed.launcher import FOLDER, launch, run_script
 from ..tiny import step_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -30,12 +32,12 @@ SOLAR_SETTINGS = {
     "solar_10_7b_sdpo": (5e-7, 0.01, 1, 8),
     "solar_10_7b_sdpo_lora": (5e-6, 0.01, 1, 1),
 }
-# The scripts of the recipes that need one of their own
+# Recipes with their own script; the others run qwen2_7b.py
 SCRIPTS = {
     "qwen2_7b_step_sdpo": "qwen2_7b_step_sdpo.py",
     **dict.fromkeys(SOLAR_SETTINGS, "solar_10_7b_sdpo.py"),
 }
-# Rows with the columns that the data sets have on the Hub
+# Rows with the columns of the data sets on the Hub
 HUB = {
     ("Intel/orca_dpo_pairs", "train"): [
         {
@@ -75,7 +77,7 @@ ACCELERATE_CONFIGS = {
 
 @pytest.fixture
 def overrides(chat_model, tmp_path):
-    """Command line that runs a recipe on a tiny model of its architecture, for two steps, on a CPU."""
+    """Command-line options that run a recipe for two steps on a tiny model on CPU."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in step_rows(8)))
     options = {
@@ -96,7 +98,7 @@ def overrides(chat_model, tmp_path):
 
 @pytest.fixture
 def _hub(monkeypatch):
-    """The data sets of the Hub, a few rows of each."""
+    """Replace the data sets of the Hub by a few rows of each."""
 
     def load_dataset(path, split, **options):
         return Dataset.from_list(HUB[path, split])
@@ -107,7 +109,7 @@ def _hub(monkeypatch):
 def run_recipe(monkeypatch, name, *options):
     """Run a recipe's script in this process."""
     script = SCRIPTS.get(name, "qwen2_7b.py")
-    # A script takes the file of its name by itself
+    # A script loads the recipe with its own name by default
     config = [] if Path(script).stem == name else ["--config", str(RECIPES / f"{name}.yaml")]
     monkeypatch.setattr(sys, "argv", [script, *config, *options])
     runpy.run_path(str(RECIPES / script), run_name="__main__")
@@ -121,7 +123,7 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name):
-    # bf16 is refused where there is no GPU
+    # bf16 raises an error without a GPU
     argv = ["--config", str(RECIPES / f"{name}.yaml"), "--bf16", "false", "--use_cpu", "true"]
     (script, training, model, _, sdpo), from_file, from_command_line = parse_arguments(argv)
     assert (from_file, from_command_line) == ([], [])
@@ -133,7 +135,7 @@ def test_settings(name):
     assert model.use_peft == ("lora" in name)
     assert model.load_in_4bit == ("qlora" in name)
     assert sdpo.sdpo == ("sdpo" in name)
-    # read before the override
+    # the value in the file, which the command line above overrides
     assert yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["bf16"] is True
 
 
@@ -150,7 +152,7 @@ def test_two_steps_on_a_tiny_model(name, overrides, tmp_path, monkeypatch):
 
 
 def stages(folder, saved, tolerance=1e-4):
-    """Rows and beta of each stage of a run, all of which must have been trained for two steps and saved."""
+    """Return rows and beta of each stage; check that each was trained for two optimizer steps and saved."""
     report = json.loads((folder / "sdpo_report.json").read_text())["stages"]
     for stage in report:
         assert stage["updates"] == 2
@@ -207,59 +209,51 @@ def test_early_errors_come_first():
 @pytest.mark.slow
 def test_accelerate_launch(overrides, tmp_path):
     config = RECIPES / "accelerate_configs" / "single_gpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--cpu"]
-    command += ["--mixed_precision", "no", str(RECIPES / "qwen2_7b.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--config_file", str(config), "--cpu", "--mixed_precision", "no"]
+    done = run_script(RECIPES / "qwen2_7b.py", *overrides, accelerate=options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Model saved to {tmp_path / 'out'}" in done.stdout
 
 
-def launch(recipe, name, *options):
-    """Run a recipe under an accelerate configuration as shipped, with two processes instead of eight."""
+def two_processes(recipe, name, overrides):
+    """Return the arguments of `launch` that run a recipe in bfloat16 on two processes instead of eight."""
     if name.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    command += [
-        "--config_file",
-        str(RECIPES / "accelerate_configs" / f"{name}.yaml"),
-        "--main_process_port",
-        str(port),
-    ]
-    command += [str(Path(__file__).parents[1] / "distributed" / "recipe.py"), name, str(RECIPES / recipe), *options]
     changes = {"bf16": True, "dtype": "bfloat16", "learning_rate": 1e-3, "warmup_steps": 0, "logging_steps": 1}
-    command += [str(part) for option, value in changes.items() for part in (f"--{option}", value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = [str(part) for option, value in changes.items() for part in (f"--{option}", value)]
+    config = RECIPES / "accelerate_configs" / f"{name}.yaml"
+    return config, FOLDER / "recipe.py", name, RECIPES / recipe, *overrides, *options
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero3", "fsdp2"])
 def test_two_processes(name, overrides, tmp_path):
-    """The optimizer updates float32 weights though the model is loaded in bfloat16, as the recipes say."""
-    launch("qwen2_7b.py", name, *overrides)
+    """The optimizer updates float32 weights although the model is loaded in bfloat16, as the recipes say."""
+    launch(*two_processes("qwen2_7b.py", name, overrides), options=("--num_processes", "2"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     loss = report.pop("loss")
-    # In bfloat16, -40 would be rounded to the next 0.25. None: older TRL
+    # bfloat16 would round -40 to the next 0.25. None: older TRL
     assert report.pop("type_of_log_probs") in ("torch.float32", None)
     assert report == {
         "distributed_type": ACCELERATE_CONFIGS[name][0],
         "processes": 2,
-        "epochs": 2,  # a step is 2 rows x 2 accumulated x 2 processes, all the data
+        "epochs": 2,  # an optimizer step is 2 rows x 2 accumulated x 2 processes: all the data
         "precomputed": True,
         "optimized_types": ["torch.float32"],
     }
-    assert loss[0] == pytest.approx(math.log(2), abs=0.01)  # the policy is still the reference, up to bfloat16
+    assert loss[0] == pytest.approx(math.log(2), abs=0.01)  # the policy still equals the reference, up to bfloat16
     assert loss[1] < loss[0]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_stages_on_two_processes(overrides, tmp_path):
-    launch("qwen2_7b_step_sdpo.py", "zero3", *overrides)
-    # In bfloat16 a row scored in one batch and trained in another differs by a tenth of a nat, times beta = 0.5
+    """Runs the real `accelerate launch` with new interpreters. The other tests fork their processes."""
+    config, *script = map(str, two_processes("qwen2_7b_step_sdpo.py", "zero3", overrides))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run([*command, "--config_file", config, *script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # A bfloat16 row scored in one batch and trained in another differs by a tenth of a nat, times beta = 0.5
     assert [rows for rows, _ in stages(tmp_path / "out", "model.safetensors", tolerance=0.05)] == [4, 4]
 
 
@@ -275,6 +269,6 @@ def test_accelerate_configs(name):
     )
     plugin = {**getattr(config, "deepspeed_config", {}), **getattr(config, "fsdp_config", {})}
     assert {option: plugin[option] for option in options} == options
-    # The launcher takes each of them as an option of its own
+    # Each key is also an option of the launcher
     known = {action.dest for action in launch_command_parser()._actions}
     assert plugin.keys() <= known

@@ -1,6 +1,10 @@
+"""Run folders: logs that survive a killed process, the lock, and stored settings."""
+
 import json
 import os
+import platform
 import resource
+import signal
 import subprocess
 import sys
 
@@ -9,7 +13,7 @@ import pytest
 from stepdpo_trl.runs.run_directory import Log, RunDirectory, RunError
 
 
-def test_records_come_back(tmp_path):
+def test_records_are_read_back(tmp_path):
     log = Log(tmp_path / "a.jsonl")
     log.extend([("x", {"text": "a\u2028b\nc\r"}), ("y", {"n": 1})])
     log.append("x", {"text": "later"})
@@ -18,7 +22,7 @@ def test_records_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
-def test_a_torn_last_line_is_repaired_and_said(tmp_path, caplog, cut):
+def test_an_incomplete_last_line_is_removed_with_a_warning(tmp_path, caplog, cut):
     path = tmp_path / "a.jsonl"
     Log(path).extend([("x", {"n": 1}), ("y", {"n": 2})])
     content = path.read_bytes()
@@ -31,7 +35,7 @@ def test_a_torn_last_line_is_repaired_and_said(tmp_path, caplog, cut):
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"n": 1}', '{"key": ["x"]}'])
-def test_a_line_of_somebody_else(tmp_path, line):
+def test_a_line_that_is_not_a_record(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{line}\n{{"key": "x"}}\n')
     with pytest.raises(RunError, match=r"Line 1 of .*a.jsonl is not a record"):
@@ -39,17 +43,19 @@ def test_a_line_of_somebody_else(tmp_path, line):
 
 
 def test_a_full_disk(tmp_path):
-    """/dev/full takes nothing."""
+    """Writes to /dev/full always fail."""
     (tmp_path / "a.jsonl").symlink_to("/dev/full")
     log = Log.__new__(Log)
     log.path, log._records = tmp_path / "a.jsonl", {}
-    with pytest.raises(RunError, match=r"The disk is full: 1 records .* Make room and give the same command again"):
+    with pytest.raises(
+        RunError, match=r"The disk is full: 1 records .* Free disk space and rerun the same command to resume"
+    ):
         log.append("x", {"n": 1})
     assert dict(log) == {}
 
 
-def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path):
-    """A limit on the size of files stops a write in the middle of a record."""
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
+    """A limit on the file size interrupts a write in the middle of a record."""
     path = tmp_path / "a.jsonl"
     code = f"""
 import resource, signal
@@ -64,25 +70,120 @@ except RunError as error:
     print(error)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "All before them are safe" in output
+    assert "All earlier records are safe" in output
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["x"]
 
 
-def test_two_processes(tmp_path):
-    with RunDirectory(tmp_path):
-        code = f"from stepdpo_trl.runs.run_directory import RunDirectory; RunDirectory({str(tmp_path)!r})"
-        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
-        assert f"Another process (process {os.getpid()} on " in output
+def open_in_another_process(path):
+    code = f"from stepdpo_trl.runs.run_directory import RunDirectory; RunDirectory({str(path)!r})"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_two_processes(tmp_path, inherited):
+    children = " or its children" if inherited else ""
+    with RunDirectory(tmp_path, inherited=inherited):
+        expected = f"Another process (process {os.getpid()}{children} on {platform.node()}) is using {tmp_path}."
+        assert expected in open_in_another_process(tmp_path)
+    assert open_in_another_process(tmp_path) == ""
+    with RunDirectory(tmp_path, inherited=inherited):
+        pass
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+def test_two_objects_in_one_process(tmp_path, inherited):
+    with RunDirectory(tmp_path, inherited=not inherited), pytest.raises(RunError, match=f"process {os.getpid()}"):
+        RunDirectory(tmp_path, inherited=inherited)
     with RunDirectory(tmp_path):
         pass
 
 
-def test_settings(tmp_path):
+@pytest.mark.parametrize("inherited", [False, True])
+def test_children_of_a_killed_process(tmp_path, inherited):
+    """They keep the folder locked if they inherit the lock, and only then."""
+    sleeper = "import time; print('started', flush=True); time.sleep(60)"
+    code = (
+        "import subprocess, sys\nfrom stepdpo_trl.runs.run_directory import RunDirectory\n"
+        f"run = RunDirectory({str(tmp_path)!r}, inherited={inherited})\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {sleeper!r}], close_fds=False)\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        lines = {process.stdout.readline().strip() for _ in range(2)}
+        (child,) = (int(line) for line in lines - {"started"})
+        process.kill()
+        process.wait()
+        error = open_in_another_process(tmp_path)
+        os.kill(child, signal.SIGKILL)
+    assert (f"Another process (process {process.pid} or its children on " in error) == inherited
+    assert inherited or error == ""
+    for _ in range(100):
+        if open_in_another_process(tmp_path) == "":
+            break
+    else:
+        pytest.fail("the folder is still locked")
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path):
+    (tmp_path / "lock").mkdir()
+    for inherited in (False, True):
+        with pytest.raises(RunError, match=r"cannot be locked \(Is a directory\)"):
+            RunDirectory(tmp_path, inherited=inherited)
+
+
+SETTINGS = {
+    "seed": 0,
+    "sampling": {"temperature": 0.8, "max_new_tokens": 96},
+    "models": [{"model": "a"}, {"model": "b"}],
+    "shard": [0, 1],
+    "num_samples": 1,
+}
+
+
+def changed(**settings):
+    return {**SETTINGS, **settings}
+
+
+def test_settings_that_may_change_are_updated(tmp_path):
     with RunDirectory(tmp_path) as run:
-        run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 1}, may_change=("n",))
-        run.keep_settings("stage", {"a": 1, "b": (1, 2), "n": 2}, may_change=("n",))
-        assert run.settings()["stage"]["n"] == 2
-        with pytest.raises(RunError, match=r"begun with a=1 \(now 2\)"):
-            run.keep_settings("stage", {"a": 2, "b": [1, 2], "n": 2}, may_change=("n",))
-        with pytest.raises(RunError, match=r"begun with c=None \(now 3\)"):
-            run.keep_settings("stage", {"a": 1, "b": [1, 2], "n": 2, "c": 3}, may_change=("n",))
+        run.keep_settings("stage", SETTINGS, may_change=("num_samples",))
+        run.keep_settings("stage", changed(shard=(0, 1), num_samples=2), may_change=("num_samples",))
+        assert run.settings()["stage"]["num_samples"] == 2
+        with pytest.raises(RunError, match="seed: 0 in this run, 1 now"):
+            run.keep_settings("stage", changed(seed=1, num_samples=2), may_change=("num_samples",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        (
+            changed(sampling={"temperature": 0.8, "max_new_tokens": 90}),
+            ["sampling.max_new_tokens: 96 in this run, 90 now"],
+        ),
+        (changed(seed=1, shard=[1, 2]), ["seed: 0 in this run, 1 now", "shard: [0, 1] in this run, [1, 2] now"]),
+        (changed(models=[{"model": "a"}, {"model": "c"}]), ["models[1].model: 'b' in this run, 'c' now"]),
+        (changed(models=[{"model": "a"}]), ["models[1].model: 'b' in this run, not set now"]),
+        (changed(check="llm"), ["check: not set in this run, 'llm' now"]),
+        (changed(shard="x" * 200), ["shard: [0, 1] in this run, '" + "x" * 116 + "... now"]),
+    ],
+)
+def test_changed_settings_are_listed(tmp_path, settings, lines):
+    with RunDirectory(tmp_path) as run:
+        run.keep_settings("stage", SETTINGS)
+        with pytest.raises(RunError) as error:
+            run.keep_settings("stage", settings)
+        assert dict(run.settings()["stage"]) == SETTINGS
+    first, *listed, last = str(error.value).splitlines()
+    assert first == f"`stage` in {tmp_path} was started with other settings:"
+    assert listed == [f"  {line}" for line in lines]
+    assert last == "Use the settings of this run to resume it, or another folder to start a new run."
+
+
+def test_options_that_are_off_need_not_be_stored(tmp_path):
+    """Runs of earlier releases lack options that were added later."""
+    with RunDirectory(tmp_path) as run:
+        run.keep_settings("stage", SETTINGS)
+        newer = changed(sampling={**SETTINGS["sampling"], "top_k": 0}, check=None)
+        run.keep_settings("stage", newer)
+        with pytest.raises(RunError, match=r"sampling\.top_k: 0 in this run, 20 now"):
+            run.keep_settings("stage", changed(sampling={**SETTINGS["sampling"], "top_k": 20}))

@@ -1,7 +1,7 @@
 """
-Kills runs in stages with SIGKILL, resumes them, and prints how the final weights differ from those of an unbroken run.
+Kill sDPO runs with SIGKILL, resume them, and print how their final weights differ from an uninterrupted run's.
 
-A script, started by the tests: it imports everything once and forks a process for each life of a run.
+A script started by the tests. It imports everything once and forks one process per attempt.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-if importlib.util.find_spec("deepspeed"):  # which accelerate looks into
+if importlib.util.find_spec("deepspeed"):  # otherwise accelerate imports it in each fork
     import deepspeed  # noqa: F401
 from stepdpo_trl.sdpo import reference
 from stepdpo_trl.sdpo import report as sdpo_report
 from tests.sdpo.separate_runs import staged_run, trained_weights
 
-SAVING = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 2, "logging_steps": 5}
+# Stage 1 is updates 1 to 3, stage 2 is 4 to 6; checkpoints after 2, 3, 4 and 6
+OPTIONS = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "logging_steps": 4}
 
 
 def die(*args, **kwargs):
@@ -37,12 +38,12 @@ def replace(owner, name, make):
 
 
 def before(owner, name, when=lambda *args: True):
-    """Die where a function is called."""
+    """Kill this process when a function is called."""
     replace(owner, name, lambda old: lambda *a, **k: die() if when(*a) else old(*a, **k))
 
 
 def after(owner, name, when=lambda *args: True):
-    """Die where a function has returned."""
+    """Kill this process when a function has returned."""
     replace(owner, name, lambda old: lambda *a, **k: (old(*a, **k), when(*a) and die())[0])
 
 
@@ -52,7 +53,7 @@ def in_second_stage(trainer):
 
 def cut_state(trainer):
     def save(folder):
-        (Path(folder) / "trainer_state.json").write_text('{"global_step": 8, "log_his')
+        (Path(folder) / "trainer_state.json").write_text('{"global_step": 4, "log_his')
         die()
 
     replace(trainer, "_save_rng_state", lambda old: save)
@@ -70,9 +71,9 @@ def nth_copy(number):
 
 
 POINTS = {
-    "last update of stage 1": at_update(6),
+    "last update of stage 1": at_update(3),
     "stage 1 not yet saved": lambda t: before(t, "save_model", lambda folder, *args: "stage-1" in folder),
-    "stage 1 without its mark": lambda t: after(t, "save_model", lambda folder, *args: "stage-1" in folder),
+    "stage 1 without its marker": lambda t: after(t, "save_model", lambda folder, *args: "stage-1" in folder),
     "stage 1 not yet renamed": lambda t: before(os, "replace", lambda source, target: "stage-1" in str(target)),
     "stage 1 just renamed": lambda t: after(os, "replace", lambda source, target: target.name == "stage-1"),
     "reference half copied": nth_copy(5),
@@ -80,17 +81,17 @@ POINTS = {
     "scores half written": lambda t: after(np, "savez", in_second_stage(t)),
     "first batch of stage 2": lambda t: before(t, "compute_loss", in_second_stage(t)),
     "first checkpoint of stage 2 without optimizer": lambda t: before(
-        t, "_save_optimizer_and_scheduler", lambda *args: t.state.global_step == 8
+        t, "_save_optimizer_and_scheduler", lambda *args: t.state.global_step == 4
     ),
     "first checkpoint of stage 2 with half a state": lambda t: replace(
         t, "_save_checkpoint", lambda old: lambda *a: (cut_state(t), old(*a)) if in_second_stage(t)() else old(*a)
     ),
-    "within stage 2": at_update(9),
-    "stage 2 without its mark": lambda t: after(t, "save_model", lambda folder, *args: "stage-2" in folder),
+    "within stage 2": at_update(5),
+    "stage 2 without its marker": lambda t: after(t, "save_model", lambda folder, *args: "stage-2" in folder),
 }
 
 
-# Kills that differ from mode to mode; all of them in the first
+# The first mode is killed at all points, the others where they differ from it
 IN_ALL_MODES = [
     "reference swapped",
     "scores half written",
@@ -100,18 +101,22 @@ IN_ALL_MODES = [
 ]
 
 
-def live(model, folder, mode, point, delay):
-    """One life of a run, in a process of its own. Returns whether it came to its end."""
+def attempt(model, folder, mode, point=None, delay=None):
+    """
+    Start or resume a run in a forked process. Return whether it finished.
+
+    It is killed at `point`, one of `POINTS`, or after `delay` seconds.
+    """
     pid = os.fork()
     if pid == 0:
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         try:
-            trainer = staged_run(model, folder, mode, **SAVING)
+            trainer = staged_run(model, folder, mode, **OPTIONS)
             if point is not None:
                 POINTS[point](trainer)
-            begun = any((path / "trainer_state.json").exists() for path in folder.glob("checkpoint-*"))
-            trainer.train(resume_from_checkpoint=begun)
+            resume = any((path / "trainer_state.json").exists() for path in folder.glob("checkpoint-*"))
+            trainer.train(resume_from_checkpoint=resume)
             torch.save(trained_weights(trainer), folder / "final.pt")
         except BaseException:
             import traceback
@@ -137,24 +142,22 @@ def main():
     parser.add_argument("modes", nargs="+")
     args = parser.parse_args()
     random.seed(0)
-    sdpo_report.find_spec = lambda name: None  # no pictures, which take longer than the training
+    sdpo_report.find_spec = lambda name: None  # skips the plots, which take longer than the training
     report = []
     for mode in args.modes:
-        unbroken = args.folder / mode / "unbroken"
-        unbroken.parent.mkdir(parents=True)
-        started = time.time()
-        assert live(args.model, unbroken, mode, None, None)
-        length = time.time() - started
-        expected = torch.load(unbroken / "final.pt")
-        points = POINTS if mode == args.modes[0] else IN_ALL_MODES
-        lives = [(point, None) for point in points]
-        lives += [
-            (f"at {delay:.2f} s", delay) for delay in sorted(random.uniform(0, length) for _ in range(args.random))
-        ]
-        for number, (point, delay) in enumerate(lives):
+        uninterrupted = args.folder / mode / "uninterrupted"
+        uninterrupted.parent.mkdir(parents=True)
+        start = time.time()
+        assert attempt(args.model, uninterrupted, mode)
+        length = time.time() - start
+        expected = torch.load(uninterrupted / "final.pt")
+        kills = [(point, None) for point in (POINTS if mode == args.modes[0] else IN_ALL_MODES)]
+        delays = sorted(random.uniform(0, length) for _ in range(args.random))
+        kills += [(f"at {delay:.2f} s", delay) for delay in delays]
+        for number, (point, delay) in enumerate(kills):
             folder = args.folder / mode / str(number)
-            killed = not live(args.model, folder, mode, point if delay is None else None, delay)
-            assert live(args.model, folder, mode, None, None)
+            killed = not attempt(args.model, folder, mode, point if delay is None else None, delay)
+            assert attempt(args.model, folder, mode)
             final = torch.load(folder / "final.pt")
             difference = max((final[name] - expected[name]).abs().max().item() for name in expected)
             report.append({"mode": mode, "point": point, "killed": killed, "difference": difference})

@@ -1,4 +1,4 @@
-"""Runs in stages, and their oracle: separate runs of the trainer, saved and loaded between them."""
+"""sDPO runs, and their oracle: separate DPO runs with the model saved and loaded in between."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def two_stages(first=9, second=11, rows=plain_rows):
-    """Nine and eleven rows fill neither a batch of two nor an accumulation of two batches."""
+    """Return two datasets. By default, neither fills batches of two or accumulations of two batches."""
     rows = rows(first + second)
     return [Dataset.from_list(rows[:first]), Dataset.from_list(rows[first:])]
 
@@ -41,7 +41,7 @@ def nf4():
 
 
 def mode_options(mode):
-    """Arguments of the trainer in a mode."""
+    """Return the arguments of the trainer or its config that a mode needs."""
     return {
         **({"precompute_ref_log_probs": True} if mode == "scores" else {}),
         **({"peft_config": lora()} if mode in ("lora", "qlora") else {}),
@@ -50,13 +50,14 @@ def mode_options(mode):
 
 
 def staged_run(model, folder, mode="full", stages=None, callback=None, **options):
-    """A run in stages, not yet begun. `options` are arguments of the trainer or its config."""
-    options = {"shared_prefix": "off", **OPTIONS, **mode_options(mode), **options}  # to the bit like its oracle
+    """Create a trainer with stages. `options` are arguments of the trainer or its config."""
+    # Without shared prefixes, which are equal up to rounding only
+    options = {"shared_prefix": "off", **OPTIONS, **mode_options(mode), **options}
     return make_trainer(model, folder, stages or two_stages(), callbacks=[callback or SDPOCallback()], **options)
 
 
 def separate_runs(model, folder, mode="full", stages=None, cls=DPOTrainer, config_cls=DPOConfig, **options):
-    """The oracle: a trainer of its own for each stage, all of them trained and saved."""
+    """Train and save each stage with a separate trainer, and return the trainers."""
     trainers = []
     options = {**OPTIONS, **mode_options(mode), **options}
     base, quantization = model, options.get("quantization_config")
@@ -70,7 +71,7 @@ def separate_runs(model, folder, mode="full", stages=None, cls=DPOTrainer, confi
             options = {**{n: v for n, v in options.items() if n not in names}, "processing_class": tokenizer}
         trainer = make_trainer(model, output_dir, stage, cls, config_cls, **options)
         for name, parameter in trainer.model.named_parameters():
-            if quantization is not None and ".ref." in name:  # DPOTrainer leaves it in float32: the loss is not ln 2
+            if quantization is not None and ".ref." in name:  # else it stays in float32 and the loss is not ln 2
                 parameter.data = parameter.data.bfloat16()
         trainer.train()
         trainer.save_model()
@@ -80,7 +81,7 @@ def separate_runs(model, folder, mode="full", stages=None, cls=DPOTrainer, confi
 
 
 def record_rows(trainer):
-    """The rows that each update sees on this process, as `(global_step, tokens)`."""
+    """Record the rows of each optimizer step on this process, as `(global_step, tokens)`."""
     seen, compute_loss = [], trainer.compute_loss
 
     def record(model, inputs, *args, **kwargs):
@@ -95,7 +96,7 @@ def record_rows(trainer):
 
 def check_rows(trainer, seen, repeated=0):
     """
-    Each row of each stage once an epoch, in updates of that stage; `repeated` more where processes fill up batches.
+    Check that each epoch of a stage trains on each of its rows once, and on `repeated` more that fill up batches.
     """
     for stage in trainer.stages:
         rows = [tuple(row["prompt_ids"] + row["chosen_ids"]) for row in stage.dataset]
@@ -108,5 +109,5 @@ def check_rows(trainer, seen, repeated=0):
 
 
 def trained_weights(trainer):
-    """What was trained: all weights, or the adapter's."""
+    """Return the trained weights: those of the model, or of the policy adapter."""
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".ref." not in n}

@@ -1,25 +1,26 @@
-"""Stages under DDP, ZeRO and FSDP2: the weights of separate runs on one process, and the same after resuming."""
+"""sDPO on two processes under DDP, ZeRO and FSDP2, compared with separate runs on one process."""
 
 import pytest
 from safetensors.torch import load_file
 
-from ..step_dpo.test_distributed import EXPECTED, launch, read_report
+from ..distributed.stages import ROWS
+from ..step_dpo.test_distributed import EXPECTED, launch_strategy, read_report
 from ..training import assert_same_weights, logged
 from .separate_runs import separate_runs, two_stages
 
-# accelerate shards no 4-bit weights under FSDP2
-CELLS = {backend: ["full", "scores", "lora", "qlora"][: 3 if backend == "fsdp2" else 4] for backend in EXPECTED}
+# accelerate does not shard 4-bit weights under FSDP2
+CELLS = {strategy: ["full", "scores", "lora", "qlora"][: 3 if strategy == "fsdp2" else 4] for strategy in EXPECTED}
 
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
-    """Separate runs of DPOTrainer on one process, once for all back ends: losses, gammas and where the weights are."""
+    """Separate runs of DPOTrainer on one process, shared by all strategies: their losses and the final folder."""
     runs = {}
 
     def run(model, mode):
         if mode not in runs:
             folder = tmp_path_factory.mktemp(mode)
-            trainers = separate_runs(model, folder, mode, two_stages(10, 14))
+            trainers = separate_runs(model, folder, mode, two_stages(*ROWS))
             runs[mode] = [loss for trainer in trainers for loss in logged(trainer, "loss")], folder / "2"
         return runs[mode]
 
@@ -27,17 +28,15 @@ def oracle(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", CELLS)
-def test_two_processes_equal_separate_runs(backend, oracle, chat_model, tmp_path):
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    launch("stages.py", backend, chat_model, tmp_path, *CELLS[backend])
-    for mode in CELLS[backend]:
-        report = read_report(tmp_path / mode, backend)
+@pytest.mark.parametrize("strategy", CELLS)
+def test_two_processes_equal_separate_runs(strategy, oracle, chat_model, tmp_path):
+    launch_strategy("stages.py", strategy, chat_model, tmp_path, *CELLS[strategy])
+    for mode in CELLS[strategy]:
+        report = read_report(tmp_path / mode, strategy)
         peak, largest = report["swap"]
         assert peak <= largest
         losses, expected = oracle(chat_model, mode)
-        # QLoRA trains its adapter in bfloat16, whose rounding differs with the number of processes
+        # QLoRA trains its adapter in bfloat16, whose rounding depends on the number of processes
         tolerance = 1e-3 if mode == "qlora" else 1e-5
         assert report["loss"] == pytest.approx(losses, abs=tolerance), mode
         file = "adapter_model.safetensors" if "lora" in mode else "model.safetensors"

@@ -1,4 +1,4 @@
-"""The swap in memory: what is copied where, and how much is held on top."""
+"""Tests for copying the policy into the reference, and for the memory this needs."""
 
 import weakref
 
@@ -8,13 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepdpo_trl.sdpo.reference import copy_weights
-from stepdpo_trl.sdpo.training import clear_optimizer_state
+from stepdpo_trl.sdpo.restart import clear_optimizer_state
 
 from .separate_runs import staged_run
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and not yet freed."""
+    """Measures the memory, in bytes, of the tensors allocated within the context."""
 
     def __init__(self):
         super().__init__()
@@ -40,14 +40,14 @@ class Allocations(TorchDispatchMode):
 
 
 def measure_swap(trainer):
-    """Bytes held on top of both models while the reference becomes the policy, and bytes of the largest parameter."""
+    """Return the peak memory that copying the policy allocates, and the size of the largest parameter, in bytes."""
     with Allocations() as allocations:
         trainer.reference.become_policy()
     sizes = (getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trainer.model.parameters())
     return allocations.peak, max(sizes)
 
 
-def test_the_measure_sees_a_copy():
+def test_allocations_are_measured():
     tensor = torch.zeros(1000)
     with Allocations() as allocations:
         tensor.clone()
@@ -58,13 +58,13 @@ def test_the_measure_sees_a_copy():
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "scores"])
-def test_a_swap_holds_no_more_than_before(mode, chat_model, tmp_path):
+def test_copying_allocates_at_most_one_parameter(mode, chat_model, tmp_path):
     trainer = staged_run(chat_model, tmp_path, mode)
     peak, largest = measure_swap(trainer)
     assert peak <= largest
 
 
-def test_buffers_and_other_types_are_copied():
+def test_buffers_and_other_dtypes_are_copied():
     source = torch.nn.BatchNorm1d(3)
     source.running_mean += 7
     target = torch.nn.BatchNorm1d(3).bfloat16()
@@ -78,7 +78,7 @@ def test_buffers_and_other_types_are_copied():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.SGD])
-def test_a_cleared_optimizer_steps_like_a_new_one(optimizer):
+def test_cleared_optimizer_equals_a_new_one(optimizer):
     options = {"lr": 0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {})}
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizers = [optimizer([parameter], **options) for parameter in parameters]
@@ -87,7 +87,7 @@ def test_a_cleared_optimizer_steps_like_a_new_one(optimizer):
     optimizers[0].step()
     clear_optimizer_state(optimizers[0])
     parameters[0].data.fill_(1)
-    for parameter, stepped in zip(parameters, optimizers, strict=True):
+    for parameter, each in zip(parameters, optimizers, strict=True):
         parameter.grad = gradients[1].clone()
-        stepped.step()
+        each.step()
     assert torch.equal(*parameters)

@@ -1,10 +1,7 @@
-"""Runs in stages that are killed and resumed, and checkpoints that are refused."""
+"""sDPO runs that are killed and resumed, and checkpoints that cannot be resumed from."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from safetensors.torch import load_file
 
 from stepdpo_trl import SDPOCallback
 
+from ..distributed.launcher import run_script
 from ..training import assert_same_weights, make_trainer
 from .kill_and_resume import POINTS
 from .separate_runs import staged_run, trained_weights, two_stages
@@ -20,12 +18,10 @@ SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_unbroken_ones(chat_model, tmp_path):
-    """SIGKILL before, in and after the swap, in checkpoints, and at random times."""
+def test_killed_runs_end_as_uninterrupted_ones(chat_model, tmp_path):
+    """SIGKILL before, during and after the swap, in checkpoints, and at random times."""
     script = Path(__file__).parent / "kill_and_resume.py"
-    command = [sys.executable, str(script), chat_model, str(tmp_path), "full", "scores", "lora", "--random", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = run_script(script, chat_model, tmp_path, "full", "scores", "lora", "--random", "1", timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     kills = json.loads(done.stdout.splitlines()[-1])
     assert {kill["point"] for kill in kills} >= {*POINTS}
@@ -35,7 +31,7 @@ def test_killed_runs_end_as_unbroken_ones(chat_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(chat_model, tmp_path_factory):
-    """A run in two stages with its checkpoints, the last but one from within stage 2."""
+    """Folder of a run in two stages with all its checkpoints; number 8 is within stage 2."""
     folder = tmp_path_factory.mktemp("saved")
     staged_run(chat_model, folder, **SAVING).train()
     return folder
@@ -46,23 +42,23 @@ def resumed(model, folder, copy, **options):
     return staged_run(model, copy, **{**SAVING, **options})
 
 
-def test_checkpoints_stand_where_a_run_of_its_own_would_end(saved):
+def test_each_stage_ends_with_a_checkpoint(saved):
     numbers = sorted(int(path.name.split("-")[1]) for path in saved.glob("checkpoint-*"))
     assert numbers == [4, 6, 8, 12]
 
 
 @pytest.mark.parametrize("checkpoint", [4, 6, 8])  # in stage 1, at its end, in stage 2
 @pytest.mark.parametrize("restored", [False, True], ids=["callback", "restored-callback"])
-def test_a_resumed_run_ends_as_the_unbroken_one(restored, checkpoint, saved, chat_model, tmp_path):
-    """Also where the Trainer makes the callback anew from the checkpoint."""
+def test_resumed_run_ends_as_uninterrupted_one(restored, checkpoint, saved, chat_model, tmp_path):
+    """Also when the Trainer recreates the callback from the checkpoint."""
     trainer = resumed(chat_model, saved, tmp_path / "copy", restore_callback_states_from_checkpoint=restored)
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / f"checkpoint-{checkpoint}"))
-    unbroken = load_file(saved / "stage-2" / "model.safetensors")
-    assert_same_weights(trained_weights(trainer), unbroken, rtol=0, atol=0)
+    expected = load_file(saved / "stage-2" / "model.safetensors")
+    assert_same_weights(trained_weights(trainer), expected, rtol=0, atol=0)
 
 
-def test_a_stage_is_saved_as_it_was_trained_last(saved, chat_model, tmp_path):
-    """A run that goes on from before the swap with another result has other models, and they are the ones kept."""
+def test_stage_models_come_from_the_latest_training(saved, chat_model, tmp_path):
+    """A run resumed before the swap with other settings overwrites the models of both stages."""
     trainer = resumed(chat_model, saved, tmp_path / "copy", max_grad_norm=0.01)
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
     written = load_file(tmp_path / "copy" / "stage-2" / "model.safetensors")
@@ -70,14 +66,14 @@ def test_a_stage_is_saved_as_it_was_trained_last(saved, chat_model, tmp_path):
     first = load_file(tmp_path / "copy" / "stage-1" / "model.safetensors")
     before = load_file(saved / "stage-1" / "model.safetensors")
     assert any((first[name] - before[name]).abs().max() > 1e-5 for name in first)
-    # A checkpoint of before has another reference than the one that is there now
+    # The old checkpoint needs the old model of stage 1 as its reference
     shutil.rmtree(tmp_path / "copy" / "checkpoint-8")
     shutil.copytree(saved / "checkpoint-8", tmp_path / "copy" / "checkpoint-8")
-    with pytest.raises(ValueError, match="missing, incomplete or of another run"):
+    with pytest.raises(ValueError, match="missing, incomplete or from another run"):
         staged_run(chat_model, tmp_path / "copy").train(str(tmp_path / "copy" / "checkpoint-8"))
 
 
-def test_scores_of_other_evaluation_data_are_refused(chat_model, tmp_path):
+def test_scores_of_other_evaluation_data_raise(chat_model, tmp_path):
     def make(rows):
         return staged_run(chat_model, tmp_path, "scores", eval_dataset=rows, eval_strategy="epoch", **SAVING)
 
@@ -86,66 +82,72 @@ def test_scores_of_other_evaluation_data_are_refused(chat_model, tmp_path):
         make(two_stages()[1].select(range(9))).train(str(tmp_path / "checkpoint-8"))
 
 
-def test_a_finished_run_is_left_as_it_is(saved, chat_model, tmp_path):
+def test_finished_run_only_saves_its_last_stage(saved, chat_model, tmp_path):
     trainer = resumed(chat_model, saved, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / "stage-2")  # as if killed before it was saved
+    shutil.rmtree(tmp_path / "copy" / "stage-2")  # as if killed before saving it
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 12
     assert (tmp_path / "copy" / "stage-2" / "model.safetensors").is_file()
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(saved, chat_model, tmp_path, caplog):
+def test_incomplete_checkpoint_is_skipped(saved, chat_model, tmp_path, caplog):
     trainer = resumed(chat_model, saved, tmp_path / "copy")
     state = tmp_path / "copy" / "checkpoint-12" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-12 was not written to the end and is passed over" in caplog.text
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    assert "checkpoint-12, which is not a complete checkpoint" in caplog.text
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-5"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stages": [two_stages()[0], two_stages()[1].select(range(8))]}, "rows of stage 2: 11 then, 8 now"),
-        ({"stages": two_stages()[::-1]}, "digest of stage 1: '[0-9a-f]+' then, '[0-9a-f]+' now"),
-        ({"stages": [*two_stages(), two_stages()[0]]}, "2 stages then, 3 now"),
-        ({"num_train_epochs": 3}, "updates of stage 1: 6 then, 9 now"),
-        ({"precompute_ref_log_probs": True}, "reference: 'model' then, 'scores' now"),
-        ({"callback": SDPOCallback(schedule="continuous")}, "schedule: 'restart' then, 'continuous' now"),
-        ({"callback": SDPOCallback(stage_options={2: {"beta": 0.3}})}, "beta of stage 2: 0.4 then, 0.3 now"),
+        (
+            {"stages": [two_stages()[0], two_stages()[1].select(range(8))]},
+            "rows of stage 2: 11 in the checkpoint, 8 now",
+        ),
+        ({"stages": two_stages()[::-1]}, "digest of stage 1: '[0-9a-f]+' in the checkpoint, '[0-9a-f]+' now"),
+        ({"stages": [*two_stages(), two_stages()[0]]}, "stages: 2 in the checkpoint, 3 now"),
+        ({"num_train_epochs": 3}, "updates of stage 1: 6 in the checkpoint, 9 now"),
+        ({"precompute_ref_log_probs": True}, "reference: 'model' in the checkpoint, 'scores' now"),
+        ({"callback": SDPOCallback(schedule="continuous")}, "schedule: 'restart' in the checkpoint, 'continuous' now"),
+        (
+            {"callback": SDPOCallback(stage_options={2: {"beta": 0.3}})},
+            "beta of stage 2: 0.4 in the checkpoint, 0.3 now",
+        ),
     ],
     ids=["rows", "order", "number", "epochs", "reference", "schedule", "beta"],
 )
-def test_checkpoints_of_other_stages_are_refused(options, message, saved, chat_model, tmp_path):
+def test_checkpoints_of_other_stages_raise(options, message, saved, chat_model, tmp_path):
     trainer = resumed(chat_model, saved, tmp_path / "copy", **options)
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
 
 
-def test_a_missing_reference_is_refused(saved, chat_model, tmp_path):
-    """Nothing but the model of stage 1 is the reference of stage 2, least of all that of another run."""
+def test_missing_reference_raises(saved, chat_model, tmp_path):
+    """Only the model of stage 1 of the same run may become the reference of stage 2."""
     trainer = resumed(chat_model, saved, tmp_path / "copy")
-    mark = tmp_path / "copy" / "stage-1" / "sdpo_stage.json"
-    mark.write_text(json.dumps({**json.loads(mark.read_text()), "id": "another"}))
+    marker = tmp_path / "copy" / "stage-1" / "sdpo_stage.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "id": "another"}))
     with pytest.raises(ValueError, match=r"stage 2: its reference is the model in .*stage-1, which is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
 
 
-def test_a_checkpoint_without_stages_is_refused(chat_model, tmp_path):
+def test_checkpoint_without_stages_raises(chat_model, tmp_path):
     make_trainer(chat_model, tmp_path, two_stages()[0], **SAVING).train()
     with pytest.raises(ValueError, match="run without SDPOCallback"):
         staged_run(chat_model, tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_a_trainer_that_has_moved_on(saved, chat_model, tmp_path):
-    """Its reference is no longer the first stage's."""
+def test_trainer_past_stage_1_cannot_restart(saved, chat_model, tmp_path):
+    """Its reference is no longer that of stage 1."""
     trainer = resumed(chat_model, saved, tmp_path / "copy")
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
     weights = trained_weights(trainer)
     with pytest.raises(RuntimeError, match="has already trained"):
         trainer.train()
-    with pytest.raises(RuntimeError, match="from the first stage"):
+    with pytest.raises(RuntimeError, match="a checkpoint from the first stage"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-4"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
     assert_same_weights(trained_weights(trainer), weights, rtol=0, atol=0)

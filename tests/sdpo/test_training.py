@@ -1,4 +1,4 @@
-"""One run in stages gives the weights of separate runs, and what is between the stages happens as it should."""
+"""Tests for training in stages: equality with separate runs, schedules, adapters, evaluation and the report."""
 
 import inspect
 import itertools
@@ -33,7 +33,7 @@ from .separate_runs import (
 
 @pytest.fixture(autouse=True)
 def _no_repacking(monkeypatch):
-    # Where the CPU has AVX512-BF16, a forward in evaluation mode repacks 4-bit weights and breaks later gradients
+    # On CPUs with AVX512-BF16, a forward pass in evaluation mode repacks 4-bit weights and breaks later gradients
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
 
 
@@ -51,17 +51,17 @@ def test_equals_separate_runs(mode, chat_model, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_separate_runs_with_shared_prefixes(mode, chat_model, tmp_path):
-    """To rounding, which Adam makes more of where a gradient is near zero."""
+    """The weights are equal up to rounding, which Adam amplifies where a gradient is near zero."""
     *_, last = separate_runs(chat_model, tmp_path / "separate", mode)
     staged = staged_run(chat_model, tmp_path / "staged", mode, shared_prefix="on", max_tokens_per_forward=1024)
     staged.train()
-    atol = 2e-3 if mode == "qlora" else 1e-4  # whose adapter has weights of 0.1 in bfloat16
+    atol = 2e-3 if mode == "qlora" else 1e-4  # bfloat16 adapter with weights up to 0.1
     assert_same_weights(trained_weights(staged), trained_weights(last), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("rows", [two_stages(), two_stages(rows=step_rows)], ids=["plain", "steps"])
 def test_stock_trainer_with_a_stage_column(rows, chat_model, tmp_path):
-    """The same callback on `trl.DPOTrainer`, whose rows need not stand in the order of the stages."""
+    """The callback works with `trl.DPOTrainer`, and the rows need not be sorted by stage."""
     if "initial_reason_steps" in rows[0].column_names:
         cls, config_cls = StepDPOTrainer, StepDPOConfig
     else:
@@ -102,40 +102,40 @@ def test_options_of_a_stage(chat_model, tmp_path):
         ("warmup_stable_decay", {"num_decay_steps": 2}),
     ],
 )
-def test_courses_of_the_learning_rate(kind, options, chat_model, tmp_path):
-    course = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options, "learning_rate": 2e-4}
-    separate = separate_runs(chat_model, tmp_path / "separate", **course)
-    staged = staged_run(chat_model, tmp_path / "staged", **course)
+def test_learning_rate_schedules(kind, options, chat_model, tmp_path):
+    schedule = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options, "learning_rate": 2e-4}
+    separate = separate_runs(chat_model, tmp_path / "separate", **schedule)
+    staged = staged_run(chat_model, tmp_path / "staged", **schedule)
     staged.train()
     rates = [rate for trainer in separate for rate in logged(trainer, "learning_rate")]
     assert logged(staged, "learning_rate") == pytest.approx(rates, rel=1e-12)
 
 
-def test_a_skipped_update_does_not_delay_the_next_stage(chat_model, tmp_path):
-    """As fp16 skips some; the course then lags, and a run of its own would begin anew."""
+def test_skipped_steps_do_not_delay_the_next_stage(chat_model, tmp_path):
+    """The schedule lags if fp16 skips optimizer steps, but it must restart with the next stage."""
     staged = staged_run(chat_model, tmp_path)
     skipped = iter([True, True])
     replaced = property(lambda self: next(skipped, False))
     accelerator = type("Skipping", (type(staged.accelerator),), {"optimizer_step_was_skipped": replaced})
     staged.accelerator.__class__ = accelerator
     staged.train()
-    unhindered = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
-    assert logged(staged, "learning_rate")[6:] == pytest.approx([0, *unhindered])
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert logged(staged, "learning_rate")[6:] == pytest.approx([0, *expected])
 
 
-def test_an_epoch_that_is_cut_short_is_refused(chat_model, tmp_path):
-    class Impatient(TrainerCallback):
+def test_ending_an_epoch_early_raises(chat_model, tmp_path):
+    class StopEpoch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_epoch_stop = state.global_step == 2
 
     staged = staged_run(chat_model, tmp_path)
-    staged.add_callback(Impatient())
+    staged.add_callback(StopEpoch())
     with pytest.raises(RuntimeError, match="should_epoch_stop"):
         staged.train()
 
 
 def test_early_stopping_counts_within_a_stage(chat_model, tmp_path, caplog):
-    """At the swap the loss is ln 2 again, which is no loss of patience."""
+    """The loss returns to ln 2 at the start of a stage, which must not count against the patience."""
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": two_stages()[1]}
     staged = staged_run(chat_model, tmp_path, metric_for_best_model="eval_loss", num_train_epochs=3, **evaluated)
     patience = EarlyStoppingCallback(early_stopping_patience=3)
@@ -146,22 +146,22 @@ def test_early_stopping_counts_within_a_stage(chat_model, tmp_path, caplog):
     assert first_worse == 9
     assert staged.state.global_step > 9 + 3
     stopped = staged.state.global_step < staged.stages[-1].last_update
-    assert ("Training has ended at" in caplog.text) == stopped
+    assert ("Training ended early" in caplog.text) == stopped
 
 
-def test_a_model_that_is_compiled(chat_model, tmp_path):
+def test_compiled_model(chat_model, tmp_path):
     staged_run(chat_model, tmp_path, torch_compile=True, torch_compile_backend="eager")
 
 
-def test_max_steps_count_per_stage(chat_model, tmp_path):
+def test_max_steps_is_counted_per_stage(chat_model, tmp_path):
     staged = staged_run(chat_model, tmp_path, max_steps=2)
     staged.train()
-    assert logged(staged, "sdpo/stage") == [1, 1, 2, 2, 2]  # with the summary
+    assert logged(staged, "sdpo/stage") == [1, 1, 2, 2, 2]  # the last is the summary of the run
     assert staged.state.global_step == 4
 
 
 def test_continuous_schedule(chat_model, tmp_path):
-    """One course of the learning rate, and an optimizer that goes on."""
+    """One schedule spans both stages, and the optimizer state is kept."""
     staged = staged_run(chat_model, tmp_path, callback=SDPOCallback(schedule="continuous"), optim="adamw_torch")
     staged.train()
     rates = logged(staged, "learning_rate")
@@ -173,7 +173,7 @@ def test_continuous_schedule(chat_model, tmp_path):
     assert {state["step"].item() for state in restarted.optimizer.state.values()} == {6}
 
 
-def test_an_update_sees_rows_of_one_stage(chat_model, tmp_path):
+def test_optimizer_steps_do_not_mix_stages(chat_model, tmp_path):
     staged = staged_run(chat_model, tmp_path, dataloader_num_workers=2, gradient_accumulation_steps=3)
     seen = record_rows(staged)
     staged.train()
@@ -193,7 +193,7 @@ def test_an_update_sees_rows_of_one_stage(chat_model, tmp_path):
     ids=lambda adapter: "-".join(map(str, [*adapter, *adapter.values()][:2])),
 )
 def test_adapters(adapter, chat_model, tmp_path):
-    """Every weight of the adapter is in the reference, which stays as it is while the policy learns."""
+    """All weights of the adapter are copied to the reference, which does not change while the policy trains."""
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **adapter})
     staged = staged_run(chat_model, tmp_path, "lora", peft_config=config)
     tokens = torch.arange(20)[None]
@@ -201,40 +201,41 @@ def test_adapters(adapter, chat_model, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(chat_model)(tokens).logits
         torch.testing.assert_close(staged.model(tokens).logits, base, rtol=1e-4, atol=1e-4)
     start = trained_weights(staged)
-    at_swap = {}
+    after_first = {}
     become_policy = staged.reference.become_policy
 
-    def swap():
+    def record_weights():
         become_policy()
-        at_swap.update(trained_weights(staged))
+        after_first.update(trained_weights(staged))
 
-    staged.reference.become_policy = swap
+    staged.reference.become_policy = record_weights
     staged.train()
 
     names = dict(staged.model.named_parameters())
     trained = [name for name in start if "default" in name.split(".")]
     assert trained
-    moved = 0
+    changed = 0
     for name in trained:
         reference = names[".".join("ref" if part == "default" else part for part in name.split("."))]
-        assert torch.equal(reference, at_swap[name]), name
+        assert torch.equal(reference, after_first[name]), name
         assert not reference.requires_grad
-        moved += not torch.equal(at_swap[name], start[name]) and not torch.equal(names[name], at_swap[name])
-    assert moved >= len(trained) / 2
+        in_both = [(start[name], after_first[name]), (after_first[name], names[name])]
+        changed += not any(torch.equal(old, new) for old, new in in_both)
+    assert changed >= len(trained) / 2
     assert logged(staged, "sdpo/first_batch_margin") == pytest.approx([0, 0], abs=1e-5)
 
     loaded = AutoModelForCausalLM.from_pretrained(chat_model)
     loaded = PeftModel.from_pretrained(loaded, tmp_path / "stage-1")
     for name in trained:
-        torch.testing.assert_close(dict(loaded.named_parameters())[name].detach(), at_swap[name])
+        torch.testing.assert_close(dict(loaded.named_parameters())[name].detach(), after_first[name])
     loaded = AutoModelForCausalLM.from_pretrained(chat_model)
     loaded = PeftModel.from_pretrained(loaded, tmp_path / "stage-2")
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, staged.model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_that_is_passed_in(chat_model, tmp_path):
-    """Its copy is the reference of the first stage, not the base model."""
+def test_existing_adapter(chat_model, tmp_path):
+    """The reference of the first stage is a copy of the adapter, not the base model."""
     base = AutoModelForCausalLM.from_pretrained(chat_model)
     torch.manual_seed(1)
     model = get_peft_model(base, lora(init_lora_weights=False))
@@ -245,8 +246,8 @@ def test_an_adapter_that_is_passed_in(chat_model, tmp_path):
     assert len(staged.state.log_history) > 12
 
 
-def test_a_quantized_model_with_an_adapter_that_is_passed_in(chat_model, tmp_path):
-    """DPOTrainer leaves its reference in float32, beside a policy in bfloat16."""
+def test_existing_adapter_on_a_quantized_model(chat_model, tmp_path):
+    """The reference has the dtype of the policy, whereas DPOTrainer keeps it in float32."""
     base = AutoModelForCausalLM.from_pretrained(chat_model, quantization_config=nf4(), dtype=torch.float32)
     model = get_peft_model(base, lora(init_lora_weights=False))
     staged = staged_run(model, tmp_path, processing_class=AutoTokenizer.from_pretrained(chat_model))
@@ -254,7 +255,7 @@ def test_a_quantized_model_with_an_adapter_that_is_passed_in(chat_model, tmp_pat
     assert logged(staged, "sdpo/first_batch_loss") == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 
-def test_an_adapter_that_changes_its_base_cannot_be_passed_in(chat_model, tmp_path):
+def test_existing_adapter_that_changes_the_base_model_raises(chat_model, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), lora(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa' changes the base model"):
         staged_run(model, tmp_path, processing_class=AutoTokenizer.from_pretrained(chat_model))
@@ -263,9 +264,9 @@ def test_an_adapter_that_changes_its_base_cannot_be_passed_in(chat_model, tmp_pa
 @pytest.mark.parametrize(
     "adapter", [lora(bias="lora_only"), PromptTuningConfig(num_virtual_tokens=2)], ids=["bias", "prompt"]
 )
-def test_scores_need_no_second_adapter(adapter, chat_model, tmp_path):
+def test_precomputed_scores_need_no_reference_adapter(adapter, chat_model, tmp_path):
     if adapter.peft_type != "LORA" and "virtual tokens" not in inspect.getsource(DPOTrainer._compute_loss):
-        pytest.skip("this TRL trains no prompts")
+        pytest.skip("this version of TRL does not support prompt tuning")
     if adapter.peft_type == "LORA":
         with pytest.raises(ValueError, match=r"trains biases.*precompute_ref_log_probs=True"):
             staged_run(chat_model, tmp_path, peft_config=adapter)
@@ -274,13 +275,13 @@ def test_scores_need_no_second_adapter(adapter, chat_model, tmp_path):
     staged.train()
     assert logged(staged, "sdpo/first_batch_margin") == pytest.approx([0, 0], abs=1e-5)
     assert set(staged.model.peft_config) == {"default"}
-    # DPOTrainer would score new data with the base model
+    # DPOTrainer would score new data with the base model as the reference
     with pytest.raises(ValueError, match=r"after the first stage.*eval_dataset"):
         staged.evaluate(two_stages()[0])
 
 
-def test_a_reference_of_its_own_in_the_first_stage(chat_model, tmp_path, caplog):
-    """As in the paper's table on better references; said, since it may be a mistake."""
+def test_ref_model_in_the_first_stage(chat_model, tmp_path, caplog):
+    """A reference other than the model is supported, as in the paper, with a warning because it may be a mistake."""
     torch.manual_seed(1)
     reference = AutoModelForCausalLM.from_pretrained(chat_model)
     with torch.no_grad():
@@ -291,12 +292,13 @@ def test_a_reference_of_its_own_in_the_first_stage(chat_model, tmp_path, caplog)
     first, second = logged(staged, "sdpo/first_batch_margin")
     assert abs(first) > 0.2
     assert second == pytest.approx(0, abs=1e-6)
-    (warning,) = (r.message for r in caplog.records if "does not start from its reference" in r.message)
-    assert "Stage 1 " in warning
+    warnings = [r.message for r in caplog.records if "does not start from its reference" in r.message]
+    assert len(warnings) == 1
+    assert "Stage 1 " in warnings[0]
 
 
-def test_evaluation_follows_the_reference(chat_model, tmp_path):
-    """Before a stage's first update the margin of the evaluation data is 0, with scores and with a model alike."""
+def test_evaluation_uses_the_reference_of_the_stage(chat_model, tmp_path):
+    """At the start of a stage the evaluation margin is 0, with a reference model and with precomputed scores."""
     rows = Dataset.from_list(step_rows(6))
     histories = []
     for mode in ("full", "scores"):
@@ -308,13 +310,13 @@ def test_evaluation_follows_the_reference(chat_model, tmp_path):
         assert logged(staged, "eval_rewards/margins") == pytest.approx([0], abs=1e-5)
         staged.train()
         histories.append(logged(staged, "eval_rewards/margins"))
-        for worker in multiprocessing.active_children():  # torch waits for each of them for five seconds
+        for worker in multiprocessing.active_children():  # otherwise torch waits five seconds for each
             worker.terminate()
     assert histories[0] == pytest.approx(histories[1], abs=1e-4)
-    # At the first update of each stage the learning rate is 0
-    updates = histories[1][-12:]
-    assert (updates[0], updates[6]) == pytest.approx((0, 0), abs=1e-5)
-    assert abs(updates[5]) > 1e-3
+    # The learning rate is 0 in the first step of each stage
+    margins = histories[1][-12:]
+    assert (margins[0], margins[6]) == pytest.approx((0, 0), abs=1e-5)
+    assert abs(margins[5]) > 1e-3
 
 
 def test_report(chat_model, tmp_path):
@@ -329,14 +331,14 @@ def test_report(chat_model, tmp_path):
     assert [point[1] for point in report["curves"]["loss"]] == [1] * 6 + [2] * 6
     assert (tmp_path / "sdpo_report.png").stat().st_size > 10_000
 
-    # gamma_ref of stage 2 is that of the model of stage 1
+    # The reference of stage 2 is the model of stage 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stage-1")
     expected = [gamma(model, row) for row in staged.stages[1].dataset]
     assert gammas[1] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
 def gamma(model, row):
-    """log p(chosen) - log p(rejected), in plain torch."""
+    """Compute log p(chosen) - log p(rejected) in plain torch."""
     logps = []
     for ids in (row["chosen_ids"], row["rejected_ids"]):
         tokens = torch.tensor([row["prompt_ids"] + ids])
@@ -346,15 +348,15 @@ def gamma(model, row):
     return logps[0] - logps[1]
 
 
-def test_pairs_of_a_prompt_stay_together_in_each_stage(chat_model, tmp_path):
+def test_group_by_prompt_within_stages(chat_model, tmp_path):
     rows = [{**row, "prompt": row["prompt"] if i % 2 else "What?"} for i, row in enumerate(plain_rows(16))]
     stages = [Dataset.from_list(rows[:7]), Dataset.from_list(rows[7:])]
     trainer = staged_run(chat_model, tmp_path, stages=stages, shared_prefix="on", group_by_prompt=True)
     seen = record_rows(trainer)
     trainer.train()
     check_rows(trainer, seen)
-    together = tuple(trainer.stages[1].dataset[1]["prompt_ids"])  # of "What?"
+    shared = tuple(trainer.stages[1].dataset[1]["prompt_ids"])  # of "What?"
     for stage in trainer.stages:
-        drawn = [row[: len(together)] == together for update, row in seen if update >= stage.first_update]
-        runs = [is_it for is_it, _ in itertools.groupby(drawn[: len(stage.dataset)])]
+        is_shared = [row[: len(shared)] == shared for update, row in seen if update >= stage.first_update]
+        runs = [value for value, _ in itertools.groupby(is_shared[: len(stage.dataset)])]
         assert runs.count(True) == 1

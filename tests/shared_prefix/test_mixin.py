@@ -245,10 +245,10 @@ def refused(tmp_path, model, **options):
 
 UNSUPPORTED = {
     "gpt_oss": ("attention sinks", {"num_local_experts": 4}),
-    "qwen3_next": ("pass on a state", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
-    "lfm2": ("pass on a state", {"layer_types": ["conv", "full_attention"]}),
-    "mamba": ("pass on a state", {}),
-    "falcon_h1": ("pass on a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "qwen3_next": ("carry a state", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),
+    "lfm2": ("carry a state", {"layer_types": ["conv", "full_attention"]}),
+    "mamba": ("carry a state", {}),
+    "falcon_h1": ("carry a state", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
     "gemma3_text": ("attend to later tokens", {"use_bidirectional_attention": True}),
     "gpt_neox": ("not been tested for 'gpt_neox', only for cohere2, ", {}),
 }

@@ -1,21 +1,20 @@
-"""Two processes equal one, on every back end. On CPU: what is tested is ours and the wiring, not the GPU kernels."""
+"""
+Step-DPO on two processes under DDP, ZeRO and FSDP2, compared with one process.
+
+On CPU: these tests cover our code and its wiring into accelerate, not the GPU kernels.
+"""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from ..distributed.launcher import FOLDER, launch
 from ..tiny import step_rows
 from ..training import assert_same_weights, logged, make_trainer
 
-FOLDER = Path(__file__).parents[1] / "distributed"
-# What the processes must report of themselves: a wrong set-up trains all the same, each process by itself
+# Checked against the processes' reports: a wrong setup trains just as well, each process on its own
 EXPECTED = {
     "ddp": {"distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel", "sharded": False},
     "zero2": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "sharded": True},
@@ -26,30 +25,25 @@ EXPECTED = {
 MODES = {"full": None, "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
 
 
-def launch(script, backend, *arguments):
-    """Run a script of `distributed/` in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{backend}.yaml")]
-    command += ["--main_process_port", str(port), str(FOLDER / script), backend, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def launch_strategy(script, strategy, *arguments):
+    """Run a script of `distributed/` in two processes under a distributed strategy."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    launch(FOLDER / f"{strategy}.yaml", FOLDER / script, strategy, *arguments)
 
 
-def read_report(output_dir, backend):
-    """What the processes said of themselves, which is checked against what they should have been."""
+def read_report(output_dir, strategy):
+    """Read the report of a run and check that it used two processes and the requested strategy."""
     report = json.loads((output_dir / "report.json").read_text())
     assert report["processes"] == 2
-    expected = EXPECTED[backend]
+    expected = EXPECTED[strategy]
     assert (report["distributed_type"], report["sharded"]) == (expected["distributed_type"], expected["sharded"])
     assert report["wrapper"].startswith(expected["wrapper"])
     return report
 
 
 def saved_weights(model, output_dir, lora):
-    """What `save_model` wrote, loaded as a user would."""
+    """Load the weights written by `save_model` as a user would."""
     if lora:
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), output_dir)
     else:
@@ -57,23 +51,31 @@ def saved_weights(model, output_dir, lora):
     return {name: parameter.detach() for name, parameter in loaded.named_parameters()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", EXPECTED)
-def test_two_processes_equal_one(backend, chat_model, tmp_path):
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    launch("train.py", backend, chat_model, tmp_path / "two", *MODES)
+@pytest.fixture(scope="module")
+def single_process(chat_model, tmp_path_factory):
+    """Trainers and folders of the same runs on one process, by mode."""
+    runs = {}
     for mode, peft_config in MODES.items():
+        folder = tmp_path_factory.mktemp(mode)
         options = {"per_device_train_batch_size": 4, "max_length": 165, "shared_prefix": "off"}
-        single = make_trainer(chat_model, tmp_path / "one" / mode, step_rows(12), peft_config=peft_config, **options)
-        single.train()
-        single.save_model()
-        report = read_report(tmp_path / "two" / mode, backend)
+        trainer = make_trainer(chat_model, folder, step_rows(12), peft_config=peft_config, **options)
+        trainer.train()
+        trainer.save_model()
+        runs[mode] = trainer, folder
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", EXPECTED)
+def test_two_processes_equal_one(strategy, single_process, chat_model, tmp_path):
+    launch_strategy("train.py", strategy, chat_model, tmp_path, *MODES)
+    for mode, (single, folder) in single_process.items():
+        report = read_report(tmp_path / mode, strategy)
         assert report["loss"] == pytest.approx(logged(single, "loss"), abs=1e-5), mode
         assert report["margins"] == pytest.approx(logged(single, "rewards/margins"), abs=1e-5), mode
-        assert report["margins"][-1] > 1e-3  # something was learnt
-        pairs = list(zip(*report["packs"], strict=True))  # what the two processes did at the same time
+        assert report["margins"][-1] > 1e-3  # the model has learned something
+        pairs = list(zip(*report["packs"], strict=True))  # the two processes at the same batch
         assert any(one[0] != other[0] for one, other in pairs)
         assert all(one[1] == other[1] == max(one[0], other[0]) for one, other in pairs)
-        one, two = (saved_weights(chat_model, tmp_path / folder / mode, mode == "lora") for folder in ("one", "two"))
+        one, two = (saved_weights(chat_model, path, mode == "lora") for path in (folder, tmp_path / mode))
         assert_same_weights(one, two, rtol=1e-4, atol=1e-6)

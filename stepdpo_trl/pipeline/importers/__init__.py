@@ -1,1 +1,1 @@
-"""One file per published format."""
+"""Readers of published data sets of labeled steps, one file per format."""

@@ -1,6 +1,8 @@
 """
-Step pairs, and solutions whose first wrong step is known, from what others published: PRM800K, Math-Shepherd and
-ProcessBench. The files are read as they are, zipped (.gz) or not. Standard library only.
+Published formats, from which step pairs and solutions with a known first wrong step are read.
+
+The supported data sets are PRM800K, Math-Shepherd and ProcessBench. Their files are read as published, optionally
+compressed with gzip. All importers use the standard library only.
 """
 
 from collections import Counter
@@ -15,7 +17,15 @@ from .published import LocalizationCase
 
 
 class Format(NamedTuple):
-    """The readers of a format: `pairs` of step pairs, if it has any, and `cases` of [`LocalizationCase`]s."""
+    """
+    Readers of a published format.
+
+    Args:
+        pairs (`Callable`, *optional*):
+            Reads step pairs, or `None` if the format has none.
+        cases (`Callable`):
+            Reads [`LocalizationCase`]s.
+    """
 
     pairs: Callable[[str | Path, Counter[str] | None], Iterator[dict[str, Any]]] | None
     cases: Callable[[str | Path, Counter[str]], Iterator[LocalizationCase]]

@@ -1,4 +1,4 @@
-"""Step pairs and localization cases from PRM800K (openai/prm800k, phase*_train.jsonl)."""
+"""PRM800K (`phase*_train.jsonl` of https://github.com/openai/prm800k): step pairs and localization cases."""
 
 import re
 from collections import Counter
@@ -8,75 +8,93 @@ from typing import Any, NamedTuple
 
 from .published import LocalizationCase, PublishedStep, Row, matched, pair, rows
 
-Rated = list[tuple[str, int | None]]  # the completions of a step, the chosen one first
+Rated = list[tuple[str, int | None]]  # texts and ratings of the completions of a step, the chosen one first
 
 
-class _Labelled(NamedTuple):
+class _Labeled(NamedTuple):
     row: Row
     problem: str
     answer: str
     generated: list[str]
     steps: list[Rated]
-    taken: list[str]  # the chosen completions, up to the first step without
+    taken: list[str]  # the chosen completions, up to the first step without one
 
 
 def read_prm800k(path: str | Path, counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
     """
-    Read step pairs from PRM800K: after the chosen completions, a completion rated +1 against one rated -1.
+    Read step pairs from PRM800K.
 
-    Every -1 gives one pair; where there are several +1 they take turns, the chosen one first. What a labeler wrote
-    counts as +1. Left out are quality control and screening, what the labeler gave up or found broken, and what comes
-    after a step that is rated -1, flagged or not rated.
+    The prefix of a pair consists of the chosen completions of the previous steps. The chosen step is a completion
+    rated +1, the rejected step one rated -1. Each completion rated -1 is in one pair. The completions rated +1 take
+    turns, starting with the one that the labeler chose. Completions written by the labeler count as +1.
+
+    Rows for quality control and screening are skipped, and so are those that the labeler gave up or found broken.
+    Steps after a chosen completion that is rated -1, flagged or not rated are skipped as well.
 
     Args:
         path (`str` or `Path`):
             The file.
         counts (`Counter`, *optional*):
-            Receives the number of rows, of rows with pairs, and of the other rows by reason.
+            Updated with the number of rows, of rows with pairs, and of other rows by reason.
 
     Yields:
         `dict`: The columns of Math-Step-DPO-10K, and `step_index` (from 1), `chosen_ends_solution`,
-            `rejected_ends_solution`, `source`. `full_chosen` and `full_rejected` go on as far as the file does.
+            `rejected_ends_solution` and `source`. `full_chosen` and `full_rejected` contain all following steps in the
+            file.
 
     Raises:
-        ValueError: If the file is not in this format; names the line.
+        ValueError: If the file is not in this format. The message contains the line.
     """
     counts = Counter() if counts is None else counts
-    for row, problem, answer, generated, steps, taken in _labelled(path, counts):
+    for row, problem, answer, generated, steps, taken in _labeled(path, counts):
         reason = "no step with both a +1 and a -1"
         for index, step in enumerate(steps):
             before = taken[:index]
-            sides: dict[int, dict[str, PublishedStep]] = {1: {}, -1: {}}
+            rated: dict[int, dict[str, PublishedStep]] = {1: {}, -1: {}}
             for text, rating in step:
-                if rating in sides and text.strip():
-                    known = (whole for whole in (taken, generated) if whole[: index + 1] == [*before, text])
-                    full = "\n".join(next(known, [*before, text])[index:])
+                if rating in rated and text.strip():
+                    continued = (whole for whole in (taken, generated) if whole[: index + 1] == [*before, text])
+                    full = "\n".join(next(continued, [*before, text])[index:])
                     ends = re.search("^# Answer$", text, re.MULTILINE) is not None
-                    sides[rating].setdefault(text, PublishedStep(text, full, ends, row.source))
-            for chosen, rejected in matched(sides[1], sides[-1]):
+                    rated[rating].setdefault(text, PublishedStep(text, full, ends, row.source))
+            for chosen, rejected in matched(rated[1], rated[-1]):
                 reason = "rows with pairs"
-                lead = "".join(f"{text}\n" for text in before)
-                yield pair("prm800k", problem, lead, chosen, rejected, answer, index)
+                prefix = "".join(f"{text}\n" for text in before)
+                yield pair("prm800k", problem, prefix, chosen, rejected, answer, index)
             if index >= len(taken) or step[0][1] not in (0, 1):
                 break
         counts[reason] += 1
 
 
 def prm800k_cases(path: str | Path, counts: Counter[str]) -> Iterator[LocalizationCase]:
-    """Whole solutions, rated up to a -1 or to their end."""
-    for row, problem, answer, generated, steps, taken in _labelled(path, counts):
+    """
+    Read complete solutions that are rated up to the first -1 or to their end.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        counts (`Counter`):
+            Updated with the number of rows, of cases, and of other rows by reason.
+
+    Yields:
+        `LocalizationCase`: The solutions.
+
+    Raises:
+        ValueError: If the file is not in this format. The message contains the line.
+    """
+    for row, problem, answer, generated, steps, taken in _labeled(path, counts):
         solution = generated or taken
         ratings = [dict(step).get(text) for step, text in zip(steps, solution, strict=False)]
         first_wrong = ratings.index(-1) + 1 if -1 in ratings else None
-        whole = len(steps) == len(solution) and row.get("label.finish_reason", str) == "solution"
-        if None in ratings[:first_wrong] or not (first_wrong or whole):
+        complete = len(steps) == len(solution) and row.get("label.finish_reason", str) == "solution"
+        if None in ratings[:first_wrong] or not (first_wrong or complete):
             counts["not rated up to a -1 or to the end"] += 1
             continue
         counts["cases"] += 1
         yield LocalizationCase(row.id, problem, tuple(solution), first_wrong, row.source, answer)
 
 
-def _labelled(path: str | Path, counts: Counter[str]) -> Iterator[_Labelled]:
+def _labeled(path: str | Path, counts: Counter[str]) -> Iterator[_Labeled]:
     for row in rows(path, "prm800k"):
         problem, finish = row.get("question.problem", str), row.get("label.finish_reason", str)
         answer = row.get("question.ground_truth_answer", str, type(None)) or ""
@@ -96,24 +114,24 @@ def _labelled(path: str | Path, counts: Counter[str]) -> Iterator[_Labelled]:
         elif finish in ("bad_problem", "give_up"):
             counts[finish] += 1
         else:
-            yield _Labelled(row, problem, answer, generated, steps, taken)
+            yield _Labeled(row, problem, answer, generated, steps, taken)
 
 
 def _completions(step: Row) -> tuple[Rated, bool]:
-    """The completions, and whether the first of them is the chosen one."""
+    """Return the completions of a step, and whether the first of them is the chosen one."""
     chosen = step.get("chosen_completion", int, type(None))
     found = [
         _rated(step.inner(completion, f"completion {k}"), "rating", None)
         for k, completion in enumerate(step.get("completions", list, type(None)) or [], 1)
     ]
     if step.get("human_completion", dict, type(None)) is not None:
-        # `rating` is null here; some have a `corrected_rating`
+        # `rating` is always null here, but some have a `corrected_rating`
         found.append(_rated(step.inner(step.data["human_completion"], "the human completion"), "corrected_rating", 1))
         chosen = len(found) - 1 if chosen is None else chosen
     if chosen is None:
         return found, False
     if not 0 <= chosen < len(found):
-        step.refuse(f"`chosen_completion` (of {len(found)})", chosen)
+        step.refuse(f"`chosen_completion` (completions: {len(found)})", chosen)
     return [found.pop(chosen), *found], True
 
 
@@ -121,6 +139,6 @@ def _rated(completion: Row, field: str, unrated: int | None) -> tuple[str, int |
     text, rating = completion.get("text", str), completion.get(field, int, type(None))
     if rating not in (-1, 0, 1, None):
         completion.refuse(f"`{field}`", rating)
-    if completion.get("flagged", bool, type(None)):  # "a step that they don't know how to label"
+    if completion.get("flagged", bool, type(None)):  # the labeler did not know how to rate it
         return text, None
     return text, unrated if rating is None else rating

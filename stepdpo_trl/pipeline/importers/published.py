@@ -1,4 +1,4 @@
-"""The rows of published JSON files, what is wrong with a file that is not the one expected, and what rows become."""
+"""Reading and checking of published JSON files, and the step pairs and localization cases that importers return."""
 
 import gzip
 import json
@@ -21,17 +21,17 @@ PUBLISHED = {
 @dataclass(frozen=True)
 class Row:
     """
-    An object of a published file.
+    A row of a published file, or an object inside it.
 
     Args:
         data (`Any`):
             The object.
         where (`str`):
-            What to call it in an error, such as `"line 3 of train.jsonl"`.
+            Its location for error messages, such as `"line 3 of train.jsonl"`.
         format (`str`):
-            A key of `PUBLISHED`.
+            Key of [`PUBLISHED`].
         id (`str`):
-            The file's name and the row's number.
+            Name of the file and number of the row.
     """
 
     data: Any
@@ -41,21 +41,24 @@ class Row:
 
     @property
     def source(self) -> str:
-        """Format, file and row."""
+        """Format, file and row, such as `"prm800k:phase2_train.jsonl:17"`."""
         return f"{self.format}:{self.id}"
 
     def get(self, field: str, *kinds: type) -> Any:
         """
-        Look a field up.
+        Return the value of a field.
 
         Args:
             field (`str`):
-                Its name, with dots for fields of fields.
+                Name of the field. Dots separate the names of nested fields.
             *kinds (`type`):
-                The types it may have. A missing field is null, so it is an error without `NoneType` among them.
+                Allowed types. A missing field counts as null.
+
+        Returns:
+            `Any`: The value.
 
         Raises:
-            ValueError: If it has another type.
+            ValueError: If the value has another type.
         """
         value = self.data
         for name in field.split("."):
@@ -65,13 +68,38 @@ class Row:
         return value
 
     def inner(self, data: Any, name: str) -> "Row":
-        """An object inside this one, called `name` in an error; a `ValueError` if it is none."""
+        """
+        Wrap an object inside this one.
+
+        Args:
+            data (`Any`):
+                The object.
+            name (`str`):
+                Its name for error messages.
+
+        Returns:
+            `Row`: The wrapped object.
+
+        Raises:
+            ValueError: If `data` is not an object.
+        """
         if not isinstance(data, dict):
             self.refuse(name, data)
         return Row(data, f"{name} of {self.where}", self.format, self.id)
 
     def refuse(self, what: str, found: Any) -> NoReturn:
-        """Raise a `ValueError` that says what was found and what was expected."""
+        """
+        Raise an error that shows an unexpected value and the expected format.
+
+        Args:
+            what (`str`):
+                Name of the value.
+            found (`Any`):
+                The value.
+
+        Raises:
+            ValueError: Always.
+        """
         shown = repr(found)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         raise ValueError(f"{what} of {self.where} is {shown}. Expected {PUBLISHED[self.format]}.")
@@ -79,27 +107,30 @@ class Row:
 
 def rows(path: str | Path, format: str) -> Iterator[Row]:
     """
-    Read the rows of a JSON lines file or of a JSON array, zipped or not.
+    Read the rows of a JSON Lines file or of a JSON array.
 
     Args:
         path (`str` or `Path`):
-            The file.
+            The file. It may be compressed with gzip.
         format (`str`):
-            A key of `PUBLISHED`.
+            Key of [`PUBLISHED`].
+
+    Yields:
+        `Row`: The rows.
 
     Raises:
-        ValueError: If there are none, or the text is not JSON or breaks off; names the line.
+        ValueError: If the file has no rows, is not valid JSON, or is truncated. The message contains the line.
     """
     path = Path(path)
     expected = f"Expected {PUBLISHED[format]}."
     number, is_empty = 0, True
     with path.open("rb") as head:
-        zipped = head.read(2) == b"\x1f\x8b"
+        compressed = head.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig") as lines:
+        with gzip.open(path, "rt", encoding="utf-8-sig") if compressed else path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.startswith("version https://git-lfs"):
-                    raise ValueError(f"{path} is a pointer of Git LFS: run `git lfs pull` where it is. {expected}")
+                    raise ValueError(f"{path} is a Git LFS pointer. Run `git lfs pull` in its repository. {expected}")
                 is_array = number == 1 and line.lstrip().startswith("[")
                 if is_array:
                     line += lines.read()
@@ -110,14 +141,14 @@ def rows(path: str | Path, format: str) -> Iterator[Row]:
                 except json.JSONDecodeError as error:
                     start = line if len(line) <= 80 else line[:77] + "..."
                     raise ValueError(
-                        f"Line {number + error.lineno - 1} of {path} is not JSON, or not all of it ({error.msg} at "
-                        f"column {error.colno}): {start!r}. {expected}"
+                        f"Line {number + error.lineno - 1} of {path} is not valid JSON, or is truncated ({error.msg} "
+                        f"at column {error.colno}): {start!r}. {expected}"
                     ) from error
-                for place, data in enumerate(found, 1) if is_array else [(number, found)]:
-                    where = f"{'row' if is_array else 'line'} {place} of {path}"
-                    row = Row(data, where, format, f"{path.name}:{place}")
+                for position, data in enumerate(found, 1) if is_array else [(number, found)]:
+                    where = f"{'row' if is_array else 'line'} {position} of {path}"
+                    row = Row(data, where, format, f"{path.name}:{position}")
                     if not isinstance(data, dict):
-                        row.refuse("The whole", data)
+                        row.refuse("The value", data)
                     is_empty = False
                     yield row
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -129,21 +160,21 @@ def rows(path: str | Path, format: str) -> Iterator[Row]:
 @dataclass(frozen=True)
 class LocalizationCase:
     """
-    A solution whose first wrong step is known.
+    A solution with a known first wrong step.
 
     Args:
         id (`str`):
-            The row's own id, or the file's name and the row's number.
+            Id of the row, or name of the file and number of the row.
         problem (`str`):
             The problem.
         steps (`tuple[str, ...]`):
-            The steps of the solution, without "Step k:".
+            The steps of the solution, without labels such as "Step 1:".
         first_wrong (`int` or `None`):
             The first wrong step, counted from 1; `None` if no step is wrong.
         source (`str`):
             Format, file and row, such as `"prm800k:phase2_train.jsonl:17"`.
         answer (`str`, *optional*, defaults to `""`):
-            The right final answer, where the file has it.
+            The gold answer, if the file contains it.
     """
 
     id: str
@@ -155,10 +186,22 @@ class LocalizationCase:
 
 
 class PublishedStep(NamedTuple):
-    """A step of a solution, as one side of a pair."""
+    """
+    A step of a published solution, used as the chosen or rejected step of a pair.
+
+    Args:
+        text (`str`):
+            The step.
+        full (`str`):
+            The step and all steps after it in its solution.
+        ends (`bool`):
+            Whether the step ends its solution.
+        source (`str`):
+            Format, file and row.
+    """
 
     text: str
-    full: str  # the step and what follows it in its solution
+    full: str
     ends: bool
     source: str
 
@@ -166,21 +209,53 @@ class PublishedStep(NamedTuple):
 def matched(
     right: dict[str, PublishedStep], wrong: dict[str, PublishedStep]
 ) -> Iterator[tuple[PublishedStep, PublishedStep]]:
-    """Each wrong step with a right one; the right ones take turns, and a step that is both is left out."""
+    """
+    Match each wrong step with a right step. The right steps take turns.
+
+    Args:
+        right (`dict[str, PublishedStep]`):
+            Right steps, by text.
+        wrong (`dict[str, PublishedStep]`):
+            Wrong steps, by text. Steps that are also right are skipped.
+
+    Returns:
+        `Iterator[tuple[PublishedStep, PublishedStep]]`: Pairs of a right and a wrong step.
+    """
     rights = [step for text, step in right.items() if text not in wrong]
     wrongs = [step for text, step in wrong.items() if text not in right]
     return ((rights[k % len(rights)], step) for k, step in enumerate(wrongs) if rights)
 
 
 def pair(
-    dataset: str, prompt: str, lead: str, chosen: PublishedStep, rejected: PublishedStep, answer: str, index: int
+    dataset: str, prompt: str, prefix: str, chosen: PublishedStep, rejected: PublishedStep, answer: str, index: int
 ) -> dict[str, Any]:
-    """The row of a pair, for the step with this index from 0."""
+    """
+    Create the row of a step pair.
+
+    Args:
+        dataset (`str`):
+            Name of the data set.
+        prompt (`str`):
+            The problem.
+        prefix (`str`):
+            The previous steps.
+        chosen (`PublishedStep`):
+            The chosen step.
+        rejected (`PublishedStep`):
+            The rejected step.
+        answer (`str`):
+            The gold answer.
+        index (`int`):
+            Index of the step, from 0.
+
+    Returns:
+        `dict[str, Any]`: The row.
+    """
     same = chosen.source == rejected.source
     return {
         "dataset": dataset,
         "prompt": prompt,
-        "initial_reason_steps": lead,
+        "initial_reason_steps": prefix,
         "chosen": chosen.text,
         "rejected": rejected.text,
         "full_chosen": chosen.full,

@@ -1,1 +1,1 @@
-"""One file per judge, and the expressions that combine them."""
+"""Judges that locate the first wrong step of a solution, one file per judge, and expressions that combine them."""

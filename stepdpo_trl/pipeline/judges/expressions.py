@@ -1,4 +1,4 @@
-"""Judge expressions: several judges combined into one."""
+"""Judge expressions, which combine several judges into one."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -14,50 +14,64 @@ JUDGES = ("arithmetic", "human", "llm", "prm", "rollout")
 
 def parse_judges(expression: str) -> list[list[str]]:
     """
-    Read an expression of judges.
+    Parse a judge expression.
 
     Args:
         expression (`str`):
-            Names, joined by `+` (what all agree on) and `,` (the next is asked where those before abstain); `+`
-            binds closer: `"arithmetic,rollout+llm"`.
+            Names of judges joined by `+` (all have to agree) and `,` (fallback: the next one judges where the previous
+            ones abstain). `+` binds more tightly, as in `"arithmetic,rollout+llm"`.
 
     Returns:
-        `list[list[str]]`: In the order in which they are asked, the judges that have to agree.
+        `list[list[str]]`: Groups of judges that have to agree, in the order in which they are asked.
 
     Raises:
-        RunError: If a name is not known.
+        RunError: If a name is unknown or occurs twice.
     """
     groups = [[name.strip() for name in group.split("+")] for group in expression.split(",")]
     for name in (name for group in groups for name in group):
         if name not in JUDGES:
-            near = get_close_matches(name, JUDGES, n=1, cutoff=0)[0]
+            nearest = get_close_matches(name, JUDGES, n=1, cutoff=0)[0]
             raise RunError(
-                f"Judge {name!r} in {expression!r} is not known. Did you mean {near!r}? Known: {', '.join(JUDGES)}, "
-                "joined by + (agree) and , (ask the next where the first abstains)."
+                f"The judge {name!r} in {expression!r} is not known. Did you mean {nearest!r}? Use "
+                f"{', '.join(JUDGES)}, joined by + (all have to agree) or , (the next one judges where the previous "
+                "ones abstain)."
             )
     names = [name for group in groups for name in group]
     if len(set(names)) < len(names):
-        raise RunError(f"A judge stands twice in {expression!r}. Name each once.")
+        raise RunError(f"The judge expression {expression!r} contains a judge twice. Remove one of them.")
     return groups
 
 
 def canonical(expression: str) -> str:
-    """Spell a judge expression without spaces, as in settings, file names and reports."""
+    """
+    Normalize the spelling of a judge expression, as used in settings, file names and reports.
+
+    Args:
+        expression (`str`):
+            The judge expression.
+
+    Returns:
+        `str`: The expression without spaces.
+
+    Raises:
+        RunError: If a name is unknown or occurs twice.
+    """
     return ",".join("+".join(group) for group in parse_judges(expression))
 
 
 def combine(groups: list[list[str]], judges: Mapping[str, Judge]) -> Judge:
     """
-    Make one judge of several.
+    Combine several judges into one.
 
     Args:
         groups (`list[list[str]]`):
-            As from [`parse_judges`].
+            Groups of judges that have to agree, as returned by [`parse_judges`].
         judges (`Mapping[str, Judge]`):
-            The judges by name.
+            The judges, by name.
 
     Returns:
-        `Judge`: The judge. Its evidence is that of each judge that was asked, by name.
+        `Judge`: The combined judge. Its evidence contains the step and the evidence of each judge that was asked, by
+            name.
     """
 
     def judge(solution: Solution) -> Task[Verdict]:
@@ -68,7 +82,7 @@ def combine(groups: list[list[str]], judges: Mapping[str, Judge]) -> Judge:
                 verdict = yield from judges[name](solution)
                 evidence[name] = {"step": verdict.step, **verdict.evidence}
                 steps.add(verdict.step)
-                if verdict.step is None or len(steps) > 1:  # nothing to agree on any more
+                if verdict.step is None or len(steps) > 1:  # no agreement is possible anymore
                     break
             if len(steps) == 1 and None not in steps:
                 return Verdict(steps.pop(), "+".join(group), evidence)

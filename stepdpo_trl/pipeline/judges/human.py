@@ -1,4 +1,4 @@
-"""A person as a judge."""
+"""Judge `human`: a person picks the first wrong step. The page is in `human_page`."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,15 @@ from ..records import Solution, Verdict
 
 @dataclass(frozen=True)
 class HumanRequest:
-    """A solution for a person to look at."""
+    """
+    A solution for a person to judge.
+
+    Args:
+        key (`str`):
+            Unique name within the run.
+        solution (`Solution`):
+            The solution.
+    """
 
     key: str
     solution: Solution
@@ -16,14 +24,16 @@ class HumanRequest:
 
 def human_judge(solution: Solution) -> Task[Verdict]:
     """
-    What a person says. Silent on what is skipped, and on what is not reached before the page is closed.
+    Judge a solution by the label of a person.
+
+    The judge abstains if the person skips the solution, finds no wrong step, or closes the page before reaching it.
 
     Args:
         solution (`Solution`):
             The solution.
 
     Returns:
-        `Verdict`: Its evidence says why there is none.
+        `Verdict`: The verdict. If the judge abstains, the evidence gives the reason.
     """
     labels = yield Ask("human", (HumanRequest(solution.key, solution),))
     label = labels[solution.key]

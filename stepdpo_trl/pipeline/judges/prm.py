@@ -1,4 +1,4 @@
-"""A process reward model as a judge."""
+"""Judge `prm`: the first step with a low score by a process reward model. The model is in `prm_model`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,17 @@ from .protocol import Judge
 
 @dataclass(frozen=True)
 class PRMRequest:
-    """Steps for a process reward model to score."""
+    """
+    Steps for a process reward model to score.
+
+    Args:
+        key (`str`):
+            Unique name within the run.
+        problem (`str`):
+            The problem.
+        steps (`tuple[str, ...]`):
+            The steps.
+    """
 
     key: str
     problem: str
@@ -19,14 +29,15 @@ class PRMRequest:
 
 def prm_judge(threshold: float = 0.5) -> Judge:
     """
-    The first step that a process reward model scores below a threshold.
+    Create a judge that picks the first step whose score is below a threshold.
 
     Args:
         threshold (`float`, *optional*, defaults to `0.5`):
-            Least probability of a right step.
+            Minimum probability that a step is right.
 
     Returns:
-        `Judge`: The judge. Its evidence are the scores.
+        `Judge`: The judge. It sends its requests to the service `"prm"`, and its evidence contains all scores. It
+            abstains if no score is below the threshold.
     """
 
     def judge(solution: Solution) -> Task[Verdict]:

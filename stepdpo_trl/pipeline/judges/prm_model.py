@@ -1,21 +1,23 @@
 """
-Process reward models: how likely each step of a solution is right, in one forward pass.
+Process reward models, which score all steps of a solution in one forward pass.
 
-- Layout of Qwen2.5-Math-PRM: the steps are the assistant's turn, each followed by the token `<extra_0>`, at which the
-  model's two classes (wrong, right) are read.
-- Heads for token classification with two labels: problem and steps, each followed by a separator, at whose last token
-  the classes are read (as TRL's PRMTrainer made them).
+Two input formats are supported. In both, the model has two classes: wrong and right.
+
+- Qwen2.5-Math-PRM: the steps form the assistant's turn, and each is followed by the token `<extra_0>`. The classes
+  are read at these tokens.
+- Models with a token classification head, as trained by TRL's `PRMTrainer`: the problem and each step are followed by
+  a separator. The classes are read at the last token of each separator.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from ...data.prompts import PROMPT_SUFFIXES
 from ...generation import GenerationError
+from ...runs.progress import progress_bar
 from ...runs.run_directory import Log
 from .prm import PRMRequest
 
@@ -25,17 +27,17 @@ QWEN_SYSTEM = PROMPT_SUFFIXES["step-dpo"].strip()
 
 class ProcessRewardModel:
     """
-    Scores steps.
+    Process reward model that scores steps.
 
     Args:
         model (`PreTrainedModel`):
-            The model; what it returns has `logits` (or a first entry) of shape `(batch, seq, 2)`.
+            The model. The first entry of its output has the shape `(batch, seq, 2)`.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer. With `<extra_0>` in its vocabulary the layout of Qwen2.5-Math-PRM is used.
+            Its tokenizer. If `<extra_0>` is in its vocabulary, the format of Qwen2.5-Math-PRM is used.
         separator (`str`, *optional*, defaults to `"\\n"`):
-            What follows problem and steps in the other layout.
+            Text appended to the problem and to each step in the other format.
         batch_size (`int`, *optional*, defaults to `8`):
-            Solutions at once.
+            Number of solutions per batch.
     """
 
     def __init__(
@@ -49,10 +51,21 @@ class ProcessRewardModel:
     @classmethod
     def load(cls, name: str, batch_size: int = 8, trust_remote_code: bool = False) -> "ProcessRewardModel":
         """
-        Load a model, on a GPU if there is one.
+        Load a process reward model, on a GPU if available.
+
+        Args:
+            name (`str`):
+                Hub id or folder.
+            batch_size (`int`, *optional*, defaults to `8`):
+                Number of solutions per batch.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether to run code from the model's repository.
+
+        Returns:
+            `ProcessRewardModel`: The model.
 
         Raises:
-            GenerationError: If it cannot be loaded.
+            GenerationError: If the model cannot be loaded.
         """
         from transformers import AutoTokenizer
 
@@ -60,16 +73,30 @@ class ProcessRewardModel:
         try:
             options = {"trust_remote_code": trust_remote_code}
             config = AutoConfig.from_pretrained(name, **options)
-            own = "ForProcessRewardModel" in str(config.architectures)
-            kind: Any = AutoModel if own else AutoModelForTokenClassification
-            model = kind.from_pretrained(name, config=config, dtype="auto", device_map=device, **options)
+            custom = "ForProcessRewardModel" in str(config.architectures)
+            auto_class: Any = AutoModel if custom else AutoModelForTokenClassification
+            model = auto_class.from_pretrained(name, config=config, dtype="auto", device_map=device, **options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise GenerationError(f"The process reward model {name!r} cannot be loaded: {error}") from error
         return cls(model, tokenizer, batch_size=batch_size)
 
     def encode(self, problem: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Token ids, and the places of the tokens at which the steps are scored."""
+        """
+        Tokenize a solution.
+
+        Args:
+            problem (`str`):
+                The problem.
+            steps (`Sequence[str]`):
+                The steps.
+
+        Returns:
+            `tuple[list[int], list[int]]`: Token ids, and the position at which each step is scored.
+
+        Raises:
+            GenerationError: If a step contains the token `<extra_0>`.
+        """
         if self.extra is not None:
             messages = [
                 {"role": "system", "content": QWEN_SYSTEM},
@@ -78,31 +105,34 @@ class ProcessRewardModel:
             ]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            places = [place for place, token in enumerate(ids) if token == self.extra]
+            positions = [position for position, token in enumerate(ids) if token == self.extra]
         else:
             bos = self.tokenizer.bos_token_id
             ids = [] if bos is None else [bos]
-            places = []
+            positions = []
             for text in (problem, *steps):
                 ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids += self.tokenizer(self.separator, add_special_tokens=False)["input_ids"]
-                places.append(len(ids) - 1)
-            places = places[1:]
-        if len(places) != len(steps):
-            raise GenerationError(f"A step holds {QWEN_SEPARATOR!r} itself, so steps and scores cannot be told apart.")
-        return ids, places
+                positions.append(len(ids) - 1)
+            positions = positions[1:]  # the problem has no score
+        if len(positions) != len(steps):
+            raise GenerationError(
+                f"A step contains {QWEN_SEPARATOR!r}, which marks the end of a step for this process reward model. "
+                "Remove this solution, or use another judge."
+            )
+        return ids, positions
 
     @torch.no_grad()
     def score(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """
-        Score solutions.
+        Score the steps of several solutions in one batch.
 
         Args:
             requests (`Sequence[tuple[str, Sequence[str]]]`):
-                Problem and steps of each.
+                Problem and steps of each solution.
 
         Returns:
-            `list[list[float]]`: Probability of each step to be right.
+            `list[list[float]]`: Probability that a step is right, for each step of each solution.
         """
         encoded = [self.encode(problem, steps) for problem, steps in requests]
         width = max(len(ids) for ids, _ in encoded)
@@ -114,29 +144,38 @@ class ProcessRewardModel:
             use_cache=False,
         )
         right = output[0].float().softmax(-1)[..., 1].cpu()
-        return [right[row, places].tolist() for row, (_, places) in enumerate(encoded)]
+        return [right[row, positions].tolist() for row, (_, positions) in enumerate(encoded)]
 
 
 class RecordedPRM:
     """
-    A process reward model whose scores are kept on disk.
+    Service of a process reward model. Its scores are stored.
 
     Args:
         model (`ProcessRewardModel`):
             The model.
         log (`Log`):
-            Where its scores are kept.
+            Log for the scores.
     """
 
     def __init__(self, model: ProcessRewardModel, log: Log) -> None:
         self.model, self.log = model, log
 
     def answer(self, requests: Sequence[PRMRequest]) -> dict[str, dict[str, Any]]:
-        """Score what has not been scored yet."""
+        """
+        Score solutions, and read the scores of those that are scored already.
+
+        Args:
+            requests (`Sequence[PRMRequest]`):
+                The solutions.
+
+        Returns:
+            `dict[str, dict]`: Records with the entry `"scores"`, by key.
+        """
         todo = sorted((r for r in requests if r.key not in self.log), key=lambda r: sum(map(len, r.steps)))
         size = self.model.batch_size
-        for start in tqdm(range(0, len(todo), size), "  prm", unit=" batches", leave=False, disable=not todo):
-            part = todo[start : start + size]
-            scores = self.model.score([(request.problem, request.steps) for request in part])
-            self.log.extend((request.key, {"scores": s}) for request, s in zip(part, scores, strict=True))
+        for start in progress_bar(range(0, len(todo), size), "  prm", unit=" batches", leave=False, disable=not todo):
+            batch = todo[start : start + size]
+            scores = self.model.score([(request.problem, request.steps) for request in batch])
+            self.log.extend((request.key, {"scores": each}) for request, each in zip(batch, scores, strict=True))
         return {request.key: self.log[request.key] for request in requests}

@@ -1,4 +1,4 @@
-"""Monte-Carlo estimation: the first step after which the policy no longer reaches the answer."""
+"""Judge `rollout`: the first step after which the policy no longer reaches the gold answer."""
 
 from ...data.answers import RIGHT
 from ...data.steps import Steps, split_steps
@@ -10,20 +10,21 @@ from .protocol import Judge
 
 def rollout_judge(policy: Policy, num_rollouts: int = 8) -> Judge:
     """
-    The first step behind which the policy itself no longer reaches the answer (Monte-Carlo estimation).
+    Create a judge that locates the first wrong step by Monte Carlo estimation.
 
-    A prefix is lost if none of `num_rollouts` continuations is right. It is looked for by binary search between the beginning,
-    which must not be lost, and the end, which is: about log2 M prefixes of M. Of each, 1, 1, 2, 4 ... continuations
-    are sampled until one is right.
+    A prefix is lost if none of `num_rollouts` sampled continuations is right. The shortest lost prefix ends with the
+    first wrong step. It is found by binary search, which looks at about log2(M) of the M prefixes. For each of them 1,
+    1, 2, 4, ... continuations are sampled until one is right.
 
     Args:
         policy (`Policy`):
             The model that wrote the solutions.
         num_rollouts (`int`, *optional*, defaults to `8`):
-            Continuations of a prefix at most.
+            Maximum number of continuations per prefix.
 
     Returns:
-        `Judge`: The judge. Its evidence are the prefixes looked at, by number of steps: continuations, right ones.
+        `Judge`: The judge. Its evidence contains `[continuations, right continuations]` of each prefix, by the number
+            of steps in the prefix. It abstains if no rollout from the beginning is right.
     """
 
     def reached(solution: Solution, steps: Steps, length: int, seen: dict[str, list[int]]) -> Task[bool]:

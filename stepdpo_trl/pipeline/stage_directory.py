@@ -1,0 +1,145 @@
+"""The run folder as a pipeline stage uses it: settings are written with the first record, and time is counted."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..data.files import write_atomically
+from ..runs.run_directory import Log, RunDirectory, RunError
+
+TIMES = "time.json"
+_SECONDS_BETWEEN_SAVES = 10.0
+
+
+class _AnnouncedLog(Log):
+    """Log that calls a function before it writes, and another one afterwards."""
+
+    def __init__(self, path: Path, before: Callable[[], None], after: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._before, self._after = before, after
+
+    def extend(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Append records; see [`~stepdpo_trl.runs.run_directory.Log`]."""
+        self._before()
+        super().extend(records)
+        self._after()
+
+
+class StageDirectory(RunDirectory):
+    """
+    Run folder in which one pipeline stage works.
+
+    The settings of the stage are checked when it starts and written with its first record. A command that fails
+    before that (an unknown model, an unreachable server) leaves no settings, so the corrected command can use the same
+    folder. The time from the start of the stage to its latest record is added up in `time.json` over all resumes.
+    """
+
+    _stage = ""
+    _settings: Mapping[str, Any] | None = None  # not written yet
+    _growing: Sequence[str] = ()
+    _on_first_record: Callable[[], None] | None = None
+
+    def start_stage(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        growing: Sequence[str] = (),
+        on_first_record: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        Check the settings of a stage, and write them with its first record.
+
+        Args:
+            stage (`str`):
+                Name of the stage.
+            settings (`Mapping[str, Any]`):
+                Settings of the stage.
+            growing (`Sequence[str]`, *optional*):
+                Names of the settings that a later command may increase.
+            on_first_record (`Callable`, *optional*):
+                Function to call right after the settings are written.
+
+        Raises:
+            RunError: If the run has other settings, or larger values of the growing ones.
+        """
+        before = self.settings().get(stage)
+        if before is not None:
+            for name in growing:
+                if name in before and settings[name] < before[name]:
+                    raise RunError(
+                        f"{name}={settings[name]} is less than {name}={before[name]} of `{stage}` in {self.path}. "
+                        f"A run can grow but not shrink. Pass {name}={before[name]} or more, or use another folder."
+                    )
+            self.keep_settings(stage, {**settings, **{name: before[name] for name in growing if name in before}})
+        self._stage, self._settings, self._growing = stage, settings, growing
+        self._on_first_record = on_first_record
+        self._started, self._saved = time.monotonic(), 0.0
+        self._seconds, self._seconds_before = 0.0, read_times(self.path).get(stage, 0.0)
+
+    def log(self, name: str) -> Log:
+        """Open the records in `name`.jsonl."""
+        return _AnnouncedLog(self.path / f"{name}.jsonl", self.write_settings, self._count_time)
+
+    def write_settings(self) -> None:
+        """Write the settings of the stage, if they are not written yet."""
+        if self._settings is None:
+            return
+        settings, self._settings = self._settings, None  # first, as this writes a record too
+        self.keep_settings(self._stage, settings, may_change=self._growing)
+        if self._on_first_record is not None:
+            self._on_first_record()
+
+    def __enter__(self) -> "StageDirectory":
+        return self
+
+    def _count_time(self) -> None:
+        if not self._stage:
+            return
+        self._seconds = time.monotonic() - self._started
+        if self._seconds - self._saved >= _SECONDS_BETWEEN_SAVES:
+            self._save_time()
+
+    def _save_time(self) -> None:
+        self._saved = self._seconds
+        times = {**read_times(self.path), self._stage: round(self._seconds_before + self._seconds, 1)}
+        write_atomically(self.path / TIMES, json.dumps(times, indent=2) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._stage and self._seconds > self._saved:
+                self._save_time()
+        finally:
+            super().__exit__(kind, error, trace)
+
+
+def read_times(path: Path) -> dict[str, float]:
+    """Read the seconds that each stage of a run has taken."""
+    try:
+        return dict(json.loads((path / TIMES).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+
+
+def append_changed(log: Log, key: str, record: Mapping[str, Any]) -> None:
+    """
+    Append a record unless the log holds it already. The last record of a key counts.
+
+    Args:
+        log (`Log`):
+            The log.
+        key (`str`):
+            Key of the record.
+        record (`Mapping[str, Any]`):
+            The record.
+    """
+    if key not in log or _as_json(log[key]) != _as_json(record):
+        log.append(key, record)
+
+
+def _as_json(record: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(record))
