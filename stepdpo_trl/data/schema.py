@@ -123,8 +123,8 @@ def get_images(row: Mapping[str, Any], where: str) -> list[Any]:
     if columns == ["image"]:
         if value is None or isinstance(value, (list, tuple)):
             raise ValueError(
-                f"`image` of {where} is {_show(value)}. It must be one image. Remove the row, or use a column `images` "
-                "with a list of images, which is empty for rows without an image."
+                f"`image` of {where} is {_show(value)}. It must be one image. Remove the row, or use a column "
+                "`images` with a list of images, which is empty for rows without an image."
             )
         return [value]
     if not isinstance(value, (list, tuple)):

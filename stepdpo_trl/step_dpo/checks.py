@@ -93,8 +93,8 @@ def check_images(where: str, row: dict[str, Any], processing_class: Any, trainer
         )
     if not trainer_has_images:
         raise ValueError(
-            f"The {where} has images, but the data that the trainer was created with has none. Create the trainer with "
-            "this dataset as `eval_dataset`."
+            f"The {where} has images, but the data that the trainer was created with has none. Create the trainer "
+            "with this dataset as `eval_dataset`."
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -19,10 +20,11 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..data.schema import IMAGE_COLUMNS, has_images, is_step_data
 from ..sdpo.callback import SDPOCallback
+from ..sdpo.reference import copy_weights
 from ..sdpo.stages import STAGE_COLUMN, join_stages
 from ..sdpo.training import StagedTraining
 from ..shared_prefix.mixin import PrefixSharing
@@ -203,14 +205,42 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         """Keep the columns that batches are made of."""
         super()._set_signature_columns_if_needed()
         if self.has_step_images:
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, PROMPT_TEXT, *IMAGE_COLUMNS]))
+            columns: Any = self._signature_columns
+            self._signature_columns: Any = list(dict.fromkeys([*columns, PROMPT_TEXT, *IMAGE_COLUMNS]))
 
     def _start_sharing(self) -> None:
         """Use the collator of step pairs with images if there are any, then share prefixes if possible."""
         if self.has_step_images and type(self.data_collator) is DataCollatorForPreference:
             check_vision_model(decoder(self.model), self.args.pad_to_multiple_of)
-            self.data_collator = VisionStepCollator(self.processing_class, self.data_collator)
+            processor: Any = self.processing_class
+            self.data_collator = VisionStepCollator(processor, self.data_collator)
         super()._start_sharing()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load the weights of a checkpoint. The `Trainer` does not find those that `save_pretrained` has renamed."""
+        if self._loads_whole_vision_model:
+            self._load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, like `_load_from_checkpoint`."""
+        if self._loads_whole_vision_model:
+            self._load_weights(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _loads_whole_vision_model(self) -> bool:
+        # Adapters, DeepSpeed and FSDP save weights under the model's own names
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.has_step_images and not sharded and not is_peft_model(self.model)
+
+    def _load_weights(self, folder: str) -> None:
+        logger.info(f"Loading the weights in {folder}.")
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options: dict[str, Any] = {"dtype": model.dtype, "device_map": None}
+        copy_weights(create_model_from_path(folder, trust_remote_code=self.args.trust_remote_code, **options), model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """Return the sampler of training rows, which keeps pairs of a prompt together with `group_by_prompt`."""

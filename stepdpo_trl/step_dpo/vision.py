@@ -188,7 +188,8 @@ class VisionStepCollator:
     text_collator: Callable[[list[dict[str, Any]]], Any]
 
     def __post_init__(self) -> None:
-        self.vision_collator = DataCollatorForVisionPreference(processor=TokenizedSteps(self.processor))
+        processor: Any = TokenizedSteps(self.processor)
+        self.vision_collator = DataCollatorForVisionPreference(processor=processor)
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         """Collate examples into a batch with the chosen rows first."""
