@@ -213,7 +213,8 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if self.has_step_images and type(self.data_collator) is DataCollatorForPreference:
             check_vision_model(decoder(self.model), self.args.pad_to_multiple_of)
             processor: Any = self.processing_class
-            self.data_collator = VisionStepCollator(processor, self.data_collator)
+            several = self.accelerator.num_processes > 1
+            self.data_collator = VisionStepCollator(processor, self.data_collator, always_images=several)
         super()._start_sharing()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:

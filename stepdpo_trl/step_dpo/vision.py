@@ -181,11 +181,15 @@ class VisionStepCollator:
         processor (`ProcessorMixin`):
             Processor of the policy.
         text_collator (`Callable`):
-            Collator for rows that were tokenized without images, usually [`~trl.trainer.dpo_trainer.DataCollatorForPreference`].
-    """  # noqa: E501
+            Collator for rows that were tokenized without images, usually
+            [`~trl.trainer.dpo_trainer.DataCollatorForPreference`].
+        always_images (`bool`, *optional*, defaults to `False`):
+            Whether to add an image to batches without images. See `_add_unused_image`.
+    """
 
     processor: ProcessorMixin
     text_collator: Callable[[list[dict[str, Any]]], Any]
+    always_images: bool = False
 
     def __post_init__(self) -> None:
         processor: Any = TokenizedSteps(self.processor)
@@ -206,10 +210,40 @@ class VisionStepCollator:
                 for example in examples
             ]
         )
+        if self.always_images and "pixel_values" not in batch:
+            self._add_unused_image(batch)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch
+
+    def _add_unused_image(self, batch: dict[str, Any]) -> None:
+        """
+        Append an image to the first pair, after its steps, so that all processes run the vision tower in each batch.
+
+        ZeRO and FSDP would otherwise wait forever for the process whose batch has no image. The tokens of the steps
+        come before the image and do not attend to it, so the loss is the same.
+        """
+        blank = PIL.Image.new("RGB", (64, 64))
+        extra = self.processor(
+            text=[_image_text(self.processor)] * 2,
+            images=[[blank], [blank]],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        rows, new = batch["input_ids"].shape, extra["input_ids"].shape
+        starts = batch["attention_mask"].sum(1)[[0, rows[0] // 2]].tolist()
+        missing = max(0, max(starts) + new[1] - rows[1])
+        for name in [*batch, *(name for name in extra if extra[name].shape == new)]:
+            value = batch.get(name, torch.zeros(rows, dtype=torch.long))
+            if value.shape != rows:
+                continue
+            padding = self.processor.tokenizer.pad_token_id if name == "input_ids" else 0
+            value = torch.nn.functional.pad(value, (0, missing), value=padding)
+            for row, start, number in zip((0, rows[0] // 2), starts, (0, 1), strict=True):
+                value[row, start : start + new[1]] = extra[name][number] if name in extra else 0
+            batch[name] = value
+        batch.update({name: value for name, value in extra.items() if name not in batch})
 
 
 class TokenizedSteps:
@@ -237,6 +271,14 @@ class TokenizedSteps:
             name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding[name])
             for name, values in columns.items()
         }
+
+
+def _image_text(processor: Any) -> str:
+    """Return the text of an image in a prompt."""
+    if not processor.chat_template:
+        return str(processor.image_token)
+    content = [{"type": "image"}, {"type": "text", "text": ""}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
 
 
 def load_images(row: Mapping[str, Any], where: str) -> list[Any]:

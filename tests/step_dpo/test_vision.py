@@ -17,10 +17,12 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from stepdpo_trl import SDPOCallback, StepDPOConfig, measure_gamma
 from stepdpo_trl.step_dpo.vision import VisionStepTokenizer, shorter_prefixes
 
+from ..distributed.vision import OPTIONS, mixed_rows
 from ..reference_dpo import step_dpo_loss
 from ..tiny import CHATML, byte_level_tokenizer, plain_rows, step_rows, tiny_model
 from ..training import BETA, assert_same_weights, config, logged, make_trainer, weights
 from ..vision import VISION_MODELS, make_image, vision_plain_rows, vision_step_rows
+from .test_distributed import launch_strategy, read_report
 
 PLACEHOLDERS = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "llava": "<image>\n"}
 MODELS = pytest.mark.parametrize("name", VISION_MODELS)
@@ -205,6 +207,32 @@ def test_batch_has_the_tokens_and_images_of_each_row(name):
     assert "pixel_values" in keys
     for key in keys:
         assert torch.equal(batch[key], expected[key])
+
+
+@MODELS
+def test_unused_image_does_not_change_the_loss(name):
+    rows = [{**row, "images": []} for row in vision_step_rows(3)]
+    trainer = vision_trainer(name, rows)
+    results = []
+    for always_images in (False, True):
+        trainer.data_collator.always_images = always_images
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert ("pixel_values" in batch) == always_images
+        assert batch["completion_mask"].sum() == sum(
+            len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset
+        )
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        results.append((loss, {name: parameter.grad for name, parameter in trainer.model.named_parameters()}))
+    (loss, gradients), (unchanged_loss, unchanged) = results
+    torch.testing.assert_close(loss, unchanged_loss, rtol=1e-6, atol=1e-6)
+    ran = {name for name, gradient in unchanged.items() if gradient is not None}
+    assert any("vision" in name or "visual" in name for name in ran)
+    for parameter_name in ran:
+        expected = gradients[parameter_name]
+        expected = torch.zeros_like(unchanged[parameter_name]) if expected is None else expected
+        torch.testing.assert_close(unchanged[parameter_name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forms_of_a_prompt():
@@ -644,3 +672,24 @@ def test_plain_vision_pairs_are_trained_as_by_dpo_trainer(name, config_cls):
     assert_same_weights(weights(ours), weights(stock), rtol=0, atol=0)
     with pytest.raises(ValueError, match="`precompute_ref_log_probs=True` is not supported for vision datasets"):
         vision_trainer(name, vision_plain_rows(2), config_cls=config_cls, precompute_ref_log_probs=True)
+
+
+# -------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_processes_equal_one(strategy, tmp_path):
+    model, single, several = (str(tmp_path / name) for name in ("model", "single", "several"))
+    model_named("llava", 1).save_pretrained(model)
+    processor_named("llava").save_pretrained(model)
+    launch_strategy("vision.py", strategy, model, several)
+    trainer = make_trainer(model, single, mixed_rows(), **OPTIONS)
+    trainer.train()
+    trainer.save_model()
+    assert read_report(tmp_path / "several", strategy)["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5)
+    one, two = (
+        dict(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        for folder in (single, several)
+    )
+    assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
