@@ -5,9 +5,12 @@ import torch
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Processor,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -16,6 +19,9 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .tiny import byte_level_tokenizer
@@ -150,6 +156,54 @@ def llava_model(processor: ProcessorMixin, seed: int = 0) -> LlavaForConditional
 VISION_MODELS = {
     "qwen2_5_vl": (qwen2_5_vl_processor, qwen2_5_vl_model),
     "llava": (llava_processor, llava_model),
+}
+
+
+def idefics3_processor() -> ProcessorMixin:
+    """Return a processor that splits images into tiles, and pads their number in a batch."""
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    return Idefics3Processor(
+        images, vision_tokenizer(*special, *tiles), image_seq_len=4, chat_template=vision_chat_template("<image>")
+    )
+
+
+def gemma3_processor() -> ProcessorMixin:
+    """Return a processor with other placeholders in the text than in the tokens, and with token types."""
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = vision_tokenizer(*names.values())
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    template = vision_chat_template("<start_of_image>")
+    return Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
+
+
+def llava_next_processor() -> ProcessorMixin:
+    """Return a processor whose images take several patches, by their aspect ratio."""
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 12},
+        crop_size={"height": 12, "width": 12},
+        image_grid_pinpoints=[[12, 24], [24, 12], [24, 24]],
+    )
+    return LlavaNextProcessor(
+        images,
+        vision_tokenizer("<image>"),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=vision_chat_template("<image>\n"),
+    )
+
+
+# Functions that create a processor, for tests without a model
+PROCESSORS = {
+    **{name: processor for name, (processor, _) in VISION_MODELS.items()},
+    "gemma3": gemma3_processor,
+    "idefics3": idefics3_processor,
+    "llava_next": llava_next_processor,
 }
 
 

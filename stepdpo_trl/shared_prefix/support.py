@@ -46,7 +46,7 @@ def why_not_shared(trainer: DPOTrainer) -> str | None:
 
 def _trainer_reason(trainer: Any) -> str | None:
     args, accelerator = trainer.args, trainer.accelerator
-    if trainer._is_vision_dataset or getattr(trainer, "has_step_images", False):
+    if trainer._is_vision_dataset:
         return "the data has images"
     if type(trainer.data_collator) is not DataCollatorForPreference:  # a subclass can add keys to a batch
         return f"the data collator is a {type(trainer.data_collator).__name__}, and only DPOTrainer's is supported"
