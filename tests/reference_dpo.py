@@ -3,8 +3,9 @@
 import torch
 
 
-def step_log_prob(model, prefix, step, images):
+def step_log_prob(model, prefix, step, images=None):
     """Return log pi(step | prefix) of one unpadded sequence, summed token by token."""
+    images = images or {}
     of_tokens = {name for name, value in images.items() if value.shape == (1, len(prefix))}  # e.g. token types
     images = {k: torch.nn.functional.pad(v, (0, len(step))) if k in of_tokens else v for k, v in images.items()}
     logits = model(torch.tensor([prefix + step]), **images).logits[0]
