@@ -71,33 +71,53 @@ class PrefixAttention:
             offsets = {"cu_seq_lens_q": prefix_pack.query_offsets, "cu_seq_lens_k": prefix_pack.key_offsets}
             longest = {"max_length_q": prefix_pack.longest[0], "max_length_k": prefix_pack.longest[1]}
             return attention(module, query, keys, values, None, *args, **kwargs, **offsets, **longest)
-        if self.name == "sdpa" and _supports_varlen(query, **kwargs):
+        blocks = prefix_pack.blocks
+        if self.name == "sdpa" and blocks is None and _supports_varlen(query, **kwargs):
             return _varlen(query, keys, values, prefix_pack, **kwargs), None
 
         window = kwargs.get("sliding_window")
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
             # A chain that is a whole row needs no mask, because SDPA is then causal by default
             whole = self.name == "sdpa" and q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
-            return attention(module, q, k, v, None if whole else _causal_mask(q, k, window), *args, **kwargs)[0]
+            mask = None if whole and b is None else _causal_mask(q, k, window, b)
+            return attention(module, q, k, v, mask, *args, **kwargs)[0]
 
-        return _chain_by_chain(attend, query, keys, values, prefix_pack), None
+        return _chain_by_chain(attend, query, keys, values, prefix_pack, blocks), None
 
 
 def _chain_by_chain(
-    attention: Callable[..., torch.Tensor], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pack: Pack
+    attention: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pack: Pack,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Call `attention(query, key, value)` for each chain and return shape `(1, tokens, heads, head_dim)`."""
+    """Call `attention(query, key, value, ...)` for each chain and return shape `(1, tokens, heads, head_dim)`."""
     queries, lengths = zip(*pack.lengths, strict=True)
-    chains = zip(query.split(queries, 2), keys.split(lengths, 2), values.split(lengths, 2), strict=True)
-    return torch.cat([attention(*chain) for chain in chains], dim=1)
+    states = [query.split(queries, 2), keys.split(lengths, 2), values.split(lengths, 2)]
+    if blocks is not None:
+        states.append(blocks[pack.keys].split(lengths))
+    return torch.cat([attention(*chain) for chain in zip(*states, strict=True)], dim=1)
 
 
-def _causal_mask(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Return an additive mask of shape `(1, 1, queries, keys)` that aligns the last query with the last key."""
+def _causal_mask(
+    query: torch.Tensor, key: torch.Tensor, window: int | None, blocks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Return an additive mask of shape `(1, 1, queries, keys)` that aligns the last query with the last key.
+
+    Given the blocks of the keys, queries also attend to later keys of their block.
+    """
     positions = torch.arange(key.shape[2], device=query.device)
     distance = positions[-query.shape[2] :, None] - positions
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    visible = distance >= 0
+    if blocks is not None:
+        own = blocks[-query.shape[2] :, None]
+        visible = visible | ((own == blocks) & (own >= 0))
+    if window is not None:
+        visible = visible & (distance < window)
     mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
     return mask.masked_fill_(~visible, torch.finfo(query.dtype).min)[None, None]
 

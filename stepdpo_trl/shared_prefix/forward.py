@@ -11,6 +11,7 @@ changed.
 import functools
 import sys
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import PrefixAttention
 from .tree import Pack, PrefixTree
+from .vision import encode_images
 
 # Arguments that describe the padded rows, or are set for each pack
 _ROW_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
@@ -53,13 +55,18 @@ def share_prefixes(model: PreTrainedModel) -> None:
     backbone.forward = types.MethodType(forward, backbone)
 
 
+def text_decoder(backbone: Any) -> Any:
+    """Return the language model of a vision-language model, or the model itself if it is a pure text decoder."""
+    return getattr(backbone, "language_model", None) or getattr(backbone, "text_model", None) or backbone
+
+
 def _wrap_attention(backbone: Any) -> None:
     """
     Wrap the attention function of a model.
 
     It keeps its name, because masks, kernels and generation depend on the name. Without a pack it is unchanged.
     """
-    name = backbone.config._attn_implementation
+    name = text_decoder(backbone).config._attn_implementation
     if name != "eager":
         attention = ALL_ATTENTION_FUNCTIONS[name]
         if not isinstance(attention, PrefixAttention):
@@ -73,17 +80,27 @@ def _wrap_attention(backbone: Any) -> None:
             file.eager_attention_forward = PrefixAttention(name, attention)  # type: ignore[attr-defined]
 
 
-def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> MoeModelOutputWithPast:
+@dataclass
+class _Output(MoeModelOutputWithPast):
+    # The heads of some vision-language models read these
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+
+
+def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> _Output:
     """Run the packs of a tree instead of the padded rows that the arguments describe."""
-    kwargs = {name: value for name, value in kwargs.items() if name not in _ROW_ARGUMENTS}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _ROW_ARGUMENTS and value is not None}
+    features = encode_images(backbone, tree)
 
     def run(pack: Pack) -> tuple[torch.Tensor, ...]:
+        images = {"mm_encoder_outputs": features.select(pack.images)} if features and pack.images else {}
         output = backbone.forward_without_tree(
             input_ids=pack.input_ids,
             position_ids=pack.position_ids,
             attention_mask=_placeholder_mask(pack),
             use_cache=False,
             prefix_pack=pack,
+            **images,
             **kwargs,
         )
         return output.last_hidden_state[0], *(getattr(output, "router_logits", None) or ())
@@ -97,7 +114,7 @@ def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> MoeModelOut
     hidden, *router_logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     real = slice(-tree.tokens, None)  # the tokens before belong to dummy packs, see `PrefixTree.padded`
     routers: Any = tuple(logits[real] for logits in router_logits) or None
-    return MoeModelOutputWithPast(
+    return _Output(
         last_hidden_state=_gather_predicting(tree, hidden[real], hidden[: -tree.tokens]), router_logits=routers
     )
 

@@ -10,6 +10,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PretrainedConfig, TrainerCallback
 
+from .support import has_images
+
 logger = get_logger(__name__)
 
 MARGIN = 1.3  # required ratio of free to estimated memory
@@ -67,9 +69,12 @@ def most_tokens(trainer: Any) -> int | None:
             The trainer.
 
     Returns:
-        `int` or `None`: Number of tokens, `None` if it is unknown because the train dataset is a stream.
+        `int` or `None`: Number of tokens, `None` if it is unknown because the train dataset is a stream or has images,
+        whose encoders need memory as well.
     """
     dataset = trainer.train_dataset
+    if has_images(trainer):
+        return None
     if trainer.max_tokens_per_forward is not None:
         return int(trainer.max_tokens_per_forward)
     if not isinstance(dataset, Dataset):

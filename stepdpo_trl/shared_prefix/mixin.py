@@ -19,8 +19,18 @@ from transformers import PretrainedConfig
 
 from .forward import share_prefixes
 from .memory import CheckpointingAdvice, count_tokens
-from .support import decoder, why_not_shared
+from .support import decoder, encodes_images_once, why_not_shared
 from .tree import PrefixTree, build_tree
+from .vision import (
+    IMAGE_KEYS,
+    TYPE_KEYS,
+    ImageLayout,
+    encode_images_once,
+    image_arguments,
+    images_are_repeated,
+    images_processed_once,
+    with_image_positions,
+)
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -42,21 +52,28 @@ class SharedPrefixCollator:
             Collator of `DPOTrainer`, which pads and truncates the rows.
         max_tokens (`int`, *optional*):
             Maximum number of tokens in a forward pass. If `None`, the batch is not split.
+        layout (`ImageLayout`, *optional*):
+            Layout of the images in a batch. `None` for models without images.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     max_tokens: int | None = None
+    layout: ImageLayout | None = None
     _warned: bool = field(default=False, init=False)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples into a batch."""
-        batch = self.collator(examples)
+        with images_processed_once(self.collator):
+            batch = self.collator(examples)
         present = batch["attention_mask"].bool()
         rows, labels = (
             [row[mask].numpy() for row, mask in zip(batch[name], present, strict=True)]
             for name in ("input_ids", "completion_mask")
         )
-        tree = build_tree(rows, labels, self.max_tokens)
+        if self.layout is not None and "pixel_values" in batch:
+            tree = self.layout.build_tree(batch, rows, labels, self.max_tokens)
+        else:
+            tree = build_tree(rows, labels, self.max_tokens)
         longest = max(pack.tokens for pack in tree.packs)
         if self.max_tokens is not None and longest > self.max_tokens and not self._warned:
             self._warned = True
@@ -81,6 +98,7 @@ class PrefixSharing(DPOTrainer):
     args: Any
     shared_prefix = "off"
     shares_prefixes: bool | None = None
+    _encodes_images_once = False
 
     def _start_sharing(self) -> None:
         """Share prefixes if requested and exact."""
@@ -89,9 +107,11 @@ class PrefixSharing(DPOTrainer):
         reason = None if self.shared_prefix == "off" else why_not_shared(self)
         self.shares_prefixes = self.shared_prefix != "off" and reason is None
         if self.shares_prefixes:
+            config = decoder(self.model).config
             if self.max_tokens_per_forward is not None:
-                check_parts(self.args, decoder(self.model).config, self.accelerator.num_processes)
-            self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward)
+                check_parts(self.args, config.get_text_config(), self.accelerator.num_processes)
+            layout = ImageLayout.of(config) if hasattr(config, "vision_config") else None
+            self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward, layout)
             if self.args.gradient_checkpointing:
                 self.add_callback(CheckpointingAdvice(self))
         elif self.shared_prefix == "on":
@@ -99,7 +119,9 @@ class PrefixSharing(DPOTrainer):
         elif reason:
             budget = self.max_tokens_per_forward
             no_budget = f" max_tokens_per_forward={budget} has no effect." if budget is not None else ""
-            logger.warning(f"Prefixes are not shared because {reason}.{no_budget}")
+            self._encodes_images_once = encodes_images_once(self)
+            once = " Each image is still encoded only once." if self._encodes_images_once else ""
+            logger.warning(f"Prefixes are not shared because {reason}.{once}{no_budget}")
 
     @property
     def max_tokens_per_forward(self) -> int | None:
@@ -119,16 +141,26 @@ class PrefixSharing(DPOTrainer):
         """Replace the padded rows of a batch by their labeled tokens, and make the models accept its tree."""
         tree: PrefixTree | None = inputs.get(TREE)
         if tree is None:
-            return inputs
+            return inputs if whole else self._with_images_once(inputs, *models)
         rest = {name: value for name, value in inputs.items() if name != TREE}
         if whole:
             return rest
+        rest = {name: value for name, value in rest.items() if name not in IMAGE_KEYS + TYPE_KEYS}
         for model in filter(None, models):  # in each call, because the reference model can be replaced
             share_prefixes(decoder(model))
         # The mask counts the rows that contain each token, so that `num_tokens` and the load balancing of experts are
         # those of the rows
         rows = {"input_ids": tree.input_ids, "completion_mask": tree.completion_mask, "attention_mask": tree.uses}
+        tree = with_image_positions(tree, inputs, decoder(models[0]).base_model)
         return {**rest, **rows, TREE: self._in_step(tree)}
+
+    def _with_images_once(self, inputs: dict[str, Any], *models: Any) -> dict[str, Any]:
+        """Make the models encode each image once if the batch repeats its images for the rejected rows."""
+        if not self._encodes_images_once or not images_are_repeated(inputs, image_arguments(decoder(models[0]))):
+            return inputs
+        for model in filter(None, models):
+            encode_images_once(decoder(model))
+        return {**inputs, "repeated_images": True}
 
     def _in_step(self, tree: PrefixTree) -> PrefixTree:
         """Pad the tree to the same number of packs on all processes, because sharded models synchronize per layer."""
@@ -140,7 +172,8 @@ class PrefixSharing(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Score the longest pairs first, so that batches have similar lengths and memory errors occur early."""
         self._start_sharing()  # DPOTrainer.__init__ precomputes before the end of StepDPOTrainer.__init__
-        if not self.shares_prefixes or not isinstance(dataset, Dataset):
+        tokenized = isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names  # not with images
+        if not self.shares_prefixes or not tokenized:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         order = longest_first(dataset)
         scored = super()._precompute_ref_logps(dataset.select(order), name, batch_size)

@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,14 @@ class _Movable:
 
     def _map(self, function: Any) -> Any:
         moved = copy.copy(self)
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for name in (attribute.name for attribute in dataclasses.fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
             if isinstance(value, torch.Tensor):
-                setattr(moved, field.name, function(value))
+                setattr(moved, name, function(value))
+            elif isinstance(value, dict):
+                setattr(moved, name, {key: function(tensor) for key, tensor in value.items()})
             elif value and isinstance(value, list) and isinstance(value[0], _Movable):
-                setattr(moved, field.name, [item._map(function) for item in value])
+                setattr(moved, name, [item._map(function) for item in value])
         return moved
 
 
@@ -53,14 +55,21 @@ class Pack(_Movable):
     Args:
         input_ids (`torch.LongTensor` of shape `(1, tokens)`):
             Token ids of all chains, concatenated.
-        position_ids (`torch.LongTensor` of shape `(1, tokens)`):
-            Position of each token in its row.
+        position_ids (`torch.LongTensor` of shape `(1, tokens)` or `(axes, 1, tokens)`):
+            Position of each token in its row, on several axes for models with multimodal position embeddings.
         keys (`torch.LongTensor` of shape `(keys,)`):
             For each chain, the indices of the tokens of its row in `input_ids`. The chain's tokens come last.
         query_offsets, key_offsets (`torch.IntTensor` of shape `(chains + 1,)`):
             Start of each chain in `input_ids` and in `keys`.
         lengths (`list[tuple[int, int]]`):
             Number of tokens of each chain and of its row, available without synchronizing with the device.
+        origins (`torch.LongTensor` of shape `(tokens,)`):
+            Index of each token in the concatenation of all rows of the batch.
+        images (`list[int]`):
+            Images of the tokens in their order, as indices into the images of the tree.
+        blocks (`torch.LongTensor` of shape `(tokens,)`, *optional*):
+            Block of each token, -1 for none. The tokens of a block attend to all tokens of the block, also to later
+            ones. A block lies within a chain.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +78,9 @@ class Pack(_Movable):
     query_offsets: torch.Tensor
     key_offsets: torch.Tensor
     lengths: list[tuple[int, int]]
+    origins: torch.Tensor
+    images: list[int] = field(default_factory=list)
+    blocks: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -84,7 +96,8 @@ class Pack(_Movable):
     def first_token(self) -> "Pack":
         """Return a pack with the first token only."""
         offsets = torch.arange(2, dtype=torch.int32, device=self.query_offsets.device)
-        return Pack(self.input_ids[:, :1], self.position_ids[:, :1], self.keys[:1], offsets, offsets, [(1, 1)])
+        ids, positions = self.input_ids[:, :1], self.position_ids[..., :1]
+        return Pack(ids, positions, self.keys[:1], offsets, offsets, [(1, 1)], self.origins[:1])
 
 
 @dataclass
@@ -103,6 +116,8 @@ class PrefixTree(_Movable):
             1 for the labeled tokens in `input_ids`, 0 for the others.
         uses (`torch.LongTensor` of shape `(1, tokens)`):
             Number of rows that contain each token of the packs.
+        images (`dict[str, torch.Tensor]`):
+            Different images of the batch, as arguments of the model's `get_image_features`. Empty without images.
     """
 
     packs: list[Pack]
@@ -110,6 +125,7 @@ class PrefixTree(_Movable):
     input_ids: torch.Tensor
     completion_mask: torch.Tensor
     uses: torch.Tensor
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -134,7 +150,10 @@ class PrefixTree(_Movable):
 
 
 def build_tree(
-    rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], max_tokens: int | None = None
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    max_tokens: int | None = None,
+    keys: Sequence[Sequence[int]] | None = None,
 ) -> PrefixTree:
     """
     Build the prefix tree of a batch.
@@ -146,12 +165,16 @@ def build_tree(
             For each row, 1 for each token that has a label and 0 for the others.
         max_tokens (`int`, *optional*):
             Maximum number of tokens in a pack. A longer row gets a separate pack. If `None`, there is one pack.
+        keys (`Sequence[Sequence[int]]`, *optional*):
+            For each row, the numbers by which its tokens are compared with those of other rows. Defaults to the token
+            ids, which are equal for different images.
 
     Returns:
         `PrefixTree`: The batch as a prefix tree.
     """
     arrays = [np.asarray(row, dtype=np.int64) for row in rows]
-    packs, paths = _lay_out(arrays, max_tokens)
+    compared = arrays if keys is None else [np.asarray(row, dtype=np.int64) for row in keys]
+    packs, paths = _lay_out(arrays, compared, max_tokens)
     labeled = [1 + np.flatnonzero(np.asarray(mask)[1:]) for mask in labels]  # the first token has no prediction
     width = 1 + max(1, *map(len, labeled))
     sources, input_ids, completion_mask = (np.zeros((len(arrays), width), dtype=np.int64) for _ in range(3))
@@ -162,14 +185,23 @@ def build_tree(
             input_ids[i, : len(positions) + 1] = row[[positions[0] - 1, *positions]]
             completion_mask[i, 1 : len(positions) + 1] = 1
     uses = np.bincount(np.concatenate(paths), minlength=1)[None]
-    tensors = (torch.from_numpy(array) for array in (sources, input_ids, completion_mask, uses))
-    return PrefixTree(packs, *tensors)
+    return PrefixTree(
+        packs=packs,
+        sources=torch.from_numpy(sources),
+        input_ids=torch.from_numpy(input_ids),
+        completion_mask=torch.from_numpy(completion_mask),
+        uses=torch.from_numpy(uses),
+    )
 
 
-def _lay_out(rows: list[np.ndarray], max_tokens: int | None) -> tuple[list[Pack], list[np.ndarray]]:
+def _lay_out(
+    rows: list[np.ndarray], keys: list[np.ndarray], max_tokens: int | None
+) -> tuple[list[Pack], list[np.ndarray]]:
     """Return the packs, and for each row the indices of its tokens, counted over all packs."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
-    ordered = [rows[i] for i in order]
+    order = sorted(range(len(rows)), key=lambda i: keys[i].astype(">i8").tobytes())
+    ordered = [keys[i] for i in order]
+    offsets = np.cumsum([0, *map(len, rows)])
+    token_ids = np.concatenate(rows)
     shared = [0, *(_common_prefix(*pair) for pair in itertools.pairwise(ordered))]
     starts = _cut([len(row) for row in ordered], shared, max_tokens)
     packs: list[Pack] = []
@@ -183,9 +215,9 @@ def _lay_out(rows: list[np.ndarray], max_tokens: int | None) -> tuple[list[Pack]
             path = np.concatenate([prefix, np.arange(tokens, tokens + len(row) - known)])
             paths[order[i]] = path
             if known < len(row):
-                chains.append((row[known:], known, path - start))
+                chains.append((offsets[order[i]], known, path - start))
                 tokens += len(row) - known
-        packs.append(_pack(chains))
+        packs.append(_pack(token_ids, chains))
     return packs, paths
 
 
@@ -228,16 +260,18 @@ def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def _pack(chains: list[tuple[np.ndarray, int, np.ndarray]]) -> Pack:
-    tokens = np.concatenate([row for row, _, _ in chains])
-    positions = np.concatenate([np.arange(start, start + len(row)) for row, start, _ in chains])
-    lengths = [(len(row), len(keys)) for row, _, keys in chains]
+def _pack(token_ids: np.ndarray, chains: list[tuple[int, int, np.ndarray]]) -> Pack:
+    """Return the pack of chains, given as the start of their row in `token_ids`, first position and keys."""
+    positions = np.concatenate([np.arange(first, len(keys)) for _, first, keys in chains])
+    origins = np.concatenate([start + np.arange(first, len(keys)) for start, first, keys in chains])
+    lengths = [(len(keys) - first, len(keys)) for _, first, keys in chains]
     offsets = np.concatenate([[[0, 0]], np.cumsum(lengths, axis=0)]).astype(np.int32)
     return Pack(
-        input_ids=torch.from_numpy(tokens)[None],
+        input_ids=torch.from_numpy(token_ids[origins])[None],
         position_ids=torch.from_numpy(positions)[None],
         keys=torch.from_numpy(np.concatenate([keys for _, _, keys in chains])),
         query_offsets=torch.from_numpy(offsets[:, 0].copy()),
         key_offsets=torch.from_numpy(offsets[:, 1].copy()),
         lengths=lengths,
+        origins=torch.from_numpy(origins),
     )
