@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := deepspeed,quantization,gguf,openai,ray,report,test
 
-# For bench-gpu: all that is needed and neither large nor always there beside torch (numpy, pandas, pyarrow)
+# Packages that bench-gpu needs in addition to torch. numpy, pandas and pyarrow are large and must be installed already.
 PYTHON_VERSION ?= 3.12
 MACHINE ?= x86_64
 WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock fsspec h11 hf-xet httpcore2 httpx2 \
@@ -30,17 +30,17 @@ test-oldest:  ## Run all tests on the oldest supported TRL
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
 
-bench: $(VENV)/.core  ## Compare the speed with DPOTrainer's on this CPU (a quarter of an hour on two cores)
+bench: $(VENV)/.core  ## Compare the throughput with DPOTrainer on this CPU (15 minutes on two cores)
 	mkdir -p build
 	$(BIN)/python examples/benchmark_throughput.py --all --rounds 3 --steps 1 --json build/bench.json
 
-# What is installed besides torch may be of any version there: the wheels stand in front of it
-bench-gpu: | build/wheels  ## The same on a GPU of 80 GB, for 7B parameters; needs python3 with torch, and no network after `make wheels`
+# The wheels come first in PYTHONPATH, so other versions installed on the machine do not matter
+bench-gpu: | build/wheels  ## Run bench for 7B parameters on a GPU with 80 GB (needs torch; no network after `make wheels`)
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target build/bench_site build/wheels/*.whl
 	PYTHONPATH=build/bench_site:. $(PYTHON) examples/benchmark_throughput.py \
 		--all --config qwen2.5-7b --peft --rounds 4 --json build/bench-gpu.json
 
-wheels:  ## Download what bench-gpu needs beside torch, for PYTHON_VERSION=3.12 and MACHINE=x86_64 or others
+wheels:  ## Download the packages of bench-gpu, by default for PYTHON_VERSION=3.12 and MACHINE=x86_64
 	rm -rf build/wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint $(CONSTRAINTS) --dest build/wheels \
 		--implementation cp --python-version $(PYTHON_VERSION) \
@@ -59,10 +59,10 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove what was built
+clean:  ## Remove environments, build outputs and caches
 	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-# Environments. The constraints pin what was tested, the CPU build of torch among it where pip finds one.
+# Environments. The constraints pin the tested versions, including the CPU build of torch where it is available.
 CONSTRAINTS ?= constraints.txt
 
 $(BIN)/python:

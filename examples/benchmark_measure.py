@@ -105,7 +105,7 @@ class Turn:
             Share of the time spent in the collator.
         peak_memory_gib (`float`, *optional*):
             Peak memory in GiB above weights and optimizer state. `None` on CPU.
-        utilisation (`float`, *optional*):
+        utilization (`float`, *optional*):
             Model FLOPs per second divided by the peak FLOPs of the device. `None` if the peak is unknown.
     """
 
@@ -115,7 +115,7 @@ class Turn:
     positions_per_unique: float
     collator_share: float
     peak_memory_gib: float | None
-    utilisation: float | None
+    utilization: float | None
 
 
 class Side:
@@ -172,14 +172,14 @@ class Side:
             positions_per_unique=self.stopwatch.positions / unique,
             collator_share=self.collator_seconds() / seconds,
             peak_memory_gib=(self.stopwatch.memory_peak - self.stopwatch.memory_before) / 2**30 if CUDA else None,
-            utilisation=self._utilisation(unique / seconds),
+            utilization=self._utilization(unique / seconds),
         )
 
     def collator_seconds(self) -> float:
         """Return the collation time in the timed part of the last turn. Batches are collated one step ahead."""
         return sum(self.recorder.seconds[2 : 2 + self.stopwatch.steps])
 
-    def _utilisation(self, tokens_per_second: float) -> float | None:
+    def _utilization(self, tokens_per_second: float) -> float | None:
         args = self.trainer.args
         device = torch.cuda.get_device_name() if CUDA and args.bf16 else ""
         peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)

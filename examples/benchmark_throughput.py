@@ -19,7 +19,7 @@ Precomputing the reference takes one forward pass over all pairs, which is not t
 
 The results are medians over the rounds, and the ratio of the medians with the smallest and largest ratio of a round.
 Positions are counted in the forward passes of the policy and include padding. Unique tokens are the nodes of a trie of
-each batch. Memory is the peak above weights and optimizer state. Model FLOPs utilisation counts 6 FLOPs per unique
+each batch. Memory is the peak above weights and optimizer state. Model FLOPs utilization counts 6 FLOPs per unique
 token and parameter of the linear layers (4 with LoRA, whose frozen weights need no gradients), and 2 more if the
 reference is computed in the step. It does not count attention, head and recomputation.
 """
@@ -84,7 +84,7 @@ FORMATS = {
     "pairs_per_second": ("pairs per second", "{:.2f}"),
     "positions_per_unique": ("positions computed / unique tokens", "{:.3f}"),
     "peak_memory_gib": ("peak memory, GiB", "{:.1f}"),
-    "utilisation": ("model FLOPs utilisation", "{:.1%}"),
+    "utilization": ("model FLOPs utilization", "{:.1%}"),
     "collator_share": ("share of time making batches", "{:.2%}"),
 }
 

@@ -11,7 +11,7 @@ a right step from the same prefix with a right final answer. Pretraining takes a
 collecting the pairs takes about one minute.
 
 The settings of the quickstart were chosen by the accuracy on 1,000 held-out problems after 4 epochs with batches of
-32, with greedy decoding and with sampling at temperature 1 (95 % intervals are within +-3 points). Before training,
+32, with greedy decoding and with sampling at temperature 1 (95% intervals are within +-3 points). Before training,
 the accuracies are 76.0 and 71.1.
 
     learning rate   beta   seed   greedy   sampled
@@ -58,7 +58,7 @@ from stepdpo_trl.quickstart import (
     generate_solutions,
     make_problems,
     read_result,
-    split_labelled_steps,
+    split_labeled_steps,
     write_solution,
 )
 from stepdpo_trl.quickstart.arithmetic import LARGEST, OPENING, SMALLEST, iterate_problems
@@ -250,7 +250,7 @@ def collect_pairs(
     )
     mistakes = []
     for problem, solution in zip(problems, solutions, strict=True):
-        index, steps = first_wrong_step(problem, solution), split_labelled_steps(solution)
+        index, steps = first_wrong_step(problem, solution), split_labeled_steps(solution)
         # There is no step to reject if the solution is right or has a wrong number of steps
         if index is None or index > min(len(steps), len(problem.operators)) or " = " not in steps[index - 1]:
             continue
@@ -279,8 +279,8 @@ def collect_pairs(
                     "dataset": "stepdpo_trl-quickstart",
                     "prompt": problem.text,
                     "initial_reason_steps": prefix,
-                    "chosen": split_labelled_steps(corrected)[index - 1],
-                    "rejected": split_labelled_steps(solution)[index - 1],
+                    "chosen": split_labeled_steps(corrected)[index - 1],
+                    "rejected": split_labeled_steps(solution)[index - 1],
                     "full_chosen": corrected.removeprefix(prefix),
                     "full_rejected": solution.removeprefix(prefix),
                     "answer": problem.answer,

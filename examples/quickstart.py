@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}, but must be positive. Remove it to use the default.")
     if args.problems < 1:
         parser.error(
-            f"--problems is {args.problems}, but must be at least 1. With 1000, the 95 % interval is +-3 points."
+            f"--problems is {args.problems}, but must be at least 1. With 1000, the 95% interval is +-3 points."
         )
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}, but must not be negative. Pass a whole number of at least 0.")
@@ -103,7 +103,7 @@ def main() -> None:
     print(
         f"\nRight final answers on {len(problems)} problems that are neither in the pairs nor in the pretraining data"
     )
-    print("(with 95 % intervals):\n")
+    print("(with 95% intervals):\n")
     print(f"    {'':<32}{'before Step-DPO':<26}after Step-DPO")
     for name, how in (("greedy", "best token each time"), ("sampled", "temperature 1")):
         print(f"    {name + ' (' + how + ')':<32}{before[name]!s:<26}{after[name]}")

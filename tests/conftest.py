@@ -26,7 +26,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # each training run calls gc.collect(), a third of its time if it scans the imported modules too
+    # Each training run calls gc.collect(), which takes a third of its time if it scans the imported modules
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from stepdpo_trl.generation import Completion, Request, Sampling
 from stepdpo_trl.pipeline.judges.arithmetic import evaluate_expression
 from stepdpo_trl.pipeline.records import Problem as Record
-from stepdpo_trl.quickstart import ArithmeticProblem, split_labelled_steps
+from stepdpo_trl.quickstart import ArithmeticProblem, split_labeled_steps
 from stepdpo_trl.quickstart.arithmetic import OPENING, draw_problem
 
 
@@ -49,7 +49,7 @@ class Student:
         return Completion(text, "stop", len(request.prompt), len(text))
 
     def solve(self, problem: ArithmeticProblem, prefix: str, rng: random.Random) -> str:
-        before = split_labelled_steps(prefix)[:-1] if prefix else []
+        before = split_labeled_steps(prefix)[:-1] if prefix else []
         left = problem.expression
         if before:
             left = before[-1].rpartition("leaving ")[2] if "leaving" in before[-1] else before[-1].rpartition("= ")[2]

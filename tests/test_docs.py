@@ -21,7 +21,7 @@ README, RECIPES = ROOT / "README.md", ROOT / "recipes" / "README.md"
 GUIDES = sorted((ROOT / "stepdpo_trl").glob("*/README.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", RECIPES, *GUIDES, *(ROOT / "examples").glob("*/README.md")]
 MODELS = re.compile(r"^Qwen/[\w.-]+$")
-# The small model is asked as in its pretraining, for short answers, and not by default for 1,024 tokens
+# The small model needs the prompt of its pretraining. Its answers are short, so fewer tokens save time
 ASKING = ("--prompt", "plain", "--max-new-tokens", "96")
 SAMPLED = (*ASKING, "--temperature", "1", "--top-p", "1", "--num-samples", "3")
 QUICK = {"collect": SAMPLED, "data": SAMPLED, "eval": ASKING}
@@ -33,18 +33,18 @@ def name_of(file):
 
 
 def commands(file):
-    """Commands in the blocks marked `bash`."""
+    """Return the commands in the blocks marked `bash`."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", file.read_text(), re.S | re.M)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def fill(folder):
-    """Put there what the commands read."""
+    """Create the files that the commands read."""
     for name, split in (("problems.jsonl", "pairs"), ("test.jsonl", "held_out")):
         lines = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(24, split)]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shutil.copytree(MODEL_PATH, folder / "outputs" / "step-dpo")  # what training would have made
+    shutil.copytree(MODEL_PATH, folder / "outputs" / "step-dpo")  # stands in for a trained model
     for name in ("recipes", "examples", "constraints.txt", "Makefile", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
 
@@ -63,7 +63,7 @@ def run_stepdpo(words, monkeypatch):
 
 
 def check_training(words, monkeypatch):
-    """That all is understood; test_cli and test_recipes train."""
+    """Check that the options are valid, without training. test_cli and test_recipes train."""
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     cli.main(["train", *words, *CPU])
@@ -71,7 +71,7 @@ def check_training(words, monkeypatch):
 
 
 def run(words, monkeypatch):
-    """Run a command."""
+    """Run a `stepdpo` command, or check that the files and options of another command exist."""
     if words[0] == "stepdpo":
         run_stepdpo(words[1:], monkeypatch)
     elif words[:2] == ["accelerate", "launch"]:
@@ -119,7 +119,7 @@ def test_commands_of_the_readme(after_readme):
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=name_of)
 def test_commands_of_the_guides(guide, after_readme, tmp_path, monkeypatch):
-    if guide.parent.name != "pipeline":  # which makes its own runs and pairs
+    if guide.parent.name != "pipeline":  # the pipeline guide creates its own runs and pairs
         shutil.copytree(after_readme, tmp_path, symlinks=True, dirs_exist_ok=True)
     run_all(guide, tmp_path, monkeypatch)
 
@@ -193,3 +193,11 @@ def test_files_named_in_contributing_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     for path in re.findall(r"`((?:stepdpo_trl|tests)/[\w/.]+)`", text):
         assert (ROOT / path.replace("NAME", "openai")).exists() or "NAME" in path, path
+
+
+def test_names_in_contributing_exist():
+    """Classes, constants and methods named in the text are in the code."""
+    code = "\n".join(path.read_text() for folder in ("stepdpo_trl", "tests") for path in (ROOT / folder).rglob("*.py"))
+    named = re.findall(r"`(?:DPOTrainer\.|Session\.)?(_?[A-Za-z]+[A-Z_]\w*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 10
+    assert [name for name in named if not re.search(rf"\b{name}\b", code)] == []

@@ -1,4 +1,4 @@
-"""The package's layout: imports point downwards, never in a circle, and the two towers stay apart."""
+"""Layout of the package: imports point downwards, form no cycles, and keep the two towers apart."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -31,7 +31,7 @@ def module_name(file, root):
 
 
 class Imports(ast.NodeVisitor):
-    """Collects `(line, imported name)` of a file, absolute, without those under `if TYPE_CHECKING`."""
+    """Collects the imports of a file as `(line, absolute name)`, except those under `if TYPE_CHECKING`."""
 
     def __init__(self, name, is_package):
         self.package = name if is_package else name.rpartition(".")[0]
@@ -52,7 +52,7 @@ class Imports(ast.NodeVisitor):
 
 
 def read_imports(root):
-    """Imports of each module of a package: `{module: [(where, imported module or name)]}`."""
+    """Return the imports of each module of a package: `{module: [(where, imported module or name)]}`."""
     files = {module_name(file, root): file for file in sorted(root.rglob("*.py"))}
     imports = {}
     for name, file in files.items():
@@ -71,7 +71,7 @@ def folder_of(module, root):
 
 
 def violations(root):
-    """Every import that breaks the layout, with its place and the rule."""
+    """Return a message for every import that breaks the layout, with its location and the rule."""
     imports = read_imports(root)
     found = []
     for module, targets in imports.items():
@@ -99,11 +99,11 @@ def violations(root):
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        circle = error.args[1][::-1]
+        cycle = error.args[1][::-1]
         steps = [
-            where for module, target in pairwise(circle) for where, imported in imports[module] if imported == target
+            where for module, target in pairwise(cycle) for where, imported in imports[module] if imported == target
         ]
-        found.append(f"circle: {'; '.join(steps)}")
+        found.append(f"import cycle: {'; '.join(steps)}")
     return found
 
 
@@ -133,7 +133,7 @@ def test_only_the_init_file_is_at_the_top():
         ),
         (
             {"data/a.py": "from .b import x", "data/b.py": "from . import a"},
-            "circle: stepdpo_trl/data/a.py:1 imports stepdpo_trl.data.b; "
+            "import cycle: stepdpo_trl/data/a.py:1 imports stepdpo_trl.data.b; "
             "stepdpo_trl/data/b.py:1 imports stepdpo_trl.data.a",
         ),
         ({"other/a.py": ""}, "stepdpo_trl.other.a: the folder 'other' has no floor in test_layout.py"),
@@ -147,8 +147,8 @@ def test_violations_name_the_import(files, message, tmp_path):
         file.write_text(text)
     found = violations(root)
     assert len(found) == 1
-    assert sorted(found[0].removeprefix("circle: ").split("; ")) == sorted(
-        message.removeprefix("circle: ").split("; ")
+    assert sorted(found[0].removeprefix("import cycle: ").split("; ")) == sorted(
+        message.removeprefix("import cycle: ").split("; ")
     )
 
 

@@ -38,7 +38,7 @@ def methods(log: Log) -> Any:
     axis.set_yticks(range(len(arms)), reversed(arms))
     axis.set_xlim(0, 109)
     axis.set_xticks(range(0, 101, 20))
-    axis.set_xlabel("test problems solved, greedy, % (five seeds, 95 % intervals)")
+    axis.set_xlabel("test problems solved, greedy, % (five seeds, 95% intervals)")
     return figure
 
 

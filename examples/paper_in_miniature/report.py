@@ -49,7 +49,7 @@ def solved(results: Iterable[dict[str, Any]], how: str) -> np.ndarray:
 
 def mean_and_half(table: np.ndarray) -> tuple[float, float]:
     """
-    Return the mean of an array of shape `(seeds, problems)` and the half-width of its 95 % interval, in percent.
+    Return the mean of an array of shape `(seeds, problems)` and the half-width of its 95% interval, in percent.
 
     Both seeds and problems are random samples, so the variance is the sum of the variances over seeds and over
     problems.

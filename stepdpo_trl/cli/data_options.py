@@ -27,7 +27,7 @@ _SEVERAL = "Needed if the run has several."
 DATA = f"""\
   stepdpo data --model {MODEL} --problems problems.jsonl \\
       --output-dir run --output-file pairs.jsonl --judge arithmetic,rollout
-The same with a model that a server holds:
+The same with a model on a server:
   stepdpo data --model Qwen/Qwen2.5-72B-Instruct \\
       --base-url http://localhost:8000/v1 --problems problems.jsonl \\
       --output-dir run --output-file pairs.jsonl
@@ -105,7 +105,7 @@ def add_build(commands: Any, handler: Any) -> None:
     parser = add_command(
         commands,
         "build",
-        "Write the corrections of a run as a data set of step pairs.",
+        "Write the corrections of a run as a dataset of step pairs.",
         handler,
         "Duplicates and problems of test sets are left out.",
         "  stepdpo build run --output-file pairs.jsonl --exclude test.jsonl",
@@ -133,7 +133,7 @@ def add_import(commands: Any, handler: Any) -> None:
     parser = add_command(
         commands,
         "import",
-        "Convert a published data set to step pairs.",
+        "Convert a published dataset to step pairs.",
         handler,
         example="  stepdpo import prm800k phase2_train.jsonl --output-file pairs.jsonl",
     )
@@ -240,7 +240,7 @@ def _judge_options(parser: argparse.ArgumentParser, group: Any) -> None:
 def _rectify_options(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("Corrections")
     group.add_argument(
-        "--num-corrections", type=positive, default=1, metavar="N", help="Chosen steps per wrong solution."
+        "--num-corrections", type=positive, default=1, metavar="N", help="Preferred steps per wrong solution."
     )
     group.add_argument(
         "--max-attempts",
@@ -254,13 +254,13 @@ def _rectify_options(parser: argparse.ArgumentParser) -> Any:
         type=judge_expression,
         default="arithmetic",
         metavar="JUDGES",
-        help="Judges that must not reject a chosen step: arithmetic, llm, prm, a combination, or none.",
+        help="Judges that must not reject a preferred step: arithmetic, llm, prm, a combination, or none.",
     )
     model_options(
         parser,
         "rectifier-",
         "Rectifier",
-        "Another model to write the chosen steps. By default the model corrects itself.",
+        "Another model to write the preferred steps. By default the model corrects itself.",
         flag="--rectifier",
     )
     return group
@@ -271,12 +271,12 @@ def _output_file(parser: Any) -> None:
         "--output-file",
         required=True,
         metavar="FILE",
-        help="A .jsonl or .parquet file, or hub:USER/NAME for a private data set on the Hub.",
+        help="A .jsonl or .parquet file, or hub:USER/NAME for a private dataset on the Hub.",
     )
 
 
 def _build_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("Data set")
+    group = parser.add_argument_group("Dataset")
     _output_file(group)
     group.add_argument("--corrections", metavar="NAME", help=f"Corrections to use. {_SEVERAL}")
     group.add_argument(

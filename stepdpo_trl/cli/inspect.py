@@ -32,7 +32,7 @@ def add_inspect_command(commands: Any) -> None:
         "  stepdpo inspect pairs.jsonl --row 0 --model Qwen/Qwen2.5-0.5B-Instruct",
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help=".jsonl or .parquet file, folder of a run, or data set on the Hub."
+        "source", metavar="SOURCE", help=".jsonl or .parquet file, folder of a run, or dataset on the Hub."
     )
     group = parser.add_argument_group("Rows")
     which = group.add_mutually_exclusive_group()
@@ -44,7 +44,7 @@ def add_inspect_command(commands: Any) -> None:
         help="Row to show, counted from 0. Can be repeated. (default: the first)",
     )
     which.add_argument("--solution", metavar="KEY", help="Solution of a run to show, by its key.")
-    group.add_argument("--split", metavar="NAME", help="Split of a data set on the Hub. (default: train)")
+    group.add_argument("--split", metavar="NAME", help="Split of a dataset on the Hub. (default: train)")
     models = parser.add_argument_group("Log-probabilities")
     models.add_argument("--model", metavar="POLICY", help="Model id, folder of a model, or folder of an adapter.")
     models.add_argument(

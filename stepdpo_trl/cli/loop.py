@@ -118,7 +118,7 @@ def _check_data(parser: CommandParser, argv: list[str]) -> None:
     args = parser.parse_args([*argv, "--model", "M", "--output-dir", RUN, "--output-file", PAIRS])
     if args.base_url or args.backend == "openai":
         raise RunError(
-            "--base-url cannot be used in the loop: a server would go on answering with the model that it has loaded. "
+            "--base-url cannot be used in the loop: a server would keep answering with the model that it has loaded. "
             "Remove it; the loop loads the model of each stage itself (--backend transformers or vllm)."
         )
 

@@ -98,8 +98,8 @@ def train(argv: list[str]) -> None:
         launch = launcher.parse_args([*launch_args, "--module", script, *script_args])
         if launch.training_script != script:
             raise ValueError(
-                f"{launch.training_script!r} belongs to no option. Flags of accelerate such as --cpu take no value. "
-                "Pass them on the command line, not in the file."
+                f"{launch.training_script!r} does not belong to an option. Flags of accelerate such as --cpu take no "
+                "value. Pass them on the command line, not in the file."
             )
         if launch.config_file:
             load_config_from_file(launch.config_file)

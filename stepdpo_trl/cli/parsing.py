@@ -83,7 +83,9 @@ class CommandParser(argparse.ArgumentParser):
                     self.error(unknown_option(name, self._option_string_actions))
         namespace, rest = super().parse_known_args(words, namespace)
         if self.strict and rest:
-            self.error(f"{rest[0]!r} belongs to no option. Remove it, or quote the value that it is a part of.")
+            self.error(
+                f"{rest[0]!r} does not belong to an option. Remove it, or quote the value that it is a part of."
+            )
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from ..evaluation.problems import PROBLEM_SETS
+from ..evaluation.problems import NUM_ARITHMETIC_PROBLEMS, PROBLEM_SETS
 from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
 
 TRAINING_SETS = ("gsm8k", "arithmetic")
-NUM_ARITHMETIC_PROBLEMS = 1000  # if there is no limit
 
 
 def load_training_problems(name: str, limit: int | None = None) -> list[Problem]:
@@ -40,7 +39,7 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
             rows = list(load_dataset("openai/gsm8k", "main", split="train"))
         except Exception as error:  # raised by the Hub client, the network or the disk
             raise RunError(
-                f"The data set 'openai/gsm8k' cannot be loaded ({type(error).__name__}: {error}). Without a network, "
+                f"The dataset 'openai/gsm8k' cannot be loaded ({type(error).__name__}: {error}). Without a network, "
                 "pass a file: --problems FILE.jsonl with `problem` and `answer`."
             ) from error
         return problems_of(rows, name, limit)
@@ -51,7 +50,7 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
         )
     if not Path(name).suffix and not Path(name).exists():
         raise RunError(
-            f"--problems {name!r} is neither a file nor a known data set. Use one of {', '.join(TRAINING_SETS)}, or a "
+            f"--problems {name!r} is neither a file nor a known dataset. Use one of {', '.join(TRAINING_SETS)}, or a "
             ".jsonl or .parquet file."
         )
     return read_problems(name, limit)

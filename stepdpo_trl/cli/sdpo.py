@@ -17,7 +17,7 @@ class SDPOArguments:
     """
     Arguments for training in stages with [`SDPOCallback`].
 
-    The stages are the data sets listed under `datasets`, in that order, or parts of the data set `dataset_name`, given
+    The stages are the datasets listed under `datasets`, in that order, or parts of the dataset `dataset_name`, given
     by its column `stage` or by `stage_fractions`.
 
     Args:
@@ -41,7 +41,7 @@ class SDPOArguments:
         default=False,
         metadata={
             "help": "Train in stages (sDPO), each with the model of the previous stage as its reference model. The "
-            "stages are the data sets listed under `datasets`, or parts of `dataset_name`, given by its column "
+            "stages are the datasets listed under `datasets`, or parts of `dataset_name`, given by its column "
             "`stage` or by `stage_fractions`."
         },
     )
@@ -112,7 +112,7 @@ class SDPOArguments:
             return
         if self.stage_fractions is not None:
             raise ValueError(
-                "--stage_fractions splits the data set of --dataset_name into stages, but each of `datasets` is "
+                "--stage_fractions splits the dataset of --dataset_name into stages, but each of `datasets` is "
                 "already a stage. Remove one of them."
             )
         if any(getattr(part, "fraction", None) is not None for part in dataset_args.datasets):
@@ -128,7 +128,7 @@ class SDPOArguments:
 
     def check_stages(self, dataset: Any) -> None:
         """
-        Check, before a model is loaded, that the stages of a single data set are defined.
+        Check, before a model is loaded, that the stages of a single dataset are defined.
 
         Args:
             dataset (`Dataset`):
@@ -145,6 +145,6 @@ class SDPOArguments:
         if not has_column and self.stage_fractions is None:
             raise ValueError(
                 f"--sdpo needs stages: the data has no column `{STAGE_COLUMN}`, only {dataset.column_names}. Add it, "
-                "set --stage_fractions, or list one data set per stage under `datasets` in the file."
+                "set --stage_fractions, or list one dataset per stage under `datasets` in the file."
             )
         find_stages(dataset, self.stage_fractions)

@@ -80,7 +80,7 @@ def main(
         config (`str` or `Path`, *optional*):
             File of options, used if the command line has no `--config`.
         convert (`Callable[[Dataset], Dataset]`, *optional*):
-            Converts each data set to the format of the trainer. With `sdpo` and `datasets` it is called for each
+            Converts each dataset to the format of the trainer. With `sdpo` and `datasets` it is called for each
             stage.
     """
     silence_upstream()

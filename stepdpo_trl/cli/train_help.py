@@ -16,7 +16,7 @@ OWN = {
 }
 REQUIRED = {
     "model_name_or_path": ("MODEL", "Model id on the Hub, or folder."),
-    "dataset_name": ("DATA", "A .jsonl or .parquet file, or a data set on the Hub."),
+    "dataset_name": ("DATA", "A .jsonl or .parquet file, or a dataset on the Hub."),
     "output_dir": ("DIR", "Folder of the checkpoints and the trained model."),
 }
 FILE = {

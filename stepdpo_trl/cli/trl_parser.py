@@ -13,7 +13,7 @@ from .train_help import own_options
 
 # StepDPOConfig comes last: without a GPU it raises an error that would hide those of the others
 DATACLASSES: Any = (ScriptArguments, ModelConfig, DatasetMixtureConfig, SDPOArguments, StepDPOConfig)
-Check = Callable[[argparse.Namespace, Sequence[str], Sequence[str]], None]
+OptionCheck = Callable[[argparse.Namespace, Sequence[str], Sequence[str]], None]
 
 
 class TrainParser(TrlParser):
@@ -28,7 +28,7 @@ class TrainParser(TrlParser):
             Passed to `TrlParser`.
     """
 
-    def __init__(self, check: Check | None = None, **kwargs: Any) -> None:
+    def __init__(self, check: OptionCheck | None = None, **kwargs: Any) -> None:
         super().__init__(DATACLASSES, formatter_class=HelpFormatter, **kwargs)
         self.check = check
         self._from_file: list[str] = []

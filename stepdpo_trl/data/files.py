@@ -1,15 +1,44 @@
-"""Data file formats and atomic writes. Standard library only."""
+"""Data file formats, and atomic writes of files and folders. Standard library only."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Suffixes of data files, and the name of their builder in `datasets`
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
+def partial_path(path: Path) -> Path:
+    """Return the name under which a file or folder is written, to be renamed when it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
     """
     Write a file atomically: readers see the old content or all of the new content, even after a kill.
+
+    Args:
+        path (`str` or `Path`):
+            The file. Its folder must exist.
+
+    Yields:
+        `Path`: File to write to. It replaces `path` at the end of the context, and is removed after an error.
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """
+    Write content to a file atomically, see [`replacing`].
 
     Args:
         path (`str` or `Path`):
@@ -17,7 +46,5 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         content (`str` or `bytes`):
             The content. Text is encoded as UTF-8.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -11,6 +11,7 @@ from typing import Any
 PREFIX_COLUMN = "initial_reason_steps"
 REQUIRED_COLUMNS = ("prompt", PREFIX_COLUMN, "chosen", "rejected")
 OPTIONAL_COLUMNS = ("chosen_ends_solution", "rejected_ends_solution")
+IMAGE_COLUMNS = ("image", "images")  # one image per row, or a list of images
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,50 @@ class StepPreference:
 def is_step_data(columns: Iterable[str]) -> bool:
     """Return whether rows with these columns are step pairs rather than ordinary preference pairs."""
     return PREFIX_COLUMN in columns
+
+
+def has_images(columns: Iterable[str]) -> bool:
+    """Return whether rows with these columns have images, by the same columns as [`~trl.DPOTrainer`]."""
+    return any(column in columns for column in IMAGE_COLUMNS)
+
+
+def get_images(row: Mapping[str, Any], where: str) -> list[Any]:
+    """
+    Return the images of a row, as stored in its column `image` or `images`.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            The row.
+        where (`str`):
+            Description of the row for error messages.
+
+    Returns:
+        `list`: The images, which can be of any type but `None`. Empty if the row has no such column.
+
+    Raises:
+        ValueError: If the row has both columns, or if a column has no value of the right type.
+    """
+    columns = [column for column in IMAGE_COLUMNS if column in row]
+    if len(columns) > 1:
+        raise ValueError(f"{where} has both columns `image` and `images`. Remove one of the two.")
+    if not columns:
+        return []
+    value = row[columns[0]]
+    if columns == ["image"]:
+        if value is None or isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"`image` of {where} is {_show(value)}. It must be one image. Remove the row, or use a column "
+                "`images` with a list of images, which is empty for rows without an image."
+            )
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"`images` of {where} is {_show(value)}. It must be a list of images, which is empty for rows without an "
+            "image."
+        )
+    if any(image is None for image in value):
+        raise ValueError(f"`images` of {where} is {_show(value)}. Remove the null values, or remove the row.")
+    return list(value)
 
 
 def check_plain_columns(columns: Iterable[str], where: str) -> None:

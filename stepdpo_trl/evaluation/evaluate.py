@@ -21,7 +21,7 @@ from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, RecordedModel, Task
 from .majority import ProblemAnswers, vote
-from .results import compare, measure
+from .results import compare, measure_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def evaluate(
             answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed))
             session.release(model)
         names = _names(models)
-        results = {**settings, "results": [measure(*pair) for pair in zip(names, answers, strict=True)]}
+        results = {**settings, "results": [measure_accuracy(*pair) for pair in zip(names, answers, strict=True)]}
         if len(models) == 2:
             results["difference"] = compare(answers[0], answers[1], seed)
         rows = [
@@ -185,7 +185,7 @@ def answers_name(spec: ModelSpec) -> str:
 
 
 def _names(models: Sequence[ModelSpec]) -> list[str]:
-    """Names of the models in the results, with their settings where the names alone are the same."""
+    """Return the names of the models in the results, with their settings if the names alone are the same."""
     names = [f"{spec.model} + {spec.adapter}" if spec.adapter else spec.model for spec in models]
     if len(set(names)) == len(names):
         return names
@@ -248,7 +248,7 @@ def _answer(
 
 
 def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:
-    """Row of `records.jsonl`: a problem and the solutions of each model."""
+    """Return the row of `records.jsonl` for a problem: the problem and the solutions of each model."""
     models = {
         name: {
             **({"majority": asdict(answered.majority)} if len(answered.samples) > 1 else {}),

@@ -38,7 +38,7 @@ class HarnessTask:
     metrics: tuple[str, ...] = ()
 
 
-# Groups of tasks with a name here. All other names are names of lm-evaluation-harness.
+# Groups of tasks that this package names. All other names are those of lm-evaluation-harness.
 HARNESS: dict[str, tuple[HarnessTask, ...]] = {
     # H4: the mean reported for SOLAR 10.7B (arXiv 2312.15166) and sDPO (arXiv 2403.19270, section 4.1), with the
     # shots and metrics of the Open LLM Leaderboard
@@ -51,7 +51,7 @@ HARNESS: dict[str, tuple[HarnessTask, ...]] = {
     "gsm8k": (HarnessTask("gsm8k", 5, ("exact_match,strict-match", "exact_match,flexible-extract")),),
     "math": (HarnessTask("minerva_math", 4, ("exact_match,none", "math_verify,none")),),
 }
-RECORD_FIELDS = ("doc_id", "target", "filter", "filtered_resps")  # kept with the metrics; the rest is in the data set
+RECORD_FIELDS = ("doc_id", "target", "filter", "filtered_resps")  # kept with the metrics; the rest is in the dataset
 
 
 def evaluate_tasks(
@@ -197,7 +197,7 @@ def show_tasks(results: dict[str, Any]) -> str:
 
 
 def _rows(task: dict[str, Any], done: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Name, shots, metric and value of each metric. Subtasks are listed only if the task itself has no metrics."""
+    """Yield name, shots, metric and value of each metric. Subtasks are listed only if the task has no metrics."""
     results, shots = done["results"], done["num_fewshot"]
     metrics = {name: task["metrics"] or _reported_metrics(result) for name, result in results.items()}
     for name in [task["name"]] if metrics.get(task["name"]) else results:
@@ -218,7 +218,7 @@ def _reported_metrics(result: dict[str, Any]) -> list[str]:
 
 def _tasks(names: Sequence[str], num_fewshot: int | None) -> list[HarnessTask]:
     """
-    Return the tasks of the names, each once.
+    Return the tasks with these names, without duplicates.
 
     Raises:
         RunError: If `num_fewshot` is negative, or a task is named twice with different numbers of shots.
@@ -239,7 +239,7 @@ def _tasks(names: Sequence[str], num_fewshot: int | None) -> list[HarnessTask]:
 
 
 def _warn_fixed_shots(task: HarnessTask, shots: dict[str, int]) -> None:
-    """Warn if lm-evaluation-harness did not use the number of shots that was asked for."""
+    """Warn if lm-evaluation-harness did not use the number of shots that was requested."""
     other = sorted({used for used in shots.values() if task.shots is not None and used != task.shots})
     if other:
         logger.warning(

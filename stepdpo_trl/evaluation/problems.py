@@ -1,4 +1,4 @@
-"""Problems to evaluate on: data sets with a name, or files."""
+"""Problems to evaluate on: named datasets, or files."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
 
-NUM_ARITHMETIC_PROBLEMS = 1000  # as in the quickstart
+NUM_ARITHMETIC_PROBLEMS = 1000  # without a limit, as in the quickstart
 
 
 def _arithmetic(limit: int | None) -> list[Problem]:
@@ -20,7 +20,7 @@ def _arithmetic(limit: int | None) -> list[Problem]:
 
 
 def _published(*name: str) -> Callable[[int | None], list[Problem]]:
-    """Return a function that loads the test split of a data set from the Hub."""
+    """Return a function that loads the test split of a dataset from the Hub."""
 
     def load(limit: int | None) -> list[Problem]:
         from datasets import load_dataset
@@ -29,7 +29,7 @@ def _published(*name: str) -> Callable[[int | None], list[Problem]]:
             rows: Any = load_dataset(*name, split="test")
         except Exception as error:  # raised by the Hub client, the network or the disk
             raise RunError(
-                f"The data set {name[0]!r} cannot be loaded ({type(error).__name__}: {error}). Without a network, "
+                f"The dataset {name[0]!r} cannot be loaded ({type(error).__name__}: {error}). Without a network, "
                 "pass a file: --problems FILE.jsonl with `problem` and `answer`."
             ) from error
         return problems_of(list(rows), name[0], limit)

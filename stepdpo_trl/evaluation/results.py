@@ -13,7 +13,7 @@ OUTCOMES = (RIGHT, WRONG, UNREADABLE)
 NAME_WIDTH = 26  # columns of a name in the table, which then has 80
 
 
-def measure(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
+def measure_accuracy(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
     """
     Count the outcomes of a model and compute its accuracy.
 

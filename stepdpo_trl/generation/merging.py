@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..data.files import partial_path
 from .model_folders import adapter_base
 from .protocol import GenerationError
 
@@ -31,7 +32,7 @@ def merge_adapter(adapter: Path, output_dir: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    unfinished = output_dir.with_name(output_dir.name + ".unfinished")
+    unfinished = partial_path(output_dir)
     shutil.rmtree(unfinished, ignore_errors=True)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     try:

@@ -99,7 +99,7 @@ class Example:
         facts (`tuple[tuple[str, str], ...]`, *optional*):
             Names and values of other information, such as the outcome.
         row (`Mapping[str, Any]`, *optional*):
-            Row of the data set. For a solution, its `prompt` and the `prefixes` of its steps.
+            Row of the dataset. For a solution, its `prompt` and the `prefixes` of its steps.
     """
 
     name: str

@@ -10,7 +10,7 @@ from .text import (
     PART_OF_CHARACTER,
     SPACE,
     TAB,
-    count_tokens,
+    format_token_count,
     format_value,
     ratio_digits,
     shorten,
@@ -88,7 +88,7 @@ def _legend(examples: Sequence[Example], scoring: Scoring, strongest: float) -> 
 
 
 def _table(examples: Sequence[Example], scoring: Scoring) -> str:
-    """Table of the sums of all steps, with links to the examples."""
+    """Render a table of the sums of all steps, with links to the examples."""
     names = ["tokens"] if any(part.tokens for part in examples[0].parts) else []
     names += ["log π"] if scoring.policy is not None else []
     names += ["log π<sub>ref</sub>", "ratio"] if scoring.reference is not None else []
@@ -124,7 +124,7 @@ def _example(example: Example, strongest: float, short: bool) -> str:
 
 
 def _part(part: Part, strongest: float) -> str:
-    notes = [count_tokens(part.tokens)] if part.tokens else []
+    notes = [format_token_count(part.tokens)] if part.tokens else []
     notes += [f"log π {format_value(part.policy, 4)}"] if part.policy is not None else []
     notes += [f"ratio {format_value(part.ratio, 4, sign=True)}"] if part.ratio is not None else []
     notes += ["ends the solution"] if part.ends else []

@@ -15,7 +15,7 @@ from ..generation.model_folders import adapter_base
 from ..step_dpo.config import StepDPOConfig
 from ..step_dpo.trainer import StepDPOTrainer, make_step_tokenizer
 from .example import Example, Part, Token
-from .text import count_tokens
+from .text import format_token_count
 
 _BROKEN = "\ufffd"  # decoded in place of an incomplete character
 
@@ -65,7 +65,7 @@ class RowEncoder:
         return self._with_context(replace(example, parts=tuple(parts), facts=facts))
 
     def _solution(self, example: Example) -> tuple[list[Part], int]:
-        """Parts of a solution, each tokenized after its prefix as in a pair, and the most tokens cut from a prefix."""
+        """Return the parts of a solution, tokenized after their prefixes, and the most tokens cut from a prefix."""
         parts, max_cut = [], 0
         for part, prefix in zip(example.parts, example.row["prefixes"], strict=True):
             where = f"{_short_title(part)} of {example.where}"
@@ -77,7 +77,7 @@ class RowEncoder:
         return parts, max_cut
 
     def _plain(self, example: Example) -> Example:
-        """Ordinary preference pair with the tokens of DPOTrainer, which truncates the end."""
+        """Add the tokens of DPOTrainer, which truncates the end, to an ordinary preference pair."""
         max_length: Any = self.args.max_length
         prepared = _Preparer(self.tokenizer)._prepare_dataset(
             Dataset.from_list([dict(example.row)]), self.processing_class, self.args, example.where
@@ -104,7 +104,7 @@ class RowEncoder:
         return replace(part, prefix_ids=prefix_ids, tokens=tokens)
 
     def _texts(self, prefix_ids: list[int], ids: list[int]) -> list[str]:
-        """Text that each token adds, decoded after a token of the prefix: some tokenizers drop the first space."""
+        """Return the text that each token adds. Decodes after a prefix token: some tokenizers drop the first space."""
         before = prefix_ids[-1:]
         texts, decoded = [], self._decode(before)
         for end in range(1, len(ids) + 1):
@@ -118,7 +118,7 @@ class RowEncoder:
 
     def _with_context(self, example: Example) -> Example:
         ids = example.parts[0].prefix_ids
-        title = f"prefix as the model reads it, {count_tokens(ids)}"
+        title = f"prefix as the model reads it, {format_token_count(ids)}"
         return replace(example, context=((title, self._decode(ids)),))
 
     def _decode(self, ids: list[int]) -> str:

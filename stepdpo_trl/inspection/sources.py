@@ -1,4 +1,4 @@
-"""Pairs from files and data sets of the Hub, and solutions from run folders."""
+"""Pairs from files and datasets on the Hub, and solutions from run folders."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ def is_run(path: Path) -> bool:
 
 def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]:
     """
-    Read rows of a data set of pairs.
+    Read rows of a dataset of pairs.
 
     Args:
         source (`str`):
             A file that ends in `.jsonl`, `.json` or `.parquet`, or what `datasets.load_dataset` takes.
         split (`str`):
-            Split of a data set that is not a single file.
+            Split of a dataset that is not a single file.
         numbers (`Sequence[int]`):
             Row numbers, from 0. Empty for the first row.
 
@@ -111,7 +111,7 @@ def _load(source: str, split: str) -> "Dataset":
         data = load_dataset(source)
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
-        kind = "read" if is_file else "loaded as a file, a run folder or a data set of the Hub"
+        kind = "read" if is_file else "loaded as a file, a run folder or a dataset of the Hub"
         raise ValueError(f"{source} cannot be {kind} ({reason}).{_nearest(path)}") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
@@ -143,7 +143,7 @@ def _pair(row: dict[str, Any], name: str, where: str) -> Example:
     number = row.get("step_index") or _step_number(pair)
     parts = (
         Part(CHOSEN, "preferred step", pair.chosen, ends=pair.chosen_ends_solution),
-        Part(REJECTED, "undesirable step", pair.rejected, ends=pair.rejected_ends_solution),
+        Part(REJECTED, "rejected step", pair.rejected, ends=pair.rejected_ends_solution),
     )
     context = [("prompt", _conversation(pair.prompt))]
     if pair.initial_reason_steps:
@@ -152,7 +152,7 @@ def _pair(row: dict[str, Any], name: str, where: str) -> Example:
 
 
 def _step_number(pair: StepPreference) -> int:
-    """Number of the step that the pair is about: the one with the first line of the preferred step."""
+    """Return the number of the step in a pair, counted in the prefix and the first line of the preferred step."""
     step = pair.chosen.lstrip()
     space = pair.chosen[: len(pair.chosen) - len(step)]
     return len(split_steps(pair.initial_reason_steps + space + step.partition("\n")[0]))
@@ -168,14 +168,14 @@ def _plain_pair(row: dict[str, Any], name: str, where: str) -> Example:
         )
     parts = (
         Part(CHOSEN, "preferred answer", _conversation(row[CHOSEN])),
-        Part(REJECTED, "undesirable answer", _conversation(row[REJECTED])),
+        Part(REJECTED, "rejected answer", _conversation(row[REJECTED])),
     )
     context = (("prompt", _conversation(row["prompt"])),) if row.get("prompt") else ()
     return Example(name, where, context, parts, (), row)
 
 
 def _conversation(text: str | Sequence[Mapping[str, Any]]) -> str:
-    """Text of a string, or of messages with their roles."""
+    """Return a string unchanged, or messages as text with their roles."""
     if isinstance(text, str):
         return text
     contents = ((m["role"], m.get("content")) for m in text)

@@ -13,7 +13,7 @@ from .text import (
     SPACE,
     TAB,
     columns,
-    count_tokens,
+    format_token_count,
     format_value,
     ratio_digits,
     shorten,
@@ -100,7 +100,7 @@ class Terminal:
         return lines
 
     def _part(self, part: Part, strongest: float) -> list[str]:
-        count = f", {count_tokens(part.tokens)}" if part.tokens else ""
+        count = f", {format_token_count(part.tokens)}" if part.tokens else ""
         title = f"{part.title}{count}{', ends the solution' if part.ends else ''}"
         lines = [self._paint(line, _INK.get(part.kind, ""), _BOLD) for line in wrap(title, self.width)]
         if part.lead.strip():
@@ -117,7 +117,7 @@ class Terminal:
         return ["  " + self._paint(line, *codes) for line in wrap(text, self.width - 2)]
 
     def _tokens(self, part: Part, strongest: float) -> list[str]:
-        """Lines of tokens, each followed by the lines of their values."""
+        """Return lines of tokens, each followed by the lines of their values."""
         scored = part.policy is not None
         indent, separator = (" " * _GUTTER, " ") if scored else ("  ", self._paint("|", _DIM))
         lines = []
@@ -165,7 +165,7 @@ def _cell(token: Token, strongest: float) -> _Cell:
 
 
 def _rows(cells: Sequence[_Cell], width: int) -> list[list[_Cell]]:
-    """Rows of cells that fit the width. A line break in the text also ends a row."""
+    """Split cells into rows that fit the width. A line break in the text also ends a row."""
     rows: list[list[_Cell]] = [[]]
     used = 0
     for cell in cells:

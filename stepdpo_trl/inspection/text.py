@@ -21,7 +21,7 @@ def visible_text(text: str) -> str:
 
 
 def _escape(text: str, keep: str = "") -> str:
-    """Escape characters that a terminal would obey or not show: control, zero-width and right-to-left characters."""
+    """Escape control, zero-width and right-to-left characters, which a terminal would interpret or not show."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
@@ -64,8 +64,8 @@ def format_value(value: float | None, digits: int = 2, sign: bool = False) -> st
     return "-" if value is None else f"{round(value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"
 
 
-def count_tokens(tokens: Sequence[object]) -> str:
-    """Return the number of tokens in words."""
+def format_token_count(tokens: Sequence[object]) -> str:
+    """Format a number of tokens, such as "1 token"."""
     return f"{len(tokens)} token{'s' * (len(tokens) != 1)}"
 
 

@@ -1,13 +1,13 @@
-"""Build a data set of step pairs from a run, in the columns of Math-Step-DPO-10K."""
+"""Build a dataset of step pairs from a run, in the columns of Math-Step-DPO-10K."""
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.files import replacing, write_atomically
 from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
 from ..data.steps import split_steps
@@ -19,8 +19,8 @@ from .rectify import current_corrections, normalize_step, outdated_corrections
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-FORMATS = (".jsonl", ".parquet")
+PairRow = dict[str, Any]
+OUTPUT_SUFFIXES = (".jsonl", ".parquet")
 
 
 def run_directories(path: str | Path) -> list[Path]:
@@ -54,7 +54,7 @@ def run_directories(path: str | Path) -> list[Path]:
     return shards
 
 
-def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[Row]:
+def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[PairRow]:
     """
     Make the step pairs of a run.
 
@@ -119,11 +119,11 @@ def normalize_problem(text: str) -> str:
 
 
 def select_pairs(
-    rows: Iterable[Row],
+    rows: Iterable[PairRow],
     problems: dict[str, Problem],
     excluded: Iterable[str] = (),
     max_pairs_per_problem: int | None = None,
-) -> tuple[list[Row], Counter[str]]:
+) -> tuple[list[PairRow], Counter[str]]:
     """
     Drop test problems, duplicates, and pairs above the limit per problem.
 
@@ -141,7 +141,7 @@ def select_pairs(
         `list[dict]`, `Counter[str]`: The pairs, and the number of dropped ones per reason.
     """
     tests = {normalize_problem(problem) for problem in excluded}
-    kept: list[Row] = []
+    kept: list[PairRow] = []
     left_out: Counter[str] = Counter()
     seen = set()
     of_problem: Counter[str] = Counter()
@@ -162,7 +162,7 @@ def select_pairs(
     return kept, left_out
 
 
-def _different_errors_first(rows: Iterable[Row]) -> list[Row]:
+def _different_errors_first(rows: Iterable[PairRow]) -> list[PairRow]:
     counts: Counter[tuple[str, str, str]] = Counter()
     ranked = []
     for row in rows:
@@ -177,8 +177,8 @@ def build(
     corrections: str | None = None,
     exclude: Sequence[str] = (),
     max_pairs_per_problem: int | None = None,
-    score: Callable[[list[Row]], None] | None = None,
-) -> tuple[list[Row], Counter[str]]:
+    score: Callable[[list[PairRow]], None] | None = None,
+) -> tuple[list[PairRow], Counter[str]]:
     """
     Make the step pairs of a run and its shards.
 
@@ -200,8 +200,8 @@ def build(
     Raises:
         RunError: If there are no pairs, or the folders do not belong to one run.
     """
-    rows: list[Row] = []
-    settings: list[Row] = []
+    rows: list[PairRow] = []
+    settings: list[dict[str, Any]] = []
     problems: dict[str, Problem] = {}
     for path in paths:
         with RunDirectory(path) as run:
@@ -231,20 +231,20 @@ def build(
     return kept, left_out
 
 
-def save(rows: list[Row], to: str, card: str) -> str:
+def save(rows: list[PairRow], to: str, card: str) -> str:
     """
-    Write a data set and its card.
+    Write a dataset and its card.
 
     Args:
         rows (`list[dict]`):
             The rows.
         to (`str`):
-            File that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` for a private data set on the Hub.
+            File that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` for a private dataset on the Hub.
         card (`str`):
             Text of the data card.
 
     Returns:
-        `str`: Path or URL of the data set.
+        `str`: Path or URL of the dataset.
 
     Raises:
         RunError: If `to` is invalid or cannot be written.
@@ -262,16 +262,14 @@ def save(rows: list[Row], to: str, card: str) -> str:
         return f"https://huggingface.co/datasets/{name}"
     path = Path(to)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        if path.suffix == ".parquet":
-            data.to_parquet(str(unfinished))
-        else:
-            data.to_json(str(unfinished), force_ascii=False)
-        os.replace(unfinished, path)
-        path.with_suffix(".card.md").write_text(card, encoding="utf-8")
+        with replacing(path) as partial:
+            if path.suffix == ".parquet":
+                data.to_parquet(str(partial))
+            else:
+                data.to_json(str(partial), force_ascii=False)
+        write_atomically(path.with_suffix(".card.md"), card)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise RunError(
             f"{path} cannot be written ({error.strerror}). Fix that and run `stepdpo build` again. The run itself is "
             "complete."
@@ -281,17 +279,18 @@ def save(rows: list[Row], to: str, card: str) -> str:
 
 def check_target(to: str) -> None:
     """
-    Check the target of a data set before any work is done.
+    Check the target of a dataset before any work is done.
 
     Args:
         to (`str`):
             Target, as for [`save`].
 
     Raises:
-        RunError: If it is neither a file of a known format nor a data set on the Hub.
+        RunError: If it is neither a file of a known format nor a dataset on the Hub.
     """
     hub = to.startswith("hub:") and re.fullmatch(r"hub:[\w.-]+/[\w.-]+", to)
-    if not hub and Path(to).suffix not in FORMATS:
+    if not hub and Path(to).suffix not in OUTPUT_SUFFIXES:
         raise RunError(
-            f"--output-file {to!r} is not supported. Use a file that ends in {' or '.join(FORMATS)}, or hub:USER/NAME."
+            f"--output-file {to!r} is not supported. Use a file that ends in {' or '.join(OUTPUT_SUFFIXES)}, or "
+            "hub:USER/NAME."
         )

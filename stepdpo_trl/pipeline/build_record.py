@@ -20,7 +20,7 @@ class BuildRecord:
 
     Args:
         output_file (`str`):
-            Path or URL of the data set.
+            Path or URL of the dataset.
         pairs (`int`):
             Number of pairs.
         left_out (`dict[str, int]`, *optional*):
@@ -41,7 +41,7 @@ def make_record(output_file: str, rows: Sequence[Mapping[str, Any]], left_out: M
 
     Args:
         output_file (`str`):
-            Path or URL of the data set.
+            Path or URL of the dataset.
         rows (`Sequence[Mapping]`):
             The pairs.
         left_out (`Mapping[str, int]`):

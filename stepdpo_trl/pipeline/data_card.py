@@ -14,7 +14,7 @@ from .summary import Summary, rows_of
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 
 
-def write_card(summary: Summary, build: BuildRecord, license: str | None = None, language: str = "en") -> str:
+def write_card(summary: Summary, build: BuildRecord, license: str | None = None) -> str:
     """
     Write the data card of step pairs.
 
@@ -24,9 +24,7 @@ def write_card(summary: Summary, build: BuildRecord, license: str | None = None,
         build ([`BuildRecord`]):
             The build.
         license (`str`, *optional*):
-            License of the data set, as an identifier of the Hub such as `"apache-2.0"`. Left out if not known.
-        language (`str`, *optional*, defaults to `"en"`):
-            Language of the problems, as an ISO 639-1 code.
+            License of the dataset, as an identifier of the Hub such as `"apache-2.0"`. Left out if not known.
 
     Returns:
         `str`: Markdown with YAML metadata.
@@ -37,13 +35,13 @@ def write_card(summary: Summary, build: BuildRecord, license: str | None = None,
     table = "\n".join(
         f"| {stage} | {what.replace('|', ' ')} | {count:,} |" for stage, what, count in rows_of(summary, build)
     )
-    return f"""{_metadata(build.pairs, license, language, [model, *rectifiers])}
+    return f"""{_metadata(build.pairs, license, [model, *rectifiers])}
 # Step pairs
 
 {build.pairs:,} step pairs in the columns of `xinlai/Math-Step-DPO-10K`, made with `stepdpo_trl` as described in
 Step-DPO ([arXiv:2406.18629](https://arxiv.org/abs/2406.18629)). Solutions were sampled from the model, the first wrong
 step of each wrong solution was located, and a right step was sampled in its place from the same prefix, by the model
-itself or by the `rectifier` in the settings. `StepDPOTrainer` trains on the data set without further processing.
+itself or by the `rectifier` in the settings. `StepDPOTrainer` trains on the dataset without further processing.
 
 Besides the columns of Math-Step-DPO-10K there are:
 
@@ -91,18 +89,18 @@ def write_import_card(name: str, counts: Mapping[str, int], rows: int) -> str:
     """
     table = "\n".join(f"| {what} | {count:,} |" for what, count in counts.items())
     return (
-        f"{_metadata(rows, None, 'en', [])}\n# From {name}\n\n{rows:,} rows, converted with `stepdpo_trl` "
+        f"{_metadata(rows, None, [])}\n# From {name}\n\n{rows:,} rows, converted with `stepdpo_trl` "
         f"{__version__}.\n\n| what | count |\n|---|---:|\n{table}\n"
     )
 
 
-def _metadata(rows: int, license: str | None, language: str, models: list[str]) -> str:
+def _metadata(rows: int, license: str | None, models: list[str]) -> str:
     from huggingface_hub import DatasetCardData
 
     # Only ids of the Hub are valid here: neither folders nor names on a server
     ids = [model for model in models if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()]
     data = DatasetCardData(
-        language=[language],
+        language=["en"],
         license=license,
         task_categories=["text-generation"],
         size_categories=[next((name for bound, name in _SIZES.items() if rows < bound), "10M<n<100M")],

@@ -114,7 +114,8 @@ def check_rectify(
     names = [name for group in groups for name in group]
     if set(names) & {"rollout", "human"}:
         raise RunError(
-            f"--check {check!r} cannot look at right solutions. Use arithmetic, llm, prm, or a combination of them."
+            f"--check {check!r} contains a judge of wrong solutions only. Use arithmetic, llm, prm, or a "
+            "combination of them."
         )
     options.check(names)
     if num_corrections < 1 or max_attempts < num_corrections:

@@ -19,10 +19,12 @@ from ..runs.run_directory import RunDirectory
 PAIRS, RUN, TRAINING, MODEL = "pairs.jsonl", "run", "training", "model"  # in the folder of a stage
 
 # Part of a stage, called with the number of the stage, the model of the previous stage, and the folder of the stage
-Work = Callable[[int, str, Path], None]
+StagePart = Callable[[int, str, Path], None]
 
 
-def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, settings: Mapping[str, Any]) -> None:
+def run_loop(
+    out: Path, model: str, stages: int, make_pairs: StagePart, train: StagePart, settings: Mapping[str, Any]
+) -> None:
     """
     Make step pairs and train on them, stage after stage. Parts that are already complete are skipped.
 
@@ -33,9 +35,9 @@ def run_loop(out: Path, model: str, stages: int, make_pairs: Work, train: Work, 
             Model id or path of the initial model M_0.
         stages (`int`):
             Total number of stages.
-        make_pairs (`Work`):
+        make_pairs (`StagePart`):
             Function that writes `pairs.jsonl`. The file must only appear when it is complete.
-        train (`Work`):
+        train (`StagePart`):
             Function that trains on the pairs and writes `model/`. The folder must only appear when it is complete.
         settings (`Mapping[str, Any]`):
             Settings that must be the same in all stages.

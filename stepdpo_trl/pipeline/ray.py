@@ -8,11 +8,11 @@ from ..generation import GenerationError
 from ..runs.run_directory import RunError
 from .records import count_line
 
-Work = Callable[[Any, Path, tuple[int, int]], Any]
+ShardWork = Callable[[Any, Path, tuple[int, int]], Any]
 
 
 def run_on_ray(
-    work: Work, folders: Sequence[tuple[Path, tuple[int, int]]], num_gpus: float = 0
+    work: ShardWork, folders: Sequence[tuple[Path, tuple[int, int]]], num_gpus: float = 0
 ) -> list[dict[str, Any]]:
     """
     Run a pipeline stage in several folders in parallel.

@@ -95,7 +95,7 @@ _PROBLEM_COLUMNS = ("problem", "question", "prompt")
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     """
-    Read problems from JSON lines or Parquet.
+    Read problems from JSON Lines or Parquet.
 
     Rows have `problem` (or `question`, or `prompt`) and `answer`, and optionally `solution` and `id`. An `answer` that
     contains `####`, as in GSM8K, is a solution followed by the final answer.
@@ -163,7 +163,7 @@ def read_texts(path: str | Path) -> list[str]:
 
     Args:
         path (`str` or `Path`):
-            JSON lines or Parquet.
+            JSON Lines or Parquet.
 
     Returns:
         `list[str]`: The texts.
@@ -223,7 +223,7 @@ def _read_rows(path: Path) -> list[Any]:
             rows.append(json.loads(line))
         except ValueError as error:
             raise RunError(
-                f"Line {number} of {path} is not JSON ({error}): {line[:60]!r}. Problems are read from JSON lines, "
+                f"Line {number} of {path} is not JSON ({error}): {line[:60]!r}. Problems are read from JSON Lines, "
                 "with one object per line, or from .parquet."
             ) from error
     return rows

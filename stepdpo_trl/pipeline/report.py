@@ -32,8 +32,8 @@ _GLOSSARY = {
     "prefix": "The part of a solution before a step, up to and including its label. Column initial_reason_steps.",
     "right, wrong, unreadable": "Outcome of a solution: its final answer equals the gold answer, differs from it, or "
     "cannot be read (no final answer, truncated, refused by the server).",
-    "rejected step": "The first wrong step of a wrong solution.",
-    "chosen step": "The preferred step: the first step of a right continuation of the same prefix.",
+    "rejected step": "The first wrong step of a wrong solution. Column rejected.",
+    "preferred step": "The first step of a right continuation of the same prefix. Column chosen.",
     "judge": "Method that names the first wrong step. “a,b” asks b if a abstains, “a+b” requires that both agree.",
     "located": "A judge has named the first wrong step. Otherwise it abstains.",
     "rollout": "Continuation of a prefix, sampled to see whether the model still reaches the right answer from there.",

@@ -141,7 +141,7 @@ def _add_costs(summary: Summary, run: RunDirectory) -> None:
 
 
 def _stage_of(record: dict[str, Any]) -> str:
-    """Return the pipeline stage that asked for an answer. `collect` is named with its number of samples there."""
+    """Return the pipeline stage that requested an answer. Records name `collect` with its number of samples."""
     stage = str(record.get("stage", "unknown"))
     return "collect" if stage.startswith("collect ") else stage
 

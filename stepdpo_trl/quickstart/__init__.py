@@ -20,7 +20,7 @@ from .arithmetic import (
     is_right_step,
     make_problems,
     read_result,
-    split_labelled_steps,
+    split_labeled_steps,
     write_solution,
 )
 
@@ -41,7 +41,7 @@ __all__ = [
     "is_right_step",
     "make_problems",
     "read_result",
-    "split_labelled_steps",
+    "split_labeled_steps",
     "write_solution",
 ]
 

@@ -217,7 +217,7 @@ def write_solution(problem: ArithmeticProblem, choices: list[int] | None = None)
     return OPENING + "".join(lines) + f"The answer is \\boxed{{{left.numbers[0]}}}."
 
 
-def split_labelled_steps(solution: str) -> list[str]:
+def split_labeled_steps(solution: str) -> list[str]:
     """
     Return the steps of a solution: the text after each label "Step k:" up to the end of the line.
 
@@ -267,7 +267,7 @@ def first_wrong_step(problem: ArithmeticProblem, solution: str) -> int | None:
         `int` or `None`: Number of the first wrong step, starting from 1. A missing or superfluous step is also wrong.
         `None` if all steps are right.
     """
-    steps = split_labelled_steps(solution)
+    steps = split_labeled_steps(solution)
     for index, step in enumerate(steps, start=1):
         if not is_right_step(problem, index, step):
             return index
@@ -291,7 +291,7 @@ def first_lost_step(problem: ArithmeticProblem, solution: str) -> int | None:
         expression or that changes its value. `None` if there is no such step.
     """
     left = problem
-    for number, step in enumerate(split_labelled_steps(solution), start=1):
+    for number, step in enumerate(split_labeled_steps(solution), start=1):
         matches = [index for index in range(len(left.operators)) if left.step(index) == step.rstrip()]
         if not matches or left.work(matches[0]).answer != problem.answer:
             return number

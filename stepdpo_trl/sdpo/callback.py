@@ -31,7 +31,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
     the previous stage and uses the same model as its reference (sDPO, arXiv 2403.19270).
 
     All stages are trained in a single call of `trainer.train()`. Each stage is equivalent to a separate DPO run:
-    optimizer, warm-up and decay restart, and `num_train_epochs` and `max_steps` are counted per stage. At the end of a
+    optimizer, warmup and decay restart, and `num_train_epochs` and `max_steps` are counted per stage. At the end of a
     stage, the model is saved to `output_dir/stage-N` and becomes the reference in place:
 
     - Full fine-tuning: The weights are copied into the reference model. Under ZeRO-3 and FSDP2, each process copies
@@ -50,7 +50,7 @@ class SDPOCallback(TrainerCallback, ExportableState):
         fractions (`list[float]`, *optional*):
             Fraction of the rows in each stage, in row order. They must sum to 1.
         schedule (`str`, *optional*, defaults to `"restart"`):
-            `"restart"` resets the optimizer and restarts warm-up and decay in each stage, as in the paper.
+            `"restart"` resets the optimizer and restarts warmup and decay in each stage, as in the paper.
             `"continuous"` keeps the optimizer state and uses one schedule for the whole run.
         stage_options (`dict[str, dict[str, float]]`, *optional*):
             `beta`, `learning_rate` and `num_train_epochs` of single stages, which override the training arguments. The

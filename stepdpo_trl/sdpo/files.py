@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from accelerate.logging import get_logger
 
-from ..data.files import write_atomically
+from ..data.files import partial_path, replacing, write_atomically
 
 logger = get_logger(__name__)
 
@@ -28,11 +28,6 @@ STAGE_FILE = "sdpo_stage.json"
 def stage_folder(output_dir: str | Path, number: int) -> Path:
     """Return the folder of the model at the end of a stage."""
     return Path(output_dir) / f"stage-{number}"
-
-
-def partial_path(path: Path) -> Path:
-    """Return the name under which a file or folder is written."""
-    return path.with_name(f"{path.name}.partial")
 
 
 def is_complete(folder: Path, start_id: str) -> bool:
@@ -77,10 +72,9 @@ def write_scores(file: Path, scores: np.ndarray, scores_id: str) -> None:
             Id of the stage start and the rows.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(file)
-    with partial.open("wb") as stream:  # given a name, `np.savez` would append ".npz" to it
+    # Given a name, `np.savez` would append ".npz" to it
+    with replacing(file) as partial, partial.open("wb") as stream:
         np.savez(stream, scores=scores, id=scores_id)
-    os.replace(partial, file)
 
 
 def read_scores(file: Path, scores_id: str) -> np.ndarray | None:

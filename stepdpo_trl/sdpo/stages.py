@@ -13,7 +13,11 @@ STAGE_COLUMN = "stage"
 # Options that a stage may override; the defaults are the training arguments of the same name
 STAGE_OPTIONS = ("beta", "learning_rate", "num_train_epochs")
 # Columns that identify a row: its tokens, or its text if it is tokenized on the fly (data with images)
-ROW_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt", "chosen", "rejected")
+ROW_COLUMNS = (
+    ("prompt_ids", "chosen_ids", "rejected_ids", "images_digest"),  # step pairs with images
+    ("prompt_ids", "chosen_ids", "rejected_ids"),
+    ("prompt", "chosen", "rejected"),
+)
 
 
 @dataclass
@@ -189,7 +193,7 @@ def find_stages(dataset: Any, fractions: Sequence[float] | None = None) -> dict[
     dataset = dataset.with_format(None)  # Python values instead of tensors
     if fractions is not None:
         return _number(_cut(dataset, range(len(dataset)), fractions))
-    values = dataset[:][STAGE_COLUMN]
+    values = dataset.select_columns(STAGE_COLUMN)[:][STAGE_COLUMN]  # without decoding images
     if any(value is None for value in values):
         raise ValueError(f"Row {values.index(None)} has no value in the column `{STAGE_COLUMN}`. Fix or remove it.")
     names = list(dict.fromkeys(values))
@@ -296,7 +300,7 @@ def _rows_by_source(dataset: Dataset, column: str | None) -> dict[Any, list[int]
     if column is None:
         return {"": list(range(len(dataset)))}
     sources: dict[Any, list[int]] = {}
-    for index, source in enumerate(dataset[:][column]):
+    for index, source in enumerate(dataset.select_columns(column)[:][column]):
         sources.setdefault(source, []).append(index)
     return sources
 

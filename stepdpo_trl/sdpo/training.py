@@ -16,8 +16,9 @@ from accelerate.logging import get_logger
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from ..data.files import partial_path
 from .diagnostics import first_batch_metrics, gamma_metrics
-from .files import check_record, find_checkpoint, is_complete, partial_path, publish_stage_folder, stage_folder
+from .files import check_record, find_checkpoint, is_complete, publish_stage_folder, stage_folder
 from .restart import clear_optimizer_state, reset_best_metric, set_scheduler_step
 from .scoring import StageScoring
 from .stages import Stage
@@ -164,7 +165,7 @@ class StagedTraining(StageScoring):
         return super()._finalize_training(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Create the scheduler. With `schedule="restart"`, warm-up and decay are repeated for each stage."""
+        """Create the scheduler. With `schedule="restart"`, warmup and decay are repeated for each stage."""
         if self.sdpo is None or self.sdpo.schedule == "continuous" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         factors = [self._stage_schedule(stage) for stage in self.stages]

@@ -1,5 +1,6 @@
 """Checks of the arguments and datasets of [`StepDPOTrainer`], before training starts."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,15 +8,10 @@ from accelerate.logging import get_logger
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data.schema import PREFIX_COLUMN, check_columns, check_plain_columns, is_step_data
+from ..data.schema import PREFIX_COLUMN, check_columns, check_plain_columns, has_images, is_step_data
 from .dataset import get_first_row
 
 logger = get_logger(__name__)
-
-
-def has_images(row: dict[str, Any]) -> bool:
-    """Return whether a row has images, by the same columns as [`~trl.DPOTrainer`]."""
-    return "image" in row or "images" in row
 
 
 def check_first_row(row: dict[str, Any], where: str) -> None:
@@ -29,7 +25,7 @@ def check_first_row(row: dict[str, Any], where: str) -> None:
             Name of the dataset in messages.
 
     Raises:
-        ValueError: If a column is missing or misspelled, or if step data has images.
+        ValueError: If a column is missing or misspelled.
     """
     if not is_step_data(row):
         check_plain_columns(row, f"the {where}")
@@ -41,16 +37,94 @@ def check_first_row(row: dict[str, Any], where: str) -> None:
             )
         return
     check_columns(row, f"the {where}")
-    if has_images(row):
+
+
+def find_step_images(train_row: dict[str, Any], eval_dataset: Any) -> bool:
+    """
+    Return whether any dataset of a trainer has step pairs with images.
+
+    Args:
+        train_row (`dict[str, Any]`):
+            First row of the train dataset, which has step data.
+        eval_dataset (`Dataset`, `IterableDataset`, `dict` or `None`):
+            Evaluation data, as passed to the trainer.
+    """
+    if has_images(train_row):
+        return True
+    datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    rows = [
+        get_first_row(dataset, f"{name} dataset")
+        for name, dataset in datasets.items()
+        if dataset is not None and not isinstance(dataset, str)
+    ]
+    return any(is_step_data(row) and has_images(row) for row in rows)
+
+
+def check_images(where: str, row: dict[str, Any], processing_class: Any, trainer_has_images: bool) -> None:
+    """
+    Check that a trainer of step pairs can use the images of a dataset.
+
+    Args:
+        where (`str`):
+            Name of the dataset in messages.
+        row (`dict[str, Any]`):
+            First row of the dataset.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer or processor of the policy.
+        trainer_has_images (`bool`):
+            Whether the trainer was created for step pairs with images.
+
+    Raises:
+        ValueError: If the processor or the trainer cannot process images, or if the rows are not step pairs.
+    """
+    if not has_images(row):
+        return
+    if not is_step_data(row):
+        if not trainer_has_images:  # as in `DPOTrainer`
+            return
         raise ValueError(
-            f"The {where} has both `{PREFIX_COLUMN}` and images. Step pairs with images are not supported: remove the "
-            f"images to train on the text, or remove `{PREFIX_COLUMN}` to train on ordinary preference pairs."
+            f"The {where} has ordinary preference pairs with images, but the train dataset has `{PREFIX_COLUMN}`. "
+            "Evaluate on them with a separate trainer."
+        )
+    if not isinstance(processing_class, ProcessorMixin) or not hasattr(processing_class, "image_processor"):
+        raise ValueError(
+            f"The {where} has images, but a {type(processing_class).__name__} cannot process them. Train a "
+            "vision-language model and pass its processor as `processing_class`, or remove the images."
+        )
+    if not trainer_has_images:
+        raise ValueError(
+            f"The {where} has images, but the data that the trainer was created with has none. Create the trainer "
+            "with this dataset as `eval_dataset`."
+        )
+
+
+def check_vision_model(model: Any, padding: int | None) -> None:
+    """
+    Check that a model accepts images.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model, without the wrapper of PEFT.
+        padding (`int`, *optional*):
+            `pad_to_multiple_of` of the training configuration, which TRL does not support for images.
+
+    Raises:
+        ValueError: If the model is a text-only model, or if `padding` is set.
+    """
+    if "pixel_values" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"The data has images, but {type(model).__name__} is a text-only model: its forward has no argument "
+            "`pixel_values`. Pass a vision-language model, or remove the images."
+        )
+    if padding is not None:
+        raise ValueError(
+            f"`pad_to_multiple_of={padding}` is not supported for data with images. Remove `pad_to_multiple_of`."
         )
 
 
 def check_no_step_data(eval_dataset: Any) -> None:
     """
-    Check that there is no step data to evaluate on when the train dataset has images.
+    Check that there is no step data to evaluate on when the train dataset has plain pairs with images.
 
     Args:
         eval_dataset (`Dataset`, `IterableDataset`, `dict` or `None`):
@@ -63,8 +137,8 @@ def check_no_step_data(eval_dataset: Any) -> None:
     for name, dataset in datasets.items():
         if dataset is not None and is_step_data(get_first_row(dataset, f"{name} dataset")):
             raise ValueError(
-                f"The {name} dataset has `{PREFIX_COLUMN}` and the train dataset has images. Evaluate on step pairs "
-                "with a separate trainer."
+                f"The {name} dataset has `{PREFIX_COLUMN}`, but the train dataset has ordinary preference pairs with "
+                "images. Evaluate on step pairs with a separate trainer."
             )
 
 

@@ -35,7 +35,8 @@ class StepDPOConfig(DPOConfig):
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
             How to handle rows with more than `max_length` tokens: `"truncate"` truncates the prefix (prompt and
             initial reasoning steps) from the left, `"drop"` removes the row, `"error"` raises an error. The number of
-            affected rows is logged. Steps are never truncated.
+            affected rows is logged. Steps are never truncated. In data with images, `"truncate"` removes whole
+            reasoning steps from the left, and raises an error if that does not suffice.
 
         > Parameters that control the cost of training, for step data and ordinary preference data
 

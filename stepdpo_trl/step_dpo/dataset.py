@@ -4,18 +4,22 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
 from .. import __version__
+from ..data.schema import has_images
 from .config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
+from .vision import VisionStepTokenizer
 
 logger = get_logger(__name__)
 
 
-def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig) -> StepTokenizer:
+def make_step_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, args: DPOConfig, images: bool = False
+) -> StepTokenizer:
     """
     Create the tokenizer of step pairs that is used in training.
 
@@ -24,6 +28,8 @@ def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMix
             Tokenizer or processor of the policy.
         args ([`StepDPOConfig`] or [`~trl.DPOConfig`]):
             Training configuration. A [`~trl.DPOConfig`] has the default options for step data.
+        images (`bool`, *optional*, defaults to `False`):
+            Whether the data has images. `processing_class` must be a processor then.
 
     Returns:
         [`StepTokenizer`]: Tokenizer of step pairs.
@@ -32,13 +38,14 @@ def make_step_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMix
     tokenizer: Any = processing_class.tokenizer if multimodal else processing_class
     # A processor can have a chat template when its tokenizer has none
     chat_template: Any = processing_class.chat_template if multimodal else None
-    return StepTokenizer(
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        multimodal=multimodal,
-        max_length=args.max_length,
+    options = {
+        "tokenizer": tokenizer,
+        "chat_template": chat_template,
+        "multimodal": multimodal,
+        "max_length": args.max_length,
         **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
-    )
+    }
+    return VisionStepTokenizer(processor=processing_class, **options) if images else StepTokenizer(**options)
 
 
 def prepare_step_dataset(
@@ -65,6 +72,7 @@ def prepare_step_dataset(
         ValueError: If a row is invalid, or if no row is left. Rows of a streaming dataset are checked when they are
             drawn.
     """
+    with_images = isinstance(encode, VisionStepTokenizer)
     if isinstance(dataset, IterableDataset):
         stream = _StreamEncoder(encode, where)
         dataset = dataset.map(stream).filter(stream.keeps).remove_columns("overlong")
@@ -72,14 +80,19 @@ def prepare_step_dataset(
         return dataset
 
     with PartialState().main_process_first():  # the other processes read its cache
-        dataset = dataset.map(
+        encoded = dataset.map(
             _encode_row,
             with_indices=True,
             # The fingerprint of the cache covers the arguments but not the code of `encode`, so it needs the version
             fn_kwargs={"encode": encode, "where": where, "version": __version__},
             num_proc=num_proc,
+            remove_columns=dataset.column_names if with_images else None,
             desc=f"Tokenizing {where}",
         )
+        if with_images:  # the cache has the new columns only, because images are large
+            unchanged = [name for name in dataset.column_names if name not in encoded.column_names]
+            encoded = concatenate_datasets([dataset.select_columns(unchanged), encoded], axis=1)
+        dataset = encoded
         overlong = sum(tokens > 0 for tokens in dataset["overlong"])
         if overlong and encode.overlong_prefix == "drop":
             dataset = dataset.filter(_fits, input_columns="overlong", desc=f"Dropping overlong rows from {where}")
@@ -131,7 +144,13 @@ class _StreamEncoder:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         self.drawn += 1
         # Rows of a sharded or shuffled stream have no index, so errors quote the prompt
-        row = self.encode(row, f"the row of the {self.where} with the prompt {str(row.get('prompt'))[:80]!r}")
+        where = f"the row of the {self.where} with the prompt {str(row.get('prompt'))[:80]!r}"
+        if has_images(row) and not isinstance(self.encode, VisionStepTokenizer):
+            raise ValueError(
+                f"{where} has images, but the first row has neither `image` nor `images`. Add the column `images` to "
+                "all rows, with an empty list for rows without an image."
+            )
+        row = self.encode(row, where)
         if row["overlong"]:
             self.overlong += 1
             if self.overlong.bit_count() == 1:
@@ -152,7 +171,10 @@ def _fits(overlong: int) -> bool:
 
 
 def _overlong_message(encode: StepTokenizer, rows: str, where: str) -> str:
-    action = "dropped" if encode.overlong_prefix == "drop" else "truncated from the left, with their steps kept whole"
+    truncated = "truncated from the left, with their steps kept whole"
+    if isinstance(encode, VisionStepTokenizer):
+        truncated = "shortened by removing their first reasoning steps, with their images and steps kept whole"
+    action = "dropped" if encode.overlong_prefix == "drop" else truncated
     return (
         f"{rows} of the {where} are longer than max_length={encode.max_length} and have been {action} "
         f"(overlong_prefix={encode.overlong_prefix!r})."

@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
 from .trainer import StepDPOTrainer
 
 
 def measure_gamma(
-    model: Any, dataset: Dataset, args: DPOConfig, processing_class: PreTrainedTokenizerBase | None = None
+    model: Any,
+    dataset: Dataset,
+    args: DPOConfig,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> np.ndarray:
     r"""
     Compute \\( \gamma(x) = \log \pi(y_w|x) - \log \pi(y_l|x) \\) of each row (sDPO, arXiv 2403.19270, section 4.2).
@@ -24,8 +27,8 @@ def measure_gamma(
             Step pairs or ordinary preference pairs.
         args ([`StepDPOConfig`] or [`~trl.DPOConfig`]):
             Configuration of the training run. Its lengths, prompt options and batch sizes apply here as well.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer of the model. If `None`, it is loaded by the model's name.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            Tokenizer or processor of the model. If `None`, it is loaded by the model's name.
 
     Returns:
         `np.ndarray`: gamma of shape `(rows,)`, in nats.
@@ -42,4 +45,5 @@ def measure_gamma(
             f"{len(dataset) - len(scored)} of {len(dataset)} rows are longer than max_length={args.max_length} and "
             "were dropped, so they have no gamma. Increase `max_length`, or remove these rows first."
         )
-    return np.asarray(scored[:]["ref_chosen_logps"]) - np.asarray(scored[:]["ref_rejected_logps"])
+    scores = scored.select_columns(["ref_chosen_logps", "ref_rejected_logps"])[:]  # without decoding images
+    return np.asarray(scores["ref_chosen_logps"]) - np.asarray(scores["ref_rejected_logps"])

@@ -141,11 +141,13 @@ class PromptRenderer:
         except Exception as error:  # templates can raise anything
             raise ValueError(f"The chat template cannot render {where}: {type(error).__name__}: {error}") from error
         question = messages[-1].get("content")
-        if isinstance(question, str) and question.strip() not in text:
-            raise ValueError(
-                f"The chat template does not render the last message of {where}, {question[-60:]!r}. Pass the "
-                "processor that the template belongs to as `processing_class`, or set another `chat_template`."
-            )
+        parts = [part.get("text") for part in question] if isinstance(question, list) else [question]
+        for part in parts:
+            if isinstance(part, str) and part.strip() not in text:
+                raise ValueError(
+                    f"The chat template does not render the last message of {where}, {part[-60:]!r}. Pass the "
+                    "processor that the template belongs to as `processing_class`, or set another `chat_template`."
+                )
         return text
 
     def end_of_turn(self, messages: list[dict[str, Any]], where: str, row: Mapping[str, Any]) -> str:

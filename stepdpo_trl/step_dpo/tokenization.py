@@ -62,16 +62,10 @@ class StepTokenizer(PromptRenderer):
             ValueError: If the row is not a valid step pair, or is too long and cannot be truncated.
         """
         pair = StepPreference.from_row(row, where)
-        steps = {
-            "chosen": (pair.chosen, pair.chosen_ends_solution),
-            "rejected": (pair.rejected, pair.rejected_ends_solution),
-        }
-        prefix_ids, step_ids, overlong = self.encode_steps(pair.prompt, pair.initial_reason_steps, steps, where, row)
-        if step_ids["chosen"] == step_ids["rejected"]:
-            raise ValueError(
-                f"`chosen` and `rejected` of {where} are different texts with the same tokens, so there is no "
-                "preference to learn. Remove the row."
-            )
+        prefix_ids, step_ids, overlong = self.encode_steps(
+            pair.prompt, pair.initial_reason_steps, steps_of(pair), where, row
+        )
+        check_different(step_ids, where)
         return {
             "prompt_ids": prefix_ids,
             "chosen_ids": step_ids["chosen"],
@@ -114,13 +108,7 @@ class StepTokenizer(PromptRenderer):
         text = self.render(messages, prefix, where, row)
         text_ids = self._encode(text)
         prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
-
-        step_ids = {}
-        for name, (step, ends) in steps.items():
-            end_of_turn = self.end_of_turn(messages, where, row) if ends else ""
-            if not step.rstrip().endswith(end_of_turn):
-                step += end_of_turn
-            step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
+        step_ids = self._encode_steps_after(text, text_ids, messages, steps, where, row)
 
         overlong = self._overlong(prefix_ids, step_ids, where)
         if overlong and self.overlong_prefix == "truncate":
@@ -128,6 +116,24 @@ class StepTokenizer(PromptRenderer):
             # Many models depend on BOS
             prefix_ids = [first, *kept[1:]] if first == self.tokenizer.bos_token_id and len(kept) > 1 else kept
         return prefix_ids, step_ids, overlong
+
+    def _encode_steps_after(
+        self,
+        text: str,
+        text_ids: list[int],
+        messages: list[dict[str, Any]],
+        steps: Mapping[str, tuple[str, bool]],
+        where: str,
+        row: Mapping[str, Any],
+    ) -> dict[str, list[int]]:
+        """Tokenize the steps that continue a text, with the end-of-turn token where a step ends the solution."""
+        step_ids = {}
+        for name, (step, ends) in steps.items():
+            end_of_turn = self.end_of_turn(messages, where, row) if ends else ""
+            if not step.rstrip().endswith(end_of_turn):
+                step += end_of_turn
+            step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
+        return step_ids
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -188,6 +194,28 @@ class StepTokenizer(PromptRenderer):
                 "(truncate prefixes from the left) or 'drop' (drop such rows)."
             )
         return overlong
+
+
+def steps_of(pair: StepPreference) -> dict[str, tuple[str, bool]]:
+    """Return the two steps of a pair by name, each with a flag that says whether it ends the solution."""
+    return {
+        "chosen": (pair.chosen, pair.chosen_ends_solution),
+        "rejected": (pair.rejected, pair.rejected_ends_solution),
+    }
+
+
+def check_different(step_ids: Mapping[str, list[int]], where: str) -> None:
+    """
+    Check that the two steps of a pair have different tokens.
+
+    Raises:
+        ValueError: If they have the same tokens.
+    """
+    if step_ids["chosen"] == step_ids["rejected"]:
+        raise ValueError(
+            f"`chosen` and `rejected` of {where} are different texts with the same tokens, so there is no "
+            "preference to learn. Remove the row."
+        )
 
 
 def _normalize(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -18,24 +19,30 @@ from transformers import (
     TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..data.schema import is_step_data
+from ..data.schema import IMAGE_COLUMNS, has_images, is_step_data
 from ..sdpo.callback import SDPOCallback
+from ..sdpo.reference import copy_weights
 from ..sdpo.stages import STAGE_COLUMN, join_stages
 from ..sdpo.training import StagedTraining
 from ..shared_prefix.mixin import PrefixSharing
+from ..shared_prefix.support import decoder
 from .checks import (
     check_first_row,
+    check_images,
     check_no_step_data,
     check_order,
     check_special_tokens,
-    has_images,
+    check_vision_model,
+    find_step_images,
     warn_about_repacking,
 )
 from .config import StepDPOConfig
 from .dataset import get_first_row, make_step_tokenizer, prepare_step_dataset
 from .sampler import PromptGroupSampler
+from .vision import PROMPT_TEXT, VisionStepCollator, without_decoding
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -62,6 +69,8 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
     collator masks everything but the steps. `tests/reference_dpo.py` is the oracle, equation 2 in plain PyTorch;
     `tests/step_dpo/test_loss.py` compares loss and gradients with it. The training loop is inherited as well, so all
     options of [`~trl.DPOConfig`] work on steps.
+
+    Step pairs can have images, in a column `image` or `images`. [`VisionStepCollator`] creates their batches.
 
     Tokens that the sequences of a batch have in common are computed only once, see `shared_prefix` in
     [`StepDPOConfig`]. With an [`SDPOCallback`], training runs in stages (sDPO).
@@ -107,6 +116,9 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             }"""),  # noqa: E501
     }
 
+    has_step_images = False
+    _has_images = False
+
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -126,19 +138,23 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if isinstance(train_dataset, (list, dict)):
             if sdpo is None:
                 raise TypeError(
-                    f"`train_dataset` is a {type(train_dataset).__name__} of data sets. Pass "
+                    f"`train_dataset` is a {type(train_dataset).__name__} of datasets. Pass "
                     "`callbacks=[SDPOCallback()]` to train on them in stages (sDPO), or pass a single dataset, for "
                     "example joined with `datasets.concatenate_datasets`."
                 )
             train_dataset = join_stages(train_dataset)
         step_data = False
+        if isinstance(train_dataset, IterableDataset):
+            train_dataset = without_decoding(train_dataset)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             first_row = get_first_row(train_dataset, "train dataset")
             check_first_row(first_row, "train dataset")
             step_data = is_step_data(first_row)
             if not step_data:  # model card and tags are those of DPO
                 self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
-            if has_images(first_row):  # DPOTrainer skips `_prepare_dataset`, which would tokenize step data
+            if step_data:
+                self.has_step_images = find_step_images(first_row, eval_dataset)
+            elif has_images(first_row):  # DPOTrainer skips `_prepare_dataset`, which would tokenize step data
                 check_no_step_data(eval_dataset)
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -171,6 +187,62 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if sdpo is not None:
             sdpo.attach(self, stage_names)
 
+    @property
+    def _is_vision_dataset(self) -> bool:
+        """
+        Whether `DPOTrainer` treats the data as images that are processed only in batches.
+
+        It does so for ordinary preference pairs. Step pairs with images are prepared like text, so that all rows are
+        checked before training and that `precompute_ref_log_probs` works.
+        """
+        return self._has_images and not self.has_step_images
+
+    @_is_vision_dataset.setter
+    def _is_vision_dataset(self, value: bool) -> None:
+        self._has_images = value
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that batches are made of."""
+        super()._set_signature_columns_if_needed()
+        if self.has_step_images:
+            columns: Any = self._signature_columns
+            self._signature_columns: Any = list(dict.fromkeys([*columns, PROMPT_TEXT, *IMAGE_COLUMNS]))
+
+    def _start_sharing(self) -> None:
+        """Use the collator of step pairs with images if there are any, then share prefixes if possible."""
+        if self.has_step_images and type(self.data_collator) is DataCollatorForPreference:
+            check_vision_model(decoder(self.model), self.args.pad_to_multiple_of)
+            processor: Any = self.processing_class
+            several = self.accelerator.num_processes > 1
+            self.data_collator = VisionStepCollator(processor, self.data_collator, always_images=several)
+        super()._start_sharing()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load the weights of a checkpoint. The `Trainer` does not find those that `save_pretrained` has renamed."""
+        if self._loads_whole_vision_model:
+            self._load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, like `_load_from_checkpoint`."""
+        if self._loads_whole_vision_model:
+            self._load_weights(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _loads_whole_vision_model(self) -> bool:
+        # Adapters, DeepSpeed and FSDP save weights under the model's own names
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.has_step_images and not sharded and not is_peft_model(self.model)
+
+    def _load_weights(self, folder: str) -> None:
+        logger.info(f"Loading the weights in {folder}.")
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options: dict[str, Any] = {"dtype": model.dtype, "device_map": None}
+        copy_weights(create_model_from_path(folder, trust_remote_code=self.args.trust_remote_code, **options), model)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """Return the sampler of training rows, which keeps pairs of a prompt together with `group_by_prompt`."""
         if not getattr(self.args, "group_by_prompt", False):
@@ -200,11 +272,14 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
     ) -> Dataset | IterableDataset:
         """Tokenize step data. Ordinary preference data is passed to `DPOTrainer`."""
         where = f"{dataset_name} dataset"
+        if isinstance(dataset, IterableDataset):
+            dataset = without_decoding(dataset)
         first_row = get_first_row(dataset, where)
         check_first_row(first_row, where)
+        check_images(where, first_row, processing_class, self.has_step_images)
         if not is_step_data(first_row):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        encode = make_step_tokenizer(processing_class, args)
+        encode = make_step_tokenizer(processing_class, args, images=has_images(first_row))
         return prepare_step_dataset(dataset, encode, where, args.dataset_num_proc)
 
 

@@ -17,7 +17,7 @@ from ..tiny import step_rows
 
 
 def run(capsys, *argv):
-    """Exit status and output of a command line."""
+    """Return the exit status and output of a command line."""
     with pytest.raises(SystemExit) as stop:
         cli.main(list(argv))
     out, err = capsys.readouterr()
@@ -56,7 +56,7 @@ def test_no_or_unknown_command(capsys, argv, message):
             ("rectify", "run", "--rectifer=M"),
             "rectify: error: --rectifer is not a known argument. Did you mean --rectifier?",
         ),
-        (("report", "run", "another"), "'another' belongs to no option"),
+        (("report", "run", "another"), "'another' does not belong to an option"),
     ],
 )
 def test_unknown_options(capsys, argv, message):
@@ -81,8 +81,8 @@ CPU = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", 
         (["--learning_rat", "1e-6"], "", "Did you mean --learning_rate?"),  # argparse would complete it
         (["--overlong_prefix", "cut"], "", "argument --overlong_prefix/--overlong-prefix: invalid choice: 'cut'"),
         (["--num_processes", "two"], "", "invalid int value: 'two'"),
-        (["pairs.py"], "", "'pairs.py' belongs to no option"),  # accelerate would run it as a script
-        ([], "cpu: true", "'True' belongs to no option. Flags of accelerate"),
+        (["pairs.py"], "", "'pairs.py' does not belong to an option"),  # accelerate would run it as a script
+        ([], "cpu: true", "'True' does not belong to an option. Flags of accelerate"),
         (["--config=other.yaml"], "", "--config must be passed once"),
         (["--dataset_name", "nowhere.jsonl"], "", "No such file: 'nowhere.jsonl'"),
         (["--test_split_size", "0.1"], "", "--test_split_size has no effect with `dataset_name`"),
@@ -161,7 +161,7 @@ def test_failed_or_interrupted_training(capsys, monkeypatch, error, status, mess
 
 @pytest.mark.parametrize(("value", "passed"), [("true", True), ("True", True), ("false", None), ("out/x", "out/x")])
 def test_resume_from_checkpoint(tmp_path, monkeypatch, value, passed):
-    """`true` is the last checkpoint, as for `Trainer.train`, and not a folder of that name."""
+    """`true` selects the last checkpoint, as in `Trainer.train`, not a folder named `true`."""
     Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
     trainer = MagicMock()
     monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)

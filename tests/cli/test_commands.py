@@ -56,7 +56,7 @@ def data(problems, *options):
         (["--corrections", "arithmetic", "--judge", "arithmetic,rollout"], "--corrections 'arithmetic' will not"),
         (["--temperature", "0", "--num-samples", "2"], "At --temperature 0 all 2 solutions of a problem are the same"),
         (["--temperature", "0"], "At --temperature 0 all 2 solutions of a problem are the same"),
-        (["--problems", "gsm9k"], "--problems 'gsm9k' is neither a file nor a known data set. Use one of gsm8k, "),
+        (["--problems", "gsm9k"], "--problems 'gsm9k' is neither a file nor a known dataset. Use one of gsm8k, "),
         (["--problems", "math-500"], "--problems math-500 is a test set"),
     ],
 )
@@ -100,7 +100,7 @@ def test_training_problems_are_not_those_of_the_evaluation():
     assert not training & {problem.id for problem in load_problems("arithmetic", 200)}
 
 
-def test_data_set_that_cannot_be_loaded(monkeypatch):
+def test_dataset_that_cannot_be_loaded(monkeypatch):
     def load_dataset(*name, split):
         raise ConnectionError("no network")
 
@@ -239,7 +239,7 @@ def test_dry_run_of_eval(problems, no_models, capsys):
 
 @pytest.mark.parametrize("module", [data_module, eval_module])
 def test_top_k_is_passed_by_name(module):
-    """Sampling has four numbers in a row."""
+    """The four numbers of `Sampling` could be mixed up if they were passed by position."""
     from dataclasses import fields
 
     from stepdpo_trl.generation import Sampling

@@ -1,7 +1,7 @@
 """
 Help of the commands, compared with the files in `help/`.
 
-After a deliberate change, write the files again: `python -m tests.cli.test_help --write`.
+After an intended change, regenerate the files: `python -m tests.cli.test_help --write`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "numpy"}
 
 
 def show_help(command):
-    """Help of a command in 80 columns, and the modules that it imports."""
+    """Return the help of a command in 80 columns, and the heavy modules that it imports."""
     argv = [*([command] if command != "stepdpo" else []), "--help"]
     code = (
         "import atexit, sys\n"
@@ -43,7 +43,9 @@ def test_help_of_a_command(command):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     text, imported = show_help(command)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert text == (HELP / f"{command}.txt").read_text(), "Write it again: python -m tests.cli.test_help --write"
+    assert text == (HELP / f"{command}.txt").read_text(), (
+        "If the change is intended, run python -m tests.cli.test_help --write"
+    )
     assert imported == set()
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2  # not wall time: the CPU is shared
     assert max(map(len, text.splitlines())) <= 80
@@ -67,7 +69,7 @@ def test_numeric_defaults_are_shown():
 
 
 def test_own_options_are_those_of_the_dataclasses():
-    """The short help of `train` reads them from the source; TRL is not imported for it."""
+    """The short help of `train` reads the options from the source, without importing TRL."""
     from trl import DPOConfig
 
     from stepdpo_trl import StepDPOConfig

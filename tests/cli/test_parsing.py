@@ -59,7 +59,7 @@ def fails(capsys, tmp_path, monkeypatch):
     ],
 )
 def test_old_names_are_rejected_with_the_new_name(fails, argv, old, new):
-    """Also if a required option is missing because of the old name."""
+    """The old name is reported even if it leaves a required option missing."""
     expected = f"stepdpo {argv[0]}: error: {old} was renamed to {new}."
     assert fails(*argv, old, "1") == fails(*argv, f"{old}=1") == expected
 
@@ -76,7 +76,10 @@ def test_every_old_name_is_tested():
         (["rectify", "run", "--rectifer=M"], "--rectifer is not a known argument. Did you mean --rectifier?"),
         ([*DATA, "--tensor-parallel-size", "2"], "--tensor-parallel-size is not a known argument."),
         ([*DATA, "--tensor_parallel_size=2"], "--tensor_parallel_size is not a known argument."),
-        (["report", "run", "another"], "'another' belongs to no option. Remove it, or quote the value that it is a "),
+        (
+            ["report", "run", "another"],
+            "'another' does not belong to an option. Remove it, or quote the value that it is a ",
+        ),
         (["collect", "--problems", "p.jsonl", "--output-dir", "run"], "the following arguments are required: --model"),
         (["collect", "--num-samples", "0"], "argument --num-samples: '0' is not a whole number of at least 1"),
     ],
@@ -132,7 +135,7 @@ def test_training_without_a_gpu(fails, monkeypatch):
 
 
 def test_dashes_and_underscores(tmp_path, monkeypatch, capsys):
-    """Options of the commands may have underscores, those of the training script dashes."""
+    """Commands accept underscores in option names, and the training script accepts dashes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
     argv = ["collect", "--model", "m", "--problems", "p.jsonl", "--output_dir", "run", "--num_samples=3", "--dry_run"]

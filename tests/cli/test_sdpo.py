@@ -101,7 +101,7 @@ def test_data_without_stages(pairs, stage, argv, message):
 
 @pytest.mark.parametrize("source", ["fractions", "column", "datasets"])
 def test_stages_of_a_run(source, chat_model, config, pairs, tmp_path):
-    """Two stages of six and two rows, whichever way they are defined."""
+    """Every way to define stages gives a stage of six rows and one of two."""
     options = {
         "model_name_or_path": chat_model,
         "output_dir": str(tmp_path / "out"),

@@ -51,7 +51,7 @@ def test_labeled_pairs(checker):
 
 @pytest.mark.slow
 def test_hanging_answers():
-    """Checks that hang are killed after the time limit and unreadable, and all other answers are still checked."""
+    """Checks that hang are killed after the time limit and count as unreadable. All other answers are checked."""
     hanging = json.loads((HERE / "hanging_answers.json").read_text(encoding="utf-8"))[:4]
     with AnswerChecker(2, time_limit=1.5) as checker:
         checker.check([("1", r"\boxed{1}")] * 4)  # start the workers

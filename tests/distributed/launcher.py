@@ -79,7 +79,7 @@ def launch(config: Path, script: Path, *arguments: object, options: tuple[str, .
 
 
 def _fork(work: Callable[[], object]) -> int:
-    """Call `work` in a child process, without interpreter teardown, which Gloo's threads may abort. Return its id."""
+    """Call `work` in a child process and return its id. Skips interpreter teardown, in which Gloo may abort."""
     pid = os.fork()
     if pid:
         return pid

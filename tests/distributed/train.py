@@ -84,7 +84,7 @@ def finish(trainer) -> None:
 
 
 def leave() -> NoReturn:
-    """End all processes together, without interpreter teardown, which Gloo's threads may abort."""
+    """End all processes together, without interpreter teardown, in which Gloo's threads may abort."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     sys.stdout.flush()

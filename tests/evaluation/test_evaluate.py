@@ -108,7 +108,7 @@ def test_a_rerun_samples_nothing_and_changes_no_file(tmp_path, checker):
 
 
 def test_models_share_seeds_but_not_answers(tmp_path, checker):
-    """Two equal models give the same answers. Each is sampled itself, although both names end in `model`."""
+    """Two equal models give the same answers, but both are sampled, although both names end in `model`."""
     students = Student(), Student()
     results = run(tmp_path, checker, *students)
     assert students[0].asked == students[1].asked
@@ -132,7 +132,7 @@ def test_a_failed_first_attempt_does_not_lock_the_folder(tmp_path, checker, monk
     with pytest.raises(GenerationError):
         run(tmp_path, checker, UnreachableStudent(), seed=1, problems=problems)
     monkeypatch.setattr("stepdpo_trl.generation.chat.check_model", lambda spec: None)
-    with pytest.raises(ZeroDivisionError):  # while the model is loaded
+    with pytest.raises(ZeroDivisionError):  # raised while loading the model
         run(tmp_path, checker, seed=2, num_models=1)
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]
     run(tmp_path, checker, Student())
@@ -194,10 +194,9 @@ EXPLAINED: dict[str, str] = {}
 
 
 def test_agreement_with_labels(tmp_path, checker):
-    """Right and falsified solutions of GSM8K, labeled by how they were made (make_labelled_solutions.py)."""
+    """Right and falsified solutions of GSM8K, labeled by how they were made (make_labeled_solutions.py)."""
     rows = [
-        json.loads(line)
-        for line in (HERE.parent / "data" / "labelled_solutions.jsonl").read_text("utf-8").splitlines()
+        json.loads(line) for line in (HERE.parent / "data" / "labeled_solutions.jsonl").read_text("utf-8").splitlines()
     ]
     solutions = {row["id"]: row["solution"] for row in rows}
 

@@ -189,7 +189,7 @@ TASK = ("--model", MODEL_PATH, "--output-dir")
 
 
 def test_tasks_of_the_harness(tmp_path, calls, capsys):
-    """Any task of lm-evaluation-harness, with its own shots and all metrics, next to the groups with a name here."""
+    """Any task of lm-evaluation-harness, with its configured shots and all metrics, can be combined with `gsm8k`."""
     command = ("eval", "--tasks", "wikitext", "leaderboard_math_hard", "gsm8k", *TASK, tmp_path)
     assert stepdpo(*command) == 0
     assert [(call["tasks"], call["num_fewshot"]) for call in calls] == [

@@ -118,7 +118,7 @@ def test_side_out_of_memory_is_reported(examples, capsys):
     examples.script.print_row(summary)
     printed = capsys.readouterr().out
     assert "out of memory            2.00" in printed
-    assert "utilisation" not in printed
+    assert "utilization" not in printed
 
 
 def test_out_of_memory_is_caught(examples):

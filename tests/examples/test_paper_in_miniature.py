@@ -86,7 +86,7 @@ def test_ties_between_settings_go_to_the_lowest(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path):
+def test_quick_run_writes_tables_and_figures(tmp_path):
     done = run_script(FOLDER / "run.py", "--quick", "--processes", 1, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = (tmp_path / "tables.md").read_text()

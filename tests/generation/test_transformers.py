@@ -113,7 +113,7 @@ def test_sampled_frequencies_match_the_distribution(temperature, top_p, top_k):
 def test_large_vocabularies_are_not_sorted_completely():
     """The shortcut by the most likely tokens samples the same tokens as sorting all of them."""
     torch.manual_seed(0)
-    for spread in (8.0, 0.1):  # the most likely tokens suffice, or do not
+    for spread in (8.0, 0.1):  # most likely tokens that cover top-p, and that do not
         scores = torch.randn(16, 5000) * spread
         sampling = Sampling(1.0, 0.9, 1)
         processor = SeededSampling(list(range(16)), sampling, prompt_length=1)

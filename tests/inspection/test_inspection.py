@@ -123,7 +123,7 @@ def test_each_token_matches_the_reference_implementation(chat_model, tmp_path):
             assert token.policy == pytest.approx(expected, abs=1e-5)
             assert token.reference is None
         assert len(ids) > 3
-    assert scored.parts[0].tokens[-1].text == "<|im_end|>"  # only the chosen step ends the solution
+    assert scored.parts[0].tokens[-1].text == "<|im_end|>"  # only the preferred step ends the solution
     assert "".join(token.text for token in scored.parts[1].tokens) == STEP_ROW["rejected"]
 
 
@@ -193,7 +193,7 @@ def test_the_wrong_step_has_the_same_sums_in_run_and_pair(run_folder, chat_model
         pairs = write_rows(tmp_path / "pairs.jsonl", *make_pairs(run))
     _, pair, _ = inspect(capsys, monkeypatch, pairs, "--model", chat_model)
     _, solution, _ = inspect(capsys, monkeypatch, run_folder, "--model", chat_model)
-    assert SUMS.findall(pair)[1] == SUMS.findall(solution)[1]  # the undesirable step is step 2
+    assert SUMS.findall(pair)[1] == SUMS.findall(solution)[1]  # the rejected step is step 2
     assert "step: 2\n" in pair
     assert len(SUMS.findall(solution)) == 2
 
@@ -204,7 +204,7 @@ WEAK = (Token(1, "a", -1.0, -1.04), Token(2, "b", -1.0, -1.06))
 def scored_pair(scale=1.0, chosen=" 7", where="row 0 of pairs.jsonl"):
     tokens = (Token(5, chosen, -1.0 * scale, -2.0 * scale), Token(6, "\n", -0.5, -0.5), Token(7, "日", -3.0, -2.75))
     parts = (Part(CHOSEN, "preferred step", chosen + "\n日", ends=True, tokens=tokens),)
-    parts += (Part(REJECTED, "undesirable step", " 8", tokens=(Token(8, " 8", -1.0, -0.5),)),)
+    parts += (Part(REJECTED, "rejected step", " 8", tokens=(Token(8, " 8", -1.0, -0.5),)),)
     return Example("row 0", where, (("prefix", "What?\nStep 1: "),), parts)
 
 
@@ -226,7 +226,7 @@ def test_terminal_without_color():
         "  ratio -0.25",
         "  sum: log π -4.5000, log π_ref -5.2500, ratio +0.7500",
         "",
-        "undesirable step, 1 token",
+        "rejected step, 1 token",
         "        ·8",
         "  log π -1.00",
         "  ratio -0.50",
@@ -248,11 +248,11 @@ def test_terminal_colors():
     assert "\x1b[38;5;231;48;5;34m·7\x1b[0m" in out  # the strongest ratio, above 0
     assert "\x1b[38;5;231;48;5;95m日\x1b[0m" in out  # a quarter of it, below 0: grayish
     assert "\x1b[2m↵\x1b[0m" in out  # a ratio of 0
-    assert "\x1b[31;1mundesirable step, 1 token\x1b[0m" in out
+    assert "\x1b[31;1mrejected step, 1 token\x1b[0m" in out
     assert "\x1b[38;5;231;48;5;124m·8\x1b[0m" in out  # half of it
     weak = replace(scored_pair(), parts=(Part(REJECTED, "step", "ab", tokens=WEAK), *scored_pair().parts))
     out = Terminal(Scoring("policy", "ref"), 80, color=True).write([weak])
-    assert "\x1b[31ma\x1b[0m" in out  # 4 % of the strongest
+    assert "\x1b[31ma\x1b[0m" in out  # 4% of the strongest
     assert "\x1b[38;5;231;48;5;65mb\x1b[0m" in out  # 6 %
 
 
@@ -339,7 +339,7 @@ def test_page():
     assert lowered[0]["style"] == "--a:0.17"  # 0.7 x 0.25
     assert page.tokens[4][1] == "<b>"
     cells = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", html[html.index("<table") : html.index("</table>")]))
-    assert "row 0 preferred step 3 -4.5000 -5.2500 +0.7500 +0.6250 undesirable step 1 -1.0000" in cells
+    assert "row 0 preferred step 3 -4.5000 -5.2500 +0.7500 +0.6250 rejected step 1 -1.0000" in cells
     assert "-1.00" in page.text  # both ends of the color scale
     assert "+1.00" in page.text
 
@@ -383,7 +383,7 @@ def test_texts_and_tokens_without_a_model(chat_model, tmp_path, capsys, monkeypa
         "preferred step, ends the solution",
         "   5 + 2 = 7 indeed",
         "",
-        "undesirable step",
+        "rejected step",
         "   5 + 2 = 8",
     ]
     _, out, _ = inspect(capsys, monkeypatch, rows / "train.parquet", "--row", "1", "--tokenizer", chat_model)

@@ -145,7 +145,7 @@ def test_in_the_browser(browser, tmp_path):
     wait_for("1 of 3 done")
     assert read(path) == {"a": {"step": 1}}  # saved at once
     wait_for("Is 1 < 2 & 3 > 2?")
-    wait_for("<script>")  # shown, not run
+    wait_for("<script>")  # shown as text, not run
     assert page.title() == "First wrong step"
     page.keyboard.press("s")
     wait_for("2 of 3 done, 1 skipped")

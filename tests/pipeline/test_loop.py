@@ -96,7 +96,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_processes_of_a_killed_loop_keep_the_lock(tmp_path):
-    """A training that outlives the loop may still write to the folder."""
+    """A training process that survives the loop may still write to the folder."""
     started = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], close_fds=False)"
     script = (
         "import sys; from pathlib import Path; from stepdpo_trl.pipeline.loop import run_loop\n"
@@ -147,7 +147,7 @@ def test_a_failed_part_reports_how_to_continue(tmp_path, capfd):
         ([], ["--learning_rat", "1", *CPU], "Did you mean --learning_rate?"),
         (["--num-sampels", "3"], [], "--num-sampels is not a known argument. Did you mean --num-samples?"),
         (["--stages", "0"], [], "at least 1"),
-        (["--base-url", "http://localhost:1/v1"], [], "would go on answering with the model that it has loaded"),
+        (["--base-url", "http://localhost:1/v1"], [], "would keep answering with the model that it has loaded"),
     ],
 )
 def test_invalid_options_are_refused_first(data, training, message, tmp_path, capsys):

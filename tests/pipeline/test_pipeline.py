@@ -281,7 +281,7 @@ def test_time_is_added_up_over_resumes(tmp_path, checker):
 
 
 def test_shards_merge(tmp_path, checker):
-    """Four shards give the pairs of one run."""
+    """Four shards give the same pairs as a single run."""
     run_all(tmp_path / "whole", checker)
     for index in range(4):
         run_all(tmp_path / "parts" / f"shard-{index}-of-4", checker, shard=(index, 4))
@@ -558,7 +558,7 @@ def test_changed_settings_are_refused(tmp_path, checker):
 
 
 def test_custom_judges(tmp_path, checker):
-    """Verdicts of a judge that is no expression, such as a random one for comparison, can be rectified."""
+    """Verdicts of a custom judge, such as one that picks random steps for comparison, can be rectified."""
     session = Session({MODEL: Student()}, checker)
     session.collect(tmp_path, draw_records(20), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
 

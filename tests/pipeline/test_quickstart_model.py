@@ -49,7 +49,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_localizers_against_the_truth(run):
-    """Of the verdicts, 99 % (arithmetic) and 95 % (rollout) name the first step that loses the right answer."""
+    """Of the verdicts, 99% (arithmetic) and 95% (rollout) name the first step that loses the right answer."""
     with RunDirectory(run / "run") as directory:
         wrong = wrong_solutions(directory)
         for judge, least in (("arithmetic", 0.99), ("rollout", 0.95)):
@@ -65,7 +65,7 @@ def test_localizers_against_the_truth(run):
 
 @pytest.mark.slow
 def test_pairs_against_the_truth(run):
-    """99 % of chosen steps are right, 99 % of rejected steps are wrong, and test problems are excluded."""
+    """99% of preferred steps are right, 99% of rejected steps are wrong, and test problems are excluded."""
     pairs = load_dataset("json", data_files=str(run / "pairs.jsonl"), split="train")
     assert len(pairs) > 50
     right = wrong = 0
@@ -165,10 +165,10 @@ DATA = ("data", *COLLECT[1:])
         ([*DATA, "--output-file", "x.jsonl", "--judge", "llm"], "--judge-model"),
         ([*DATA, "--output-file", "x.jsonl", "--judge", "arithmetic,human", "--engine", "ray"], "needs a person"),
         (["localize", "nowhere", "--judge", "human", "--engine", "ray"], "needs a person"),
-        (["rectify", "nowhere", "--check", "human", "--engine", "ray"], "cannot look at right solutions"),
+        (["rectify", "nowhere", "--check", "human", "--engine", "ray"], "contains a judge of wrong solutions only"),
         (["localize", "nowhere"], "is not the folder of a run"),
         (["build", "nowhere", "--output-file", "x.jsonl"], "is not the folder of a run"),
-        (["rectify", "nowhere", "--check", "rollout"], "cannot look at right solutions"),
+        (["rectify", "nowhere", "--check", "rollout"], "contains a judge of wrong solutions only"),
         (["rectify", "nowhere", "--judge-base-url", "http://h/v1"], "--judge-model"),
         (["import", "prm800k", "none.jsonl", "--output-file", "x.jsonl"], "none.jsonl"),
     ],

@@ -1,4 +1,4 @@
-"""Shards on a local Ray cluster give the results of one process."""
+"""Shards on a local Ray cluster give the same results as a single process."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_shards_on_ray(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_on_ray(tmp_path, capfd):
-    """Two shards give the solutions of one process, and the same error message."""
+    """Two shards give the same solutions and the same error message as a single process."""
     problems = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(6, "pairs")]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]

@@ -19,7 +19,7 @@ from stepdpo_trl.quickstart import (
     is_right_step,
     make_problems,
     read_result,
-    split_labelled_steps,
+    split_labeled_steps,
     write_solution,
 )
 
@@ -65,7 +65,7 @@ def test_problem_and_solution_texts():
     assert PROBLEM.answer == "14"
     assert write_solution(PROBLEM) == SOLUTION
     assert write_solution(PROBLEM, choices=[0, 0, 0]) == LEFT_TO_RIGHT
-    assert split_labelled_steps(SOLUTION) == [
+    assert split_labeled_steps(SOLUTION) == [
         " 3 * 4 = 12, leaving 7 + 12 - 5",
         " 7 + 12 = 19, leaving 19 - 5",
         " 19 - 5 = 14",
@@ -106,9 +106,9 @@ def test_first_wrong_step():
     wrong = SOLUTION.replace("= 19, leaving 19 - 5", "= 20, leaving 20 - 5").replace("19 - 5 = 14", "20 - 5 = 15")
     assert first_wrong_step(PROBLEM, wrong) == 2
     # Two errors can cancel out, so that the final answer is right
-    cancelled = wrong.replace("20 - 5 = 15", "20 - 5 = 14")
-    assert first_wrong_step(PROBLEM, cancelled) == 2
-    assert read_result(cancelled) == "14"
+    canceled = wrong.replace("20 - 5 = 15", "20 - 5 = 14")
+    assert first_wrong_step(PROBLEM, canceled) == 2
+    assert read_result(canceled) == "14"
     assert first_wrong_step(PROBLEM, SOLUTION.replace("Step 3: 19 - 5 = 14\n", "")) == 3
     assert first_wrong_step(PROBLEM, SOLUTION.replace("The answer", "Step 4: 14 + 1 = 15\nThe answer")) == 4
     assert first_wrong_step(PROBLEM, "no steps") == 1
@@ -172,7 +172,7 @@ def test_tokenizer_round_trip(tokenizer):
         solution = write_solution(problem)
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == solution
-        for index, step in enumerate(split_labelled_steps(solution), start=1):
+        for index, step in enumerate(split_labeled_steps(solution), start=1):
             prefix = solution[: solution.index(f"Step {index}:")] + f"Step {index}:"
             parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, step)]
             # Tokenizing prefix and step separately yields the tokens of the whole text
@@ -213,7 +213,7 @@ def test_step_pairs_are_valid(pairs):
         problem = ArithmeticProblem.parse(pair["prompt"])
         prefix = pair["initial_reason_steps"]
         assert prefix.startswith("Let's think step by step.\nStep 1:")
-        *before, empty = split_labelled_steps(prefix)
+        *before, empty = split_labeled_steps(prefix)
         index = len(before) + 1
         assert empty == ""
         assert prefix.endswith(f"Step {index}:")
@@ -227,8 +227,8 @@ def test_step_pairs_are_valid(pairs):
         assert first_wrong_step(problem, chosen) is None
         assert read_result(chosen) == problem.answer
         assert first_wrong_step(problem, rejected) == index
-        assert split_labelled_steps(chosen)[index - 1] == pair["chosen"]
-        assert split_labelled_steps(rejected)[index - 1] == pair["rejected"]
+        assert split_labeled_steps(chosen)[index - 1] == pair["chosen"]
+        assert split_labeled_steps(rejected)[index - 1] == pair["rejected"]
 
 
 def test_pairs_and_held_out_problems_are_disjoint(pairs):

@@ -37,7 +37,7 @@ SCRIPTS = {
     "qwen2_7b_step_sdpo": "qwen2_7b_step_sdpo.py",
     **dict.fromkeys(SOLAR_SETTINGS, "solar_10_7b_sdpo.py"),
 }
-# Rows with the columns of the data sets on the Hub
+# Rows with the columns of the datasets on the Hub
 HUB = {
     ("Intel/orca_dpo_pairs", "train"): [
         {
@@ -98,7 +98,7 @@ def overrides(chat_model, tmp_path):
 
 @pytest.fixture
 def _hub(monkeypatch):
-    """Replace the data sets of the Hub by a few rows of each."""
+    """Replace the datasets of the Hub by a few rows of each."""
 
     def load_dataset(path, split, **options):
         return Dataset.from_list(HUB[path, split])
@@ -176,7 +176,7 @@ def test_solar_settings(name):
 
 @pytest.mark.usefixtures("_hub")
 @pytest.mark.parametrize("name", SOLAR_SETTINGS)
-def test_two_steps_a_stage_of_solar(name, overrides, tmp_path, monkeypatch):
+def test_two_steps_per_stage_of_solar(name, overrides, tmp_path, monkeypatch):
     run_recipe(monkeypatch, name, *overrides, "--dataset_name", "")
     saved = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
     assert stages(tmp_path / "out", saved) == [(8, 0.01), (6, 0.01)]

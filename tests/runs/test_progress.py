@@ -10,7 +10,7 @@ from stepdpo_trl.runs.progress import ProgressLines, progress_bar
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that only passes when a test says so."""
+    """Clock that only advances when a test sets it."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])

@@ -141,7 +141,7 @@ def test_checkpoint_without_stages_raises(chat_model, tmp_path):
 
 
 def test_trainer_past_stage_1_cannot_restart(saved, chat_model, tmp_path):
-    """Its reference is no longer that of stage 1."""
+    """Its reference has been replaced, so it cannot train on stage 1 again."""
     trainer = resumed(chat_model, saved, tmp_path / "copy")
     trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
     weights = trained_weights(trainer)

@@ -122,7 +122,7 @@ def test_invalid_stages(stages, error, message):
 
 
 def test_missing_or_ambiguous_stages(chat_model, tmp_path):
-    with pytest.raises(TypeError, match=r"list of data sets.*callbacks=\[SDPOCallback\(\)\]"):
+    with pytest.raises(TypeError, match=r"list of datasets.*callbacks=\[SDPOCallback\(\)\]"):
         make_trainer(chat_model, tmp_path, two_stages())
     with pytest.raises(ValueError, match="found no stages: the data has no column `stage`"):
         staged_run(chat_model, tmp_path, stages=ROWS)

@@ -347,7 +347,7 @@ def test_split_batches_and_reentrant_checkpointing_on_several_processes(tmp_path
     check_parts(config(tmp_path, **options), model, 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "olmo3"])  # RoPE parameters for all layers, for each type of layer
+@pytest.mark.parametrize("name", ["llama", "olmo3"])  # the same RoPE for all layers; one per layer type
 def test_split_batches_and_dynamic_rope(name, tmp_path):
     args = config(tmp_path, max_tokens_per_forward=2048, max_length=65)
     model = tiny_decoder(name).config

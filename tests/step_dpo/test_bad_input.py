@@ -49,7 +49,7 @@ CASES = {
     ),
     "images": (
         [{**row, "images": []} for row in step_rows(4)],
-        r"has both `initial_reason_steps` and images\. Step pairs with images are not supported",
+        r"The train dataset has images, but a \w+ cannot process them",
     ),
 }
 
@@ -101,7 +101,11 @@ def test_stream_with_step_pairs_and_plain_pairs(chat_model, tmp_path):
 
 def test_images_in_training_and_step_pairs_in_evaluation(chat_model, tmp_path):
     rows = [{**row, "images": []} for row in plain_rows(4)]
-    with pytest.raises(ValueError, match="eval dataset has `initial_reason_steps` and the train dataset has images"):
+    with pytest.raises(
+        ValueError,
+        match="eval dataset has `initial_reason_steps`, but the train dataset has ordinary preference pairs with "
+        "images",
+    ):
         make_trainer(chat_model, tmp_path, rows, eval_dataset=Dataset.from_list(step_rows(4)))
 
 
@@ -144,7 +148,7 @@ def test_options_are_checked_in_the_config(tmp_path):
 
 
 def overlong_limit(model, output_dir, fits):
-    """Return a `max_length` that `fits` of the eight rows do not exceed."""
+    """Return the `max_length` for which `fits` of the eight rows are short enough."""
     rows = make_trainer(model, output_dir).train_dataset
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     return sorted(lengths)[fits - 1]

@@ -1,4 +1,4 @@
-"""DPOTrainer appends an EOS to every step, which teaches the model to stop there. StepDPOTrainer does not."""
+"""DPOTrainer appends EOS to every step, which teaches the model to stop there. StepDPOTrainer does not."""
 
 import torch
 from datasets import Dataset
@@ -12,7 +12,7 @@ from ..training import logged, make_trainer
 
 @torch.no_grad()
 def end_of_turn_log_prob(model, tokenizer, rows):
-    """Return the mean log-probability of EOS directly after the chosen step and after the rejected step."""
+    """Return the mean log-probability of EOS directly after the preferred step and after the rejected step."""
     means = []
     for column in ("chosen", "rejected"):
         values = []

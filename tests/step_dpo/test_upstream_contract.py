@@ -11,7 +11,15 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
-from trl import DPOConfig, DPOTrainer, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    prepare_multimodal_messages,
+)
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence
 from trl.trainer import dpo_trainer
@@ -72,9 +80,56 @@ def test_tokenizer_attribute():
 
 
 def test_vision_datasets_are_not_prepared():
-    assert '"image" in dataset_sample or "images" in dataset_sample' in SOURCE["__init__"], (
-        "DPOTrainer no longer detects images by these columns, which StepDPOTrainer rejects for step pairs"
+    detected = 'self._is_vision_dataset = "image" in dataset_sample or "images" in dataset_sample'
+    assert detected in SOURCE["__init__"], "DPOTrainer no longer detects images by the columns in IMAGE_COLUMNS"
+    # StepDPOTrainer overrides the attribute for step pairs, which all of these then handle like text
+    assert "if self._is_vision_dataset and args.precompute_ref_log_probs" in SOURCE["__init__"]
+    assert "skip_prepare_dataset = self._is_vision_dataset" in SOURCE["__init__"]
+    assert "if not self._is_vision_dataset and eval_dataset is not None" in SOURCE["evaluate"]
+    other = {name for name, method in vars(DPOTrainer).items() if "_is_vision_dataset" in source_of(method)}
+    assert other == {"__init__", "evaluate", "_set_signature_columns_if_needed"}, "the attribute is used elsewhere too"
+    assert DPOTrainer._set_signature_columns_if_needed.__code__.co_argcount == 1
+
+
+def source_of(method):
+    return inspect.getsource(method) if inspect.isfunction(method) else ""
+
+
+def test_vision_collator_passes_strings_and_tokens_to_the_processor():
+    """The collator must call the processor for prompts and completions separately, and only join the results."""
+    calls = []
+
+    class Processor:
+        tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})
+
+        def __call__(self, text, images=None, **kwargs):
+            calls.append((text, images, kwargs))
+            ids = torch.tensor([[1, 2]] * 2 if images else [[3]])
+            types = {"mm_token_type_ids": torch.ones_like(ids), "pixel_values": images} if images else {}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
+
+    batch = dpo_trainer.DataCollatorForVisionPreference(Processor())(
+        [{"prompt": "a", "chosen": [3], "rejected": [4, 5], "images": ["image"]}]
     )
+    assert [text for text, *_ in calls] == [["a", "a"], [[3]], [[4, 5]]]
+    assert [images for _, images, _ in calls] == [[["image"], ["image"]], None, None]
+    assert all(options["add_special_tokens"] is False for *_, options in calls)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert batch["mm_token_type_ids"].tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert batch["pixel_values"] == [["image"], ["image"]]
+
+
+def test_multimodal_messages():
+    assert parameters(prepare_multimodal_messages) == ["messages", "images"]
+    messages = [{"role": "user", "content": "a"}]
+    parts = prepare_multimodal_messages(messages, images=["image"])[0]["content"]
+    assert parts == [{"type": "image", "image": "image"}, {"type": "text", "text": "a"}]
+
+
+def test_weights_of_a_checkpoint_are_loaded_by_these_methods():
+    assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert parameters(Trainer._load_best_model) == ["self"]
 
 
 def test_config_has_the_fields_that_are_read():

@@ -1,1 +1,1 @@
-"""Readers of published data sets of labeled steps, one file per format."""
+"""Readers of published datasets of labeled steps, one file per format."""

@@ -1,7 +1,7 @@
 """
 Published formats, from which step pairs and solutions with a known first wrong step are read.
 
-The supported data sets are PRM800K, Math-Shepherd and ProcessBench. Their files are read as published, optionally
+The supported datasets are PRM800K, Math-Shepherd and ProcessBench. Their files are read as published, optionally
 compressed with gzip. All importers use the standard library only.
 """
 

@@ -1,7 +1,7 @@
 """
 Math-Shepherd (https://huggingface.co/datasets/peiyi9979/Math-Shepherd): step pairs and localization cases.
 
-Its labels are automatic: + says that some continuation of the step reached the right answer.
+Its labels are automatic: + means that some continuation of the step reached the right answer.
 """
 
 import re
@@ -26,9 +26,9 @@ def read_math_shepherd(path: str | Path, counts: Counter[str] | None = None) -> 
     """
     Read step pairs from Math-Shepherd.
 
-    The rejected step of a pair is the first step labeled - of a solution. The chosen step is a step labeled + of
+    The rejected step of a pair is the first step labeled - of a solution. The preferred step is a step labeled + of
     another solution of the same problem, after the same previous steps, all labeled +. Each such rejected step is in
-    one pair, and the possible chosen steps take turns. A step that occurs with both labels is in no pair.
+    one pair, and the possible preferred steps take turns. A step that occurs with both labels is in no pair.
 
     If the last step of a solution is labeled +, its answer is right and becomes the `answer` of all pairs of the
     problem. The whole file is kept in memory.

@@ -24,7 +24,7 @@ def read_prm800k(path: str | Path, counts: Counter[str] | None = None) -> Iterat
     """
     Read step pairs from PRM800K.
 
-    The prefix of a pair consists of the chosen completions of the previous steps. The chosen step is a completion
+    The prefix of a pair consists of the chosen completions of the previous steps. The preferred step is a completion
     rated +1, the rejected step one rated -1. Each completion rated -1 is in one pair. The completions rated +1 take
     turns, starting with the one that the labeler chose. Completions written by the labeler count as +1.
 

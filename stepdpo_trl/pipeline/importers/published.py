@@ -234,13 +234,13 @@ def pair(
 
     Args:
         dataset (`str`):
-            Name of the data set.
+            Name of the dataset.
         prompt (`str`):
             The problem.
         prefix (`str`):
             The previous steps.
         chosen (`PublishedStep`):
-            The chosen step.
+            The preferred step.
         rejected (`PublishedStep`):
             The rejected step.
         answer (`str`):

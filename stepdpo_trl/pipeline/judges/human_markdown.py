@@ -1,4 +1,4 @@
-"""Conversion of model output to Markdown that shows formulas, but neither obeys Markdown nor HTML in the output."""
+"""Conversion of model output to Markdown that shows formulas, and Markdown or HTML in the output as plain text."""
 
 import re
 

@@ -116,9 +116,9 @@ footer {display: none !important}
 _LATEX = [{"left": r"\[", "right": r"\]", "display": True}, {"left": r"\(", "right": r"\)", "display": False}]
 
 
-def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None, open_browser: bool = True) -> None:
+def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None) -> None:
     """
-    Serve the page until every solution has a label, or until Ctrl-C.
+    Open the page in the browser and serve it until every solution has a label, or until Ctrl-C.
 
     A label is one of `{"step": k}`, `{"step": None, "skipped": True}`, `{"step": None, "no_error": True}` and
     `{"undone": True}`.
@@ -130,8 +130,6 @@ def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None,
             Earlier labels. New labels are appended.
         port (`int`, *optional*):
             Port on 127.0.0.1. Defaults to the first free one from 7860.
-        open_browser (`bool`, *optional*, defaults to `True`):
-            Whether to open the page in the browser.
 
     Raises:
         RunError: If Gradio is not installed.
@@ -151,7 +149,7 @@ def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None,
     _, url, _ = page.launch(
         server_name="127.0.0.1",
         server_port=port,
-        inbrowser=open_browser,
+        inbrowser=True,
         prevent_thread_lock=True,
         quiet=True,
         share=False,

@@ -49,15 +49,13 @@ class ProcessRewardModel:
         self.extra = extra if isinstance(extra, int) and extra != tokenizer.unk_token_id else None
 
     @classmethod
-    def load(cls, name: str, batch_size: int = 8, trust_remote_code: bool = False) -> "ProcessRewardModel":
+    def load(cls, name: str, trust_remote_code: bool = False) -> "ProcessRewardModel":
         """
         Load a process reward model, on a GPU if available.
 
         Args:
             name (`str`):
                 Hub id or folder.
-            batch_size (`int`, *optional*, defaults to `8`):
-                Number of solutions per batch.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Whether to run code from the model's repository.
 
@@ -79,7 +77,7 @@ class ProcessRewardModel:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise GenerationError(f"The process reward model {name!r} cannot be loaded: {error}") from error
-        return cls(model, tokenizer, batch_size=batch_size)
+        return cls(model, tokenizer)
 
     def encode(self, problem: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
         """

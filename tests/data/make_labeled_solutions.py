@@ -1,7 +1,7 @@
 """
 Create solutions with known labels from the gold solutions of GSM8K.
 
-    python -m tests.data.make_labelled_solutions gsm8k_test.jsonl
+    python -m tests.data.make_labeled_solutions gsm8k_test.jsonl
 
 Each problem yields a right solution and a solution with the same reasoning but a wrong final answer. The final answers
 use formats that are typical of language models. The labels are known by construction.
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-TARGET = Path(__file__).parent / "labelled_solutions.jsonl"
+TARGET = Path(__file__).parent / "labeled_solutions.jsonl"
 
 # Endings of a solution, with a placeholder for the answer
 ENDINGS = (
@@ -50,7 +50,7 @@ def falsified(number: str, reasoning: str) -> list[str]:
 
 def make(rows: list[dict[str, str]]) -> list[dict[str, object]]:
     """Create two labeled solutions for each row, and a truncated one for every tenth row."""
-    labelled: list[dict[str, object]] = []
+    labeled: list[dict[str, object]] = []
     for number, row in enumerate(rows):
         reasoning, _, gold = row["answer"].rpartition("####")
         gold = gold.strip()
@@ -65,10 +65,10 @@ def make(rows: list[dict[str, str]]) -> list[dict[str, object]]:
                 spelling = answer  # \text cannot contain math
             solution = text + ending.format(*[spelling] * ending.count("{}"))
             name = f"{number}-{'right' if is_correct else 'wrong'}"
-            labelled.append({"id": name, "answer": gold, "solution": solution, "is_correct": is_correct})
+            labeled.append({"id": name, "answer": gold, "solution": solution, "is_correct": is_correct})
         if number % 10 == 0:  # truncated before the answer: unreadable rather than wrong
-            labelled.append({"id": f"{number}-cut", "answer": gold, "solution": text, "is_correct": False})
-    return labelled
+            labeled.append({"id": f"{number}-cut", "answer": gold, "solution": text, "is_correct": False})
+    return labeled
 
 
 def main(source: str) -> None:
