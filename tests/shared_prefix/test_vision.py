@@ -33,6 +33,7 @@ from stepdpo_trl.shared_prefix.vision import (
 
 from ..tiny import plain_rows
 from ..training import assert_same_weights, logged, make_trainer, weights
+from ..vision import VISION_MODELS, vision_step_rows
 from .architectures import VOCABULARY
 from .test_attention import token_logps
 from .test_mixin import METRICS
@@ -382,6 +383,38 @@ def test_training_equals_padded_sequences(mode, tmp_path):
     for name in METRICS:
         assert logged(shared_trainer, name) == pytest.approx(logged(padded_trainer, name), rel=1e-4, abs=1e-5), name
     assert_same_weights(weights(shared_trainer), weights(padded_trainer), rtol=1e-4, atol=2e-6)
+
+
+STEP_MODES = {
+    "full": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "packs": {"max_tokens_per_forward": 300, "max_length": 300, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("mode", STEP_MODES)
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_step_pairs_equal_padded_sequences(name, mode, tmp_path):
+    make_processor, make_model = VISION_MODELS[name]
+    processor, trainers, encoded = make_processor(), [], []
+    for choice in ("on", "off"):
+        options = {**STEP_MODES[mode], **({} if choice == "on" else {"max_tokens_per_forward": None})}
+        options |= {"processing_class": processor, "ref_model": make_model(processor, 1), "max_steps": 2}
+        rows = Dataset.from_list(vision_step_rows())
+        trainer = make_trainer(make_model(processor), tmp_path, rows, shared_prefix=choice, **options)
+        tower = next(module for part, module in trainer.model.base_model.named_children() if part in TOWERS)
+        encoded.append([])
+        tower.register_forward_pre_hook(
+            lambda module, args, kwargs, own=encoded[-1]: own.append(len(args[0] if args else kwargs["pixel_values"])),
+            with_kwargs=True,
+        )
+        trainer.train()
+        trainers.append(trainer)
+    assert trainers[0].shares_prefixes
+    assert [2 * number for number in encoded[0]] == encoded[1]
+    for metric in METRICS:
+        assert logged(trainers[0], metric) == pytest.approx(logged(trainers[1], metric), rel=1e-4, abs=1e-5), metric
+    assert_same_weights(*map(weights, trainers), rtol=1e-4, atol=2e-6)
 
 
 def test_each_image_is_processed_once(tmp_path, monkeypatch):
