@@ -129,8 +129,9 @@ class ImageLayout:
                 for values, grid, number in zip(pixels.split(patches), grids.split(1), patches, strict=True)
             ]
         if self.model_type in ANYRES:
-            numbers = [int(number) for number in batch["batch_num_images"]]
-            rows = zip(numbers, counts, strict=True)
+            # Rows without images are not always listed
+            numbers = [int(number) for number in batch["batch_num_images"] if number > 0]
+            rows = zip(numbers, [count for count in counts if count], strict=True)
             per_image = [(number == 1, count // number) for number, count in rows for _ in range(number)]
             return [
                 _Image({"pixel_values": values, "image_sizes": size}, tokens, alone)

@@ -269,6 +269,15 @@ def test_images_without_a_token_between_them():
         ImageLayout.of(model.config).build_tree(padded, rows, labels)
 
 
+def test_rows_without_images_are_not_listed():
+    model = tiny_vision_model("llava_onevision")
+    batch = Batch(model, PAIRS["mixed"])
+    tokens = batch.tree(model).tokens
+    numbers = batch.padded["batch_num_images"]
+    batch.padded["batch_num_images"] = numbers[numbers > 0]
+    assert batch.tree(model).tokens == tokens
+
+
 def test_dummy_packs():
     """Processes that shard a model run the same number of packs. The additional ones have no images."""
     model = tiny_vision_model("qwen3_vl")
@@ -415,6 +424,28 @@ def test_step_pairs_equal_padded_sequences(name, mode, tmp_path):
     for metric in METRICS:
         assert logged(trainers[0], metric) == pytest.approx(logged(trainers[1], metric), rel=1e-4, abs=1e-5), metric
     assert_same_weights(*map(weights, trainers), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_unused_image(name, tmp_path):
+    """On several processes, a batch without images gets one after the steps, so that each process runs the tower."""
+    make_processor, make_model = VISION_MODELS[name]
+    processor, losses, gradients = make_processor(), [], []
+    without = [i for i, row in enumerate(vision_step_rows()) if not row["images"]]
+    for choice in ("on", "off"):
+        options = {"processing_class": processor, "ref_model": make_model(processor, 1), "shared_prefix": choice}
+        trainer = make_trainer(make_model(processor), tmp_path, Dataset.from_list(vision_step_rows()), **options)
+        collator = trainer.data_collator.collator if choice == "on" else trainer.data_collator
+        collator.always_images = True
+        batch = trainer.data_collator(list(trainer.train_dataset.select(without)))
+        assert "pixel_values" in batch
+        losses.append(trainer.compute_loss(trainer.model, batch))
+        losses[-1].backward()
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert {name for name, grad in gradients[0].items() if grad is None} == {
+        name for name, grad in gradients[1].items() if grad is None
+    }
 
 
 def test_each_image_is_processed_once(tmp_path, monkeypatch):
