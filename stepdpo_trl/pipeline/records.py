@@ -91,6 +91,7 @@ def text_digest(*parts: object) -> str:
 
 
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
+_IMAGE_COLUMNS = ("image", "images")
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
@@ -131,8 +132,15 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
         `list[Problem]`: The problems.
 
     Raises:
-        RunError: If rows are invalid, or there are none.
+        RunError: If rows are invalid or have images, or there are none.
     """
+    for number, row in enumerate(rows, start=1):
+        images = [name for name in _IMAGE_COLUMNS if isinstance(row, Mapping) and row.get(name)]
+        if images:
+            raise RunError(
+                f"Row {number} of {where} has a column `{images[0]}`, but problems must be text: remove the problems "
+                "with images from the file."
+            )
     problems: dict[str, Problem] = {}
     row_numbers: dict[str, int] = {}
     errors = []

@@ -417,6 +417,10 @@ def test_selection():
         ('{"problem": 5, "answer": "2"}', r"`problem` is not text \(5\)"),
         ('{"problem": "a\\ud800", "answer": "2"}', "row 1: contains text that cannot be encoded"),
         ('{"problem": "a", ', "Line 1 of .* is not JSON"),
+        (
+            '{"problem": "a", "answer": "2", "images": []}\n{"problem": "b", "answer": "2", "images": ["b.png"]}',
+            "Row 2 of .* has a column `images`, but problems must be text: remove the problems with images",
+        ),
         ("[1]", "is not an object"),
         ("", "has no problems"),
     ],
