@@ -12,10 +12,10 @@ from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
-from ..generation import Generator, ModelSpec, Sampling, make_generator
+from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, make_generator
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
-from ..runs.tasks import RecordedChecks, RecordedModel
+from ..runs.tasks import RecordedChecks, model_service
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
@@ -53,7 +53,7 @@ class Session:
             Answer checker.
     """
 
-    generators: dict[ModelSpec, Generator] = field(default_factory=dict)
+    generators: dict[ModelSpec, Generator | ServerGenerator] = field(default_factory=dict)
     checker: AnswerChecker = field(default_factory=AnswerChecker)
 
     def __enter__(self) -> "Session":
@@ -64,7 +64,7 @@ class Session:
     ) -> None:
         self.checker.__exit__(kind, error, trace)
 
-    def generator(self, spec: ModelSpec) -> Generator:
+    def generator(self, spec: ModelSpec) -> Generator | ServerGenerator:
         """Return a model, loading it on first use."""
         if spec not in self.generators:
             self.generators[spec] = make_generator(spec)
@@ -285,9 +285,7 @@ class Session:
         generator = self.generator(model)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(
-                generator, Sampling(**settings["sampling"]), log, service, runner.name
-            )
+            runner.services[service] = model_service(generator, Sampling(**settings["sampling"]), log, runner.name)
         return Policy(service, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
 
     def _judge(self, name: str, runner: TaskRunner, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
@@ -302,7 +300,7 @@ class Session:
             service = f"judge-{model_file_name(options.model.model)}-{text_digest(sampling)[:6]}"
             generator = self.generator(options.model)
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(generator, sampling, log, service, runner.name)
+            runner.services[service] = model_service(generator, sampling, log, runner.name)
             seed = runner.run.settings()["collect"]["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
