@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from .tasks import Service, Task
 
 T = TypeVar("T")
-WINDOW = 1024  # maximum number of concurrent tasks, unless a service has more threads
+WINDOW = 1024  # maximum number of concurrent tasks
+# With a streaming service: tasks per thread. The tasks that start last are alone at the end of a stage, and too few to
+# use all threads. So most of a stage should be under way before that.
+TASKS_PER_THREAD = 64
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +181,7 @@ class Scheduler(Generic[T]):
         for name, service in services.items():
             if isinstance(service, StreamingService):
                 self._workers[name] = Workers(service, self._wake)
-                self._window = max(self._window, 4 * service.threads)
+                self._window = max(self._window, TASKS_PER_THREAD * service.threads)
 
     def run(self) -> Iterator[T]:
         """Yield the results of the tasks, in the order of the tasks."""

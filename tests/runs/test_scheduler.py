@@ -91,13 +91,15 @@ def test_a_request_of_several_tasks_is_sent_once():
 def test_all_threads_are_used(monkeypatch):
     """The next task starts when one ends, so that as many requests as possible are in flight."""
     monkeypatch.setattr(scheduler, "WINDOW", 1)
+    monkeypatch.setattr(scheduler, "TASKS_PER_THREAD", 1)
     barrier = threading.Barrier(6)
     service = Service(lambda key: barrier.wait(10), threads=6)
     assert len(list(run_tasks([chain(str(n), 2) for n in range(30)], {"s": service}))) == 30
 
 
 def test_a_limited_number_of_tasks_is_active(monkeypatch):
-    monkeypatch.setattr(scheduler, "WINDOW", 8)
+    monkeypatch.setattr(scheduler, "WINDOW", 4)
+    monkeypatch.setattr(scheduler, "TASKS_PER_THREAD", 4)
     active, most = 0, 0
 
     def task(number):
@@ -198,6 +200,7 @@ def run_local(path, delays, model):
 def test_rounds_do_not_depend_on_the_clock(tmp_path, monkeypatch):
     """The batches of a local model are always the same, also after interruptions."""
     monkeypatch.setattr(scheduler, "WINDOW", 16)
+    monkeypatch.setattr(scheduler, "TASKS_PER_THREAD", 1)
     tmp_path.joinpath("whole").mkdir()
     whole = LocalModel()
     results = run_local(tmp_path / "whole", 0, whole)
