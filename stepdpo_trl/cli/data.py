@@ -142,7 +142,7 @@ def _collect(args: argparse.Namespace) -> None:
 
 
 def _localize(args: argparse.Namespace) -> None:
-    work = _localize_work(args, model_changes(args))
+    work = _localize_work(args, model_changes(args, of_run=True))
     if args.dry_run:
         print(estimate(args, _paths(args, args.run), ["localize"]))
         return
@@ -150,7 +150,7 @@ def _localize(args: argparse.Namespace) -> None:
 
 
 def _rectify(args: argparse.Namespace) -> None:
-    work = _rectify_work(args, model_changes(args))
+    work = _rectify_work(args, model_changes(args, of_run=True))
     if args.dry_run:
         print(estimate(args, _paths(args, args.run), ["rectify"]))
         return

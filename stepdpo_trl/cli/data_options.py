@@ -21,7 +21,7 @@ from .problems import TRAINING_SETS
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 # Sampling of Step-DPO (arXiv 2406.18629, section 4.1)
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_new_tokens": 1024, "seed": 0}
-_MOVED = "Needed if the model has moved since, or is served at a URL."
+_MOVED = "Needed if the model or its server has moved since."
 _SEVERAL = "Needed if the run has several."
 
 DATA = f"""\

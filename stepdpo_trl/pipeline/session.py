@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,10 +12,10 @@ from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
-from ..generation import Generator, ModelSpec, Sampling, make_generator
+from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, make_generator
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
-from ..runs.tasks import RecordedChecks, RecordedModel
+from ..runs.tasks import RecordedChecks, model_service
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Fields of ModelSpec that do not change what the model answers: a run may continue with other values
 _OPERATIONAL = ("base_url", "batch_size", "max_concurrent_requests", "api_key_env")
+_SERVER = ("base_url", "max_concurrent_requests", "api_key_env")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Session:
             Answer checker.
     """
 
-    generators: dict[ModelSpec, Generator] = field(default_factory=dict)
+    generators: dict[ModelSpec, Generator | ServerGenerator] = field(default_factory=dict)
     checker: AnswerChecker = field(default_factory=AnswerChecker)
 
     def __enter__(self) -> "Session":
@@ -62,7 +64,7 @@ class Session:
     ) -> None:
         self.checker.__exit__(kind, error, trace)
 
-    def generator(self, spec: ModelSpec) -> Generator:
+    def generator(self, spec: ModelSpec) -> Generator | ServerGenerator:
         """Return a model, loading it on first use."""
         if spec not in self.generators:
             self.generators[spec] = make_generator(spec)
@@ -146,6 +148,8 @@ class Session:
             def write_problems() -> None:
                 if source is not None and run.settings().get("source") != source:
                     run.settings().append("source", source)
+                if model.base_url is not None and run.settings().get("server") != _server_of(model):
+                    run.settings().append("server", _server_of(model))
                 collecting.keep_problems(run, mine)
 
             run.start_stage("collect", settings, ("num_samples",), write_problems)
@@ -251,10 +255,23 @@ class Session:
         return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
 
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
-        """Return the model that wrote the solutions, with the fields that have changed since."""
-        if "collect" not in run.settings():
+        """Return the model that wrote the solutions, at the same server, with the fields that have changed since."""
+        settings, changes = run.settings(), changes or {}
+        if "collect" not in settings:
             raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-        return replace(ModelSpec("", "transformers"), **{**run.settings()["collect"]["model"], **(changes or {})})
+        model = {**settings["collect"]["model"], **changes}
+        if model["backend"] == "openai" and "base_url" not in changes:
+            if "server" not in settings:
+                raise RunError(
+                    f"The solutions in {run.path} were sampled from a server, but its address is not in the run. Pass "
+                    "it as --base-url."
+                )
+            model = {**settings["server"], **model}
+            logger.warning(
+                f"{run.path}: using the server at {model['base_url']}, as in `collect`. Pass --base-url to use "
+                "another one."
+            )
+        return replace(ModelSpec("", "transformers"), **model)
 
     def _policy(
         self,
@@ -268,9 +285,7 @@ class Session:
         generator = self.generator(model)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(
-                generator, Sampling(**settings["sampling"]), log, service, runner.name
-            )
+            runner.services[service] = model_service(generator, Sampling(**settings["sampling"]), log, runner.name)
         return Policy(service, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
 
     def _judge(self, name: str, runner: TaskRunner, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
@@ -285,7 +300,7 @@ class Session:
             service = f"judge-{model_file_name(options.model.model)}-{text_digest(sampling)[:6]}"
             generator = self.generator(options.model)
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(generator, sampling, log, service, runner.name)
+            runner.services[service] = model_service(generator, sampling, log, runner.name)
             seed = runner.run.settings()["collect"]["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
@@ -297,3 +312,10 @@ class Session:
             return prm_judge(options.threshold)
         runner.services["human"] = Person(runner.run.log("labels"), options.port)
         return human_judge
+
+
+def _server_of(model: ModelSpec) -> dict[str, Any]:
+    server = {name: getattr(model, name) for name in _SERVER}
+    if model.api_key_env not in os.environ:  # may be a key that was passed by mistake
+        del server["api_key_env"]
+    return server

@@ -561,6 +561,51 @@ def test_changed_settings_are_refused(tmp_path, checker):
     assert records(tmp_path) == before
 
 
+def served(port, **options):
+    return ModelSpec("student", "openai", f"http://localhost:{port}/v1", **options)
+
+
+def test_a_run_remembers_its_server(tmp_path, checker, caplog, monkeypatch):
+    """Its address is used by later stages, replaced by --base-url, and not published."""
+    monkeypatch.setenv("SERVER_KEY", "sk-secret")
+    options = {"max_concurrent_requests": 7, "api_key_env": "SERVER_KEY"}
+    first, moved, second = Student(), Student(), Student()
+    session = Session({served(1, **options): first, served(2, **options): moved, served(3): second}, checker)
+    collect = ("drawn", STEP_PROMPTS["plain"], SAMPLING)
+    session.collect(tmp_path, draw_records(8), collect[0], served(1, **options), *collect[1:])
+    session.localize(tmp_path, "rollout", JudgeOptions())
+    assert f"{tmp_path}: using the server at http://localhost:1/v1, as in `collect`. Pass --base-url" in caplog.text
+    caplog.clear()
+    session.rectify(tmp_path, num_corrections=3, model={"backend": "openai", "base_url": "http://localhost:3/v1"})
+    assert second.asked
+    assert "using the server" not in caplog.text
+    session.collect(tmp_path, draw_records(8), collect[0], served(2, **options), *collect[1:])
+    session.rectify(tmp_path, num_corrections=4, max_attempts=30)
+    assert moved.asked
+    assert "using the server at http://localhost:2/v1" in caplog.text
+    assert "sk-secret" not in "".join(records(tmp_path).values())
+    assert "localhost" not in write_card(summarize([tmp_path]), make_record("pairs.jsonl", [], {}), None)
+    assert "localhost" not in render_report(summarize([tmp_path]), None)
+
+
+def test_a_key_passed_as_the_name_of_its_variable_is_not_kept(tmp_path, checker):
+    model = served(1, api_key_env="sk-secret")
+    session = Session({model: Student()}, checker)
+    session.collect(tmp_path, draw_records(5), "drawn", model, STEP_PROMPTS["plain"], SAMPLING)
+    assert "localhost:1" in records(tmp_path)["settings.jsonl"]
+    assert "sk-secret" not in "".join(records(tmp_path).values())
+
+
+def test_a_server_whose_address_is_unknown(tmp_path, checker):
+    """Runs of earlier releases do not contain it."""
+    session = Session({served(1): Student()}, checker)
+    session.collect(tmp_path, draw_records(5), "drawn", served(1), STEP_PROMPTS["plain"], SAMPLING)
+    settings = tmp_path / "settings.jsonl"
+    settings.write_text("".join(line for line in settings.read_text().splitlines(True) if '"server"' not in line))
+    with pytest.raises(RunError, match=r"address is not in the run\. Pass it as --base-url"):
+        session.localize(tmp_path, "rollout", JudgeOptions())
+
+
 def test_custom_judges(tmp_path, checker):
     """Verdicts of a custom judge, such as one that picks random steps for comparison, can be rectified."""
     session = Session({MODEL: Student()}, checker)
