@@ -290,7 +290,15 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
         "--max-pairs-per-problem", type=positive, metavar="N", help="Maximum number of pairs per problem."
     )
     group.add_argument("--logps", metavar="MODEL", help="Add the log-probabilities of both steps under this model.")
-    group.add_argument("--license", metavar="ID", help="License to state in the data card, such as apache-2.0.")
+    group.add_argument(
+        "--license", type=_license, metavar="ID", help="License to state in the data card, such as apache-2.0."
+    )
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a license identifier of the Hub, such as apache-2.0")
+    return text
 
 
 def _shard(text: str) -> tuple[int, int]:

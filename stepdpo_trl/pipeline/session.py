@@ -186,7 +186,7 @@ class Session:
         names = [name for group in groups for name in group]
         options.check(names)
         with StageDirectory(path) as run:
-            run.start_stage(f"localize {judge_name}", options.settings(names), ("num_rollouts",))
+            run.start_stage(*_localize_stage(judge_name, options))
             runner = self._runner(run, f"localize {judge_name}")
             judges = {name: self._judge(name, runner, options, model) for name in names}
             counts = localizing.localize(runner, combine(groups, judges), judge_name)
@@ -234,16 +234,9 @@ class Session:
         name = model_file_name(rectifier.model) if rectifier else None
         with StageDirectory(path) as run:
             found_in, _ = localizing.read_verdicts(run, judge_name)
-            settings = {
-                "num_corrections": num_corrections,
-                "max_attempts": max_attempts,
-                "check": check,
-                **options.settings(names),
-                "rectifier": rectifier.model if rectifier else None,
-            }
-            title = f"rectify {found_in}{f' by {name}' if name else ''}"
-            run.start_stage(title, settings, ("num_corrections", "max_attempts"))
-            runner = self._runner(run, title)
+            stage = _rectify_stage(found_in, num_corrections, max_attempts, check, options, rectifier)
+            run.start_stage(*stage)
+            runner = self._runner(run, stage[0])
             service = f"rectifier-{name}" if name else "policy"
             policy = self._policy(runner, rectifier or self._model_of(run, model), service=service)
             judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
@@ -319,3 +312,61 @@ def _server_of(model: ModelSpec) -> dict[str, Any]:
     if model.api_key_env not in os.environ:  # may be a key that was passed by mistake
         del server["api_key_env"]
     return server
+
+
+def check_settings(
+    path: Path,
+    judge_name: str,
+    num_corrections: int,
+    max_attempts: int,
+    check: str | None,
+    options: JudgeOptions,
+    rectifier: ModelSpec | None = None,
+) -> None:
+    """
+    Check the settings of `localize` and `rectify` in a run that is resumed, before anything is sampled.
+
+    Args:
+        path (`Path`):
+            Run folder. May be missing.
+        judge_name, num_corrections, max_attempts, check, options, rectifier:
+            As for [`Session.rectify`].
+
+    Raises:
+        RunError: If the run was started with other settings, or with larger values.
+    """
+    if not (path / "settings.jsonl").exists():
+        return
+    judge_name = canonical(judge_name)
+    with StageDirectory(path) as run:
+        run.check_stage(*_localize_stage(judge_name, options))
+        run.check_stage(*_rectify_stage(judge_name, num_corrections, max_attempts, check, options, rectifier))
+
+
+def _names_of(expression: str | None) -> list[str]:
+    return [name for group in parse_judges(expression) for name in group] if expression else []
+
+
+def _localize_stage(judge_name: str, options: JudgeOptions) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Return title, settings and growing settings."""
+    return f"localize {judge_name}", options.settings(_names_of(judge_name)), ("num_rollouts",)
+
+
+def _rectify_stage(
+    judge_name: str,
+    num_corrections: int,
+    max_attempts: int,
+    check: str | None,
+    options: JudgeOptions,
+    rectifier: ModelSpec | None,
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Return title, settings and growing settings."""
+    settings = {
+        "num_corrections": num_corrections,
+        "max_attempts": max_attempts,
+        "check": check,
+        **options.settings(_names_of(check)),
+        "rectifier": rectifier.model if rectifier else None,
+    }
+    by = f" by {model_file_name(rectifier.model)}" if rectifier else ""
+    return f"rectify {judge_name}{by}", settings, ("num_corrections", "max_attempts")
