@@ -25,7 +25,7 @@ from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner
-from stepdpo_trl.runs.tasks import RecordedChecks, RecordedModel, Task, run_tasks
+from stepdpo_trl.runs.tasks import RecordedChecks, Task, model_service, run_tasks
 
 K, FLAT = 8, 20
 
@@ -77,8 +77,8 @@ def main() -> None:
         policy = Policy("policy", prompt, generator.render, 0)
         with RunDirectory(path) as run:
             runner = TaskRunner(run, "linear scan")
-            runner.services["policy"] = RecordedModel(
-                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), "linear scan", runner.name
+            runner.services["policy"] = model_service(
+                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), runner.name
             )
             runner.services["check"] = RecordedChecks(session.checker, run.log("checks"))
             compare_localization(runner, policy, new_samples)

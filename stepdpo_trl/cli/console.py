@@ -64,7 +64,8 @@ def logging_to(level: str | None, file: str | None) -> Iterator[None]:
 def report_error(message: str) -> None:
     """Print an error to stderr as it is, and write it to the log file."""
     print(message, file=sys.stderr)
-    logger.error(message, extra={"printed": True})
+    if logger.handlers:  # otherwise Python would print the record a second time
+        logger.error(message, extra={"printed": True})
 
 
 def silence_upstream() -> None:

@@ -52,20 +52,20 @@ def _folders(args: argparse.Namespace, path: str) -> list[tuple[Path, tuple[int,
     return [(folder, (0, 1)) for folder in run_directories(path)]
 
 
-def _each(args: argparse.Namespace, path: str, work: Callable[[Any, Path, tuple[int, int]], Any]) -> None:
-    """Run `work` in each folder, in this process or on Ray."""
+def _each(args: argparse.Namespace, path: str, stage: str, work: Callable[[Any, Path, tuple[int, int]], Any]) -> None:
+    """Run `work` in each folder, in this process or on Ray, and print the counts of the stage."""
     folders = _folders(args, path)
     if args.engine == "ray":
         from ..pipeline.ray import run_on_ray
 
-        run_on_ray(work, folders, args.num_gpus)
+        run_on_ray(work, folders, args.num_gpus, stage)
         return
     from ..pipeline.session import Session
 
     with Session() as session:
         for folder, shard in folders:
             counts = work(session, folder, shard)
-            print(count_line(folder, counts))
+            print(count_line(stage, folder, counts), flush=True)
 
 
 def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable[[Any, Path, tuple[int, int]], Any]:
@@ -105,11 +105,16 @@ def _judges(args: argparse.Namespace) -> Any:
     )
 
 
+def _names(expression: str) -> list[str]:
+    """Return the judges of an expression. `none`, which `--check` accepts, has none."""
+    return [] if expression == "none" else [name for group in parse_judges(expression) for name in group]
+
+
 def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
     judge_name, options = args.judge, _judges(args)
     if "human" in judge_name and args.engine == "ray":
         raise RunError("Judge 'human' needs a person at this machine. Use --engine local.")
-    options.check([name for group in parse_judges(judge_name) for name in group])
+    options.check(_names(judge_name))
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
         return session.localize(folder, judge_name, options, changes)
@@ -138,23 +143,25 @@ def _collect(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(estimate(args, _paths(args, args.output_dir), ["collect"], len(problems)))
         return
-    _each(args, args.output_dir, work)
+    _each(args, args.output_dir, "collect", work)
 
 
 def _localize(args: argparse.Namespace) -> None:
-    work = _localize_work(args, model_changes(args))
+    work = _localize_work(args, model_changes(args, of_run=True))
+    _judges(args).check_used(_names(args.judge))
     if args.dry_run:
         print(estimate(args, _paths(args, args.run), ["localize"]))
         return
-    _each(args, args.run, work)
+    _each(args, args.run, "localize", work)
 
 
 def _rectify(args: argparse.Namespace) -> None:
-    work = _rectify_work(args, model_changes(args))
+    work = _rectify_work(args, model_changes(args, of_run=True))
+    _judges(args).check_used(_names(args.check))
     if args.dry_run:
         print(estimate(args, _paths(args, args.run), ["rectify"]))
         return
-    _each(args, args.run, work)
+    _each(args, args.run, "rectify", work)
 
 
 def _paths(args: argparse.Namespace, path: str) -> list[Path]:
@@ -178,7 +185,10 @@ def _build(args: argparse.Namespace) -> None:
     write_build(args.run, record)
     report = Path(args.run) / "report.html"
     write_atomically(report, render_report(summary, record))
-    print(f"{table_of(summary, record)}\nPairs: {where}\nReport: {report}")
+    counts = {"pairs": record.pairs, **{f"dropped ({why})": count for why, count in left_out.items()}}
+    print(
+        f"{count_line('build', args.run, counts)}\n\n{table_of(summary, record)}\n\nPairs: {where}\nReport: {report}"
+    )
 
 
 def _score(name: str, rows: list[dict[str, Any]]) -> None:
@@ -206,16 +216,21 @@ def _data(args: argparse.Namespace) -> None:
     stages = [_collect_work(args, problems), _localize_work(args, changes), _rectify_work(args, changes)]
     corrections = corrections_name(args.judge, model_spec(args, "rectifier_", "--rectifier"))
     _check_corrections(args.corrections, corrections, _paths(args, args.output_dir))
+    _judges(args).check_used(_names(args.judge) + _names(args.check))
+    check_settings = _settings_check(args)
     if args.dry_run:
+        for path in _paths(args, args.output_dir):
+            check_settings(path)
         print(estimate(args, _paths(args, args.output_dir), ["collect", "localize", "rectify"], len(problems)))
         return
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        for stage in stages[:-1]:
-            print(count_line(folder, stage(session, folder, shard)))
+        check_settings(folder)
+        for name, stage in zip(("collect", "localize"), stages[:-1], strict=True):
+            print(count_line(name, folder, stage(session, folder, shard)), flush=True)
         return stages[-1](session, folder, shard)
 
-    _each(args, args.output_dir, work)
+    _each(args, args.output_dir, "rectify", work)
     if args.shard:
         print(
             f"Shard done. When all shards are in {args.output_dir}, run:\n"
@@ -225,6 +240,21 @@ def _data(args: argparse.Namespace) -> None:
     args.run = args.output_dir
     args.corrections = args.corrections or corrections
     _build(args)
+
+
+def _settings_check(args: argparse.Namespace) -> Callable[[Path], None]:
+    """Return a function that refuses other settings of `localize` and `rectify` in a run, before `collect` starts."""
+    judge_name, options = args.judge, _judges(args)
+    num_corrections, max_attempts = args.num_corrections, args.max_attempts
+    check = None if args.check == "none" else args.check
+    rectifier = model_spec(args, "rectifier_", "--rectifier")
+
+    def check_settings(folder: Path) -> None:
+        from ..pipeline.session import check_settings
+
+        check_settings(folder, judge_name, num_corrections, max_attempts, check, options, rectifier)
+
+    return check_settings
 
 
 def _check_corrections(chosen: str | None, written: str, paths: list[Path]) -> None:
@@ -245,9 +275,11 @@ def _report(args: argparse.Namespace) -> None:
     from ..pipeline.summary import summarize, table_of
 
     summary, record = summarize(run_directories(args.run)), read_build(args.run)
+    if "collect" not in summary.settings:
+        raise RunError(f"{args.run} holds no solutions yet. Run `stepdpo collect` first.")
     report = Path(args.run) / "report.html"
     write_atomically(report, render_report(summary, record))
-    print(f"{table_of(summary, record)}\nReport: {report}")
+    print(f"{table_of(summary, record)}\n\nReport: {report}")
 
 
 def _import(args: argparse.Namespace) -> None:

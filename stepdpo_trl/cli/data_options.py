@@ -21,7 +21,7 @@ from .problems import TRAINING_SETS
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 # Sampling of Step-DPO (arXiv 2406.18629, section 4.1)
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_new_tokens": 1024, "seed": 0}
-_MOVED = "Needed if the model has moved since, or is served at a URL."
+_MOVED = "Needed if the model or its server has moved since."
 _SEVERAL = "Needed if the run has several."
 
 DATA = f"""\
@@ -290,7 +290,15 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
         "--max-pairs-per-problem", type=positive, metavar="N", help="Maximum number of pairs per problem."
     )
     group.add_argument("--logps", metavar="MODEL", help="Add the log-probabilities of both steps under this model.")
-    group.add_argument("--license", metavar="ID", help="License to state in the data card, such as apache-2.0.")
+    group.add_argument(
+        "--license", type=_license, metavar="ID", help="License to state in the data card, such as apache-2.0."
+    )
+
+
+def _license(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a license identifier of the Hub, such as apache-2.0")
+    return text
 
 
 def _shard(text: str) -> tuple[int, int]:

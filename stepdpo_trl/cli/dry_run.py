@@ -9,6 +9,7 @@ from statistics import fmean
 
 from ..data.answers import WRONG
 from ..pipeline.judges.expressions import canonical, parse_judges
+from ..pipeline.names import model_file_name
 from ..runs.run_directory import RunDirectory
 
 # Assumptions for a run without solutions
@@ -34,8 +35,10 @@ class Measured:
             Number of verdicts by judge expression.
         located (`dict[str, int]`):
             Number of verdicts that name a step.
-        corrected (`dict[str, int]`):
-            Number of solutions that have been through `rectify`, by name of the corrections.
+        attempts (`dict[str, list[tuple[int, int]]]`):
+            Number of corrections found and of samples for each solution, by name of the corrections.
+        rollouts (`dict[str, int]`):
+            Number of rollouts per prefix, by judge expression.
     """
 
     solutions: int
@@ -44,12 +47,13 @@ class Measured:
     tokens: list[int]
     verdicts: dict[str, int]
     located: dict[str, int]
-    corrected: dict[str, int]
+    attempts: dict[str, list[tuple[int, int]]]
+    rollouts: dict[str, int]
 
 
 def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
     """Count the existing records of a run."""
-    found = Measured(0, 0, [], [], {}, {}, {})
+    found = Measured(0, 0, [], [], {}, {}, {}, {})
     for path in paths:
         if may_be_missing and not path.is_dir():
             continue
@@ -66,7 +70,11 @@ def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
                 located = sum(record["step"] is not None for record in log.values())
                 found.located[name] = found.located.get(name, 0) + located
             for name, log in run.logs("corrections").items():
-                found.corrected[name] = found.corrected.get(name, 0) + len(log)
+                attempts = [(len(record["found"]), record["samples"]) for record in log.values()]
+                found.attempts[name] = found.attempts.get(name, []) + attempts
+            for stage, settings in run.settings().items():
+                if "num_rollouts" in settings:
+                    found.rollouts[stage.removeprefix("localize ")] = settings["num_rollouts"]
     return found
 
 
@@ -102,13 +110,22 @@ def estimate(args: argparse.Namespace, paths: Sequence[Path], stages: Sequence[s
         rows.append(("collect", solutions - found.solutions, tokens))
     counts += [("solutions in the run", found.solutions), ("wrong solutions", wrong)]
     if "localize" in stages:
-        waiting = max(wrong - found.verdicts.get(canonical(args.judge), 0), 0)
+        judge = canonical(args.judge)
+        judged = min(found.verdicts.get(judge, 0), wrong)
         requests, each = _judge_cost(args, steps, tokens)
-        rows.append(("localize", waiting * requests, each))
+        more = max(args.num_rollouts - found.rollouts[judge], 0) if judge in found.rollouts else 0
+        again = _prefixes(steps) * more  # an earlier run with fewer rollouts is continued
+        total = (wrong - judged) * requests + judged * again
+        each = ((wrong - judged) * requests * each + judged * again * tokens / 2) / max(total, 1)
+        rows.append(("localize", total, each))
     if "rectify" in stages:
-        located, corrected = _located(args, found, wrong, also_localizes="localize" in stages)
+        located, attempts = _located(args, found, wrong, also_localizes="localize" in stages)
         counts.append(("located solutions", located))
-        rows.append(("rectify", max(located - corrected, 0) * args.max_attempts, tokens / 2))
+        requests = max(located - len(attempts), 0) * args.max_attempts
+        requests += sum(
+            max(args.max_attempts - samples, 0) for pairs, samples in attempts if pairs < args.num_corrections
+        )
+        rows.append(("rectify", requests, tokens / 2))
     return "\n".join(
         [
             "Dry run: no model is loaded.",
@@ -123,12 +140,17 @@ def estimate(args: argparse.Namespace, paths: Sequence[Path], stages: Sequence[s
     )
 
 
+def _prefixes(steps: float) -> int:
+    """Return the number of prefixes that get rollouts: the empty one, then a binary search over the steps."""
+    return 1 + ceil(log2(max(steps, 2)))
+
+
 def _judge_cost(args: argparse.Namespace, steps: float, tokens: float) -> tuple[int, float]:
     """Return the number of requests per wrong solution and the mean number of tokens per request."""
     costs = []
     for name in (name for group in parse_judges(args.judge) for name in group):
-        if name == "rollout":  # the empty prefix, then a binary search over the steps
-            costs.append(((1 + ceil(log2(max(steps, 2)))) * args.num_rollouts, tokens / 2))
+        if name == "rollout":
+            costs.append((_prefixes(steps) * args.num_rollouts, tokens / 2))
         elif name == "llm":
             costs.append((args.votes, JUDGE_TOKENS))
         elif name == "prm":
@@ -137,13 +159,16 @@ def _judge_cost(args: argparse.Namespace, steps: float, tokens: float) -> tuple[
     return requests, sum(count * each for count, each in costs) / max(requests, 1)
 
 
-def _located(args: argparse.Namespace, found: Measured, wrong: int, also_localizes: bool) -> tuple[int, int]:
-    """Return the number of located solutions and how many of them have already been rectified."""
+def _located(
+    args: argparse.Namespace, found: Measured, wrong: int, also_localizes: bool
+) -> tuple[int, list[tuple[int, int]]]:
+    """Return the number of located solutions, and the corrections and samples of those already rectified."""
     judge = canonical(args.judge) if args.judge else next(iter(found.verdicts), "")
     verdicts, located = found.verdicts.get(judge, 0), found.located.get(judge, 0)
     if also_localizes:
         located += max(wrong - verdicts, 0)
-    return located, 0 if args.rectifier_model else found.corrected.get(judge, 0)
+    name = f"{judge}.by-{model_file_name(args.rectifier_model)}" if args.rectifier_model else judge
+    return located, found.attempts.get(name, [])
 
 
 def _assumptions(found: Measured, tokens: float, steps: float, stages: Sequence[str]) -> list[str]:
@@ -156,11 +181,11 @@ def _assumptions(found: Measured, tokens: float, steps: float, stages: Sequence[
     if "localize" in stages:
         lines += [
             f"Steps per solution: {steps:.1f} ({'measured in this run' if found.steps else 'assumed'}).",
-            "localize: at most. Rollouts stop at the first right answer.",
+            "localize is an upper bound: rollouts stop at the first right answer.",
         ]
     if "rectify" in stages:
         lines += [
-            "rectify: at most. Sampling stops when there are enough corrections.",
+            "rectify is an upper bound: it stops when there are enough corrections.",
             "Rollouts and corrections are half as long as a solution.",
         ]
     return lines

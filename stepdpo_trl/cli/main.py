@@ -4,7 +4,9 @@ import argparse
 import subprocess
 import sys
 import textwrap
-from typing import NoReturn
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..generation import GenerationError
@@ -48,6 +50,20 @@ class MainParser(CommandParser):
         add_eval_command(self.commands)
         add_inspect_command(self.commands)
         add_env_command(self.commands)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse arguments. The first one must be a command, unless it asks for the help or the version."""
+        words = sys.argv[1:] if args is None else list(args)
+        if not words:
+            self.error("no command is given. See `stepdpo --help`.")
+        commands = list(self.commands.choices)
+        if words[0] not in (*commands, "-h", "--help", "--version"):
+            near = get_close_matches(words[0], commands, n=1)
+            suggestion = f"Did you mean {near[0]}?" if near else "See `stepdpo --help`."
+            self.error(f"{words[0]} is not a command. {suggestion}")
+        return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
         """Return the list of commands."""

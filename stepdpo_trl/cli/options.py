@@ -109,6 +109,9 @@ OF_THE_RUN = ModelDefaults(
     model="as in collect",
     revision="as in collect",
     backend="as in collect",
+    base_url="as in collect",
+    api_key_env="as in collect",
+    max_concurrent_requests="as in collect",
     tokenizer="as in collect",
     dtype="as in collect",
 )
@@ -236,7 +239,7 @@ def text_of(name_or_file: str) -> str:
         raise RunError(f"{path} cannot be read ({error.strerror}). Pass a file with a template.") from error
 
 
-def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+def model_changes(args: argparse.Namespace, prefix: str = "", of_run: bool = False) -> dict[str, Any]:
     """
     Return the options of a model that were passed.
 
@@ -245,6 +248,8 @@ def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
             The parsed arguments.
         prefix (`str`, *optional*, defaults to `""`):
             Prefix of the model's options, with underscores.
+        of_run (`bool`, *optional*, defaults to `False`):
+            Whether the options change the model of a run, which may already have the address of a server.
 
     Returns:
         `dict[str, Any]`: Values by the names of [`~stepdpo_trl.generation.ModelSpec`].
@@ -259,7 +264,7 @@ def model_changes(args: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
     if server:
         limit = f"--{prefix}max-concurrent-requests".replace("_", "-")
         reasons["batch_size"] = f"at a server, which makes its own batches. To limit the requests, use {limit}"
-    else:
+    elif not of_run:
         names = ("api_key_env", "max_concurrent_requests")
         reasons |= dict.fromkeys(names, f"without a server (--{prefix}base-url)".replace("_", "-"))
     for name, reason in reasons.items():

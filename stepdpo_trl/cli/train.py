@@ -4,6 +4,7 @@ The training script: `accelerate launch -m stepdpo_trl.cli.train --config FILE [
 Its options are those of `trl dpo`, of [`StepDPOConfig`] and of [`SDPOArguments`].
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ from .train_arguments import launcher_options, make_parser, parse_arguments, spl
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
     from trl import DatasetMixtureConfig, ScriptArguments
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["launcher_options", "load_data", "main", "make_parser", "parse_arguments", "split_joined"]
 
@@ -124,8 +127,7 @@ def _train(parsed: tuple[Any, ...], convert: "Callable[[Dataset], Dataset] | Non
     if script_args.ignore_bias_buffers:  # DDP cannot synchronize boolean buffers
         boolean = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = boolean
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint))
+    trainer.train(resume_from_checkpoint=_checkpoint(training_args))
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
@@ -133,6 +135,20 @@ def _train(parsed: tuple[Any, ...], convert: "Callable[[Dataset], Dataset] | Non
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.accelerator.wait_for_everyone()  # the first process may still be writing
     trainer.accelerator.end_training()
+
+
+def _checkpoint(training_args: Any) -> str | None:
+    """Return the checkpoint to resume from. `true` is the last complete one in the output folder."""
+    value = str(training_args.resume_from_checkpoint)
+    if value.lower() != "true":
+        return None if value.lower() in ("false", "none") else value
+    from ..sdpo.files import find_checkpoint
+
+    try:
+        return str(find_checkpoint(training_args.output_dir, True)[0])
+    except ValueError:
+        logger.warning(f"{training_args.output_dir} has no complete checkpoint. Training starts from the beginning.")
+        return None
 
 
 def _print_lines(trainer: Any) -> None:

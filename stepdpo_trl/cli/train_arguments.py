@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 # Options that TRL only reads with underscores and with a space before the value
 _SPLIT = ("config", "accelerate_config", "log_file")
+# Names that other commands and tools use for options of TRL
+_OTHER_NAMES = {
+    "model": "--model_name_or_path",
+    "dataset": "--dataset_name",
+    "data": "--dataset_name",
+    "lr": "--learning_rate",
+    "epochs": "--num_train_epochs",
+    "batch_size": "--per_device_train_batch_size",
+    "lora": "--use_peft",
+    "lora_rank": "--lora_r",
+}
 
 
 def make_parser(prog: str | None = None, launcher: bool = False) -> "TrainParser":
@@ -43,6 +54,7 @@ def make_parser(prog: str | None = None, launcher: bool = False) -> "TrainParser
         _check_data(namespace)
         if not namespace.output_dir:
             raise ValueError("No output folder is given. Pass --output_dir.")
+        _check_checkpoint(namespace.resume_from_checkpoint)
 
     parser = TrainParser(
         check,
@@ -128,8 +140,18 @@ def _check_unknown(remaining: Sequence[str], known: list[str]) -> None:
             )
         if name.startswith("--") and name not in launcher:
             near = get_close_matches(name, [*known, *launcher], n=1, cutoff=CLOSE)
-            suggestion = f"Did you mean {near[0]}?" if near else "See `stepdpo train --help all`."
+            meant = _OTHER_NAMES.get(name[2:].replace("-", "_")) or (near[0] if near else None)
+            suggestion = f"Did you mean {meant}?" if meant else "See `stepdpo train --help all`."
             raise ValueError(f"{name} is not a known argument. {suggestion}")
+
+
+def _check_checkpoint(value: object) -> None:
+    name = str(value)
+    if value is not None and name.lower() not in ("true", "false") and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {name}: there is no such folder. Pass `true` to resume from the last "
+            "checkpoint in output_dir."
+        )
 
 
 def _check_data(options: argparse.Namespace) -> None:

@@ -3,15 +3,16 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..data.files import write_atomically
 from ..data.prompts import StepPrompt
-from ..generation import Completion, Generator, ModelSpec, Request, Sampling
+from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
@@ -19,7 +20,7 @@ from ..pipeline.records import Problem, text_digest
 from ..pipeline.session import Session, model_file_name
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
-from ..runs.tasks import RecordedChecks, RecordedModel, Task
+from ..runs.tasks import RecordedChecks, Task, model_service
 from .majority import ProblemAnswers, vote
 from .results import compare, measure_accuracy
 
@@ -193,24 +194,6 @@ def _names(models: Sequence[ModelSpec]) -> list[str]:
     return [f"{name} ({setting})" for name, setting in zip(names, settings, strict=True)]
 
 
-@dataclass(frozen=True)
-class _KeepingGenerator:
-    """Generator that calls `keep` before it returns its first answers."""
-
-    generator: Generator
-    keep: Callable[[], None]
-
-    def render(self, user: str, response_prefix: str) -> str:
-        return self.generator.render(user, response_prefix)
-
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
-    ) -> Iterator[list[tuple[Request, Completion]]]:
-        for answered in self.generator.generate(requests, sampling, done):
-            self.keep()
-            yield answered
-
-
 def _answer(
     session: Session,
     run: RunDirectory,
@@ -224,9 +207,9 @@ def _answer(
 ) -> list[ProblemAnswers]:
     """Sample solutions of all problems from one model, into files that are named after the model."""
     name = answers_name(model)
-    generator = _KeepingGenerator(session.generator(model), keep)
+    generator = session.generator(model)
     runner = TaskRunner(run, f"eval {name}")
-    runner.services["model"] = RecordedModel(generator, sampling, run.log(f"answers.{name}"), name, runner.name)
+    runner.services["model"] = model_service(generator, sampling, run.log(f"answers.{name}"), runner.name, keep)
     runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
     policy = Policy("model", prompt, generator.render, seed)
 
@@ -237,9 +220,10 @@ def _answer(
 
     counts: Counter[str] = Counter()
     answers: dict[str, ProblemAnswers] = {}
-    for problem_id, answered in runner.results(map(task, problems), len(problems), "problems", counts):
-        counts.update(sample.check.outcome for sample in answered.samples)
-        answers[problem_id] = answered
+    with closing(runner.results(map(task, problems), len(problems), "problems", counts)) as results:
+        for problem_id, answered in results:
+            counts.update(sample.check.outcome for sample in answered.samples)
+            answers[problem_id] = answered
     if num_samples > 1 and all(
         len({sample.text for sample in answered.samples}) == 1 for answered in answers.values()
     ):

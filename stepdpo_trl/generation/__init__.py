@@ -1,7 +1,7 @@
 """Text generation with transformers, vLLM or OpenAI-compatible servers, behind one protocol."""
 
 from .factory import make_generator
-from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling
+from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling, ServerGenerator
 
 __all__ = [
     "BACKENDS",
@@ -11,5 +11,6 @@ __all__ = [
     "ModelSpec",
     "Request",
     "Sampling",
+    "ServerGenerator",
     "make_generator",
 ]

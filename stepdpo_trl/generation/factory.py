@@ -1,9 +1,9 @@
 """Creation of generators."""
 
-from .protocol import Generator, ModelSpec
+from .protocol import Generator, ModelSpec, ServerGenerator
 
 
-def make_generator(spec: ModelSpec) -> Generator:
+def make_generator(spec: ModelSpec) -> Generator | ServerGenerator:
     """
     Create the generator for a model. Unless a server has it, the model is loaded.
 
@@ -12,7 +12,7 @@ def make_generator(spec: ModelSpec) -> Generator:
             The model and its inference backend.
 
     Returns:
-        `Generator`: The generator.
+        `Generator` or `ServerGenerator`: The generator.
 
     Raises:
         GenerationError: If the model cannot be loaded, or the package of the inference backend is missing.

@@ -5,8 +5,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -70,6 +69,8 @@ class OpenAIGenerator:
         self.spec, self.tries, self.sleep = spec, tries, sleep
         self.concurrent = spec.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         self._checked = False
+        self._answered = False
+        self._refused: dict[str, tuple[Request, Completion]] = {}  # held back until another request is answered
         self._stopping = threading.Event()
         self._key = os.environ.get(spec.api_key_env, "").strip()
         if not self._key.isascii() or not (self._key or "-").isprintable():
@@ -145,68 +146,48 @@ class OpenAIGenerator:
         # The server is there, but busy or restarting. Requests are sent several times.
         logger.warning(f"The server at {self.spec.base_url} does not list its models ({cause or error}). Continuing.")
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, done: Container[str]
-    ) -> Iterator[list[tuple[Request, Completion]]]:
-        """
-        Complete requests and yield each completion as it arrives, see [`~stepdpo_trl.generation.Generator`].
+    def prepare(self) -> None:
+        """Check the server before the first request, see [`OpenAIGenerator.check_server`]."""
+        if not self._checked:
+            self.check_server()
+            self._checked = True
 
-        After an error or Ctrl-C no further requests are sent, and the completions of those in flight are yielded
-        before the error is raised.
+    def accept(self, replies: Sequence[tuple[Request, Completion]]) -> list[tuple[Request, Completion]]:
         """
-        todo = iter([request for request in requests if request.key not in done])
-        failed: BaseException | None = None
-        refused: list[tuple[Request, Completion]] = []  # held back until another request is answered
-        answered = asked_all = False
-        with ThreadPoolExecutor(self.concurrent) as pool:
-            running: dict[Future[Completion], Request] = {}
-            while True:
-                while failed is None and len(running) < self.concurrent:
-                    request = next(todo, None)
-                    asked_all = request is None
-                    if request is None:
-                        break
-                    if not self._checked:
-                        self.check_server()
-                        self._checked = True
-                    running[pool.submit(self._complete, request, sampling)] = request
-                if not running:
-                    break
-                try:
-                    finished = wait(running, return_when=FIRST_COMPLETED).done
-                except KeyboardInterrupt as stop:
-                    if failed:
-                        raise
-                    failed = stop
-                    self._stopping.set()
-                    logger.warning(
-                        f"Stopping: waiting for {len(running)} requests in flight. Press Ctrl-C again to discard them."
-                    )
-                    continue
-                arrived: list[tuple[Request, Completion]] = []
-                for future in finished:
-                    request, error = running.pop(future), future.exception()
-                    if error is not None:
-                        failed = failed or error
-                        continue
-                    completion = future.result()
-                    (refused if completion.finish_reason == "refused" else arrived).append((request, completion))
-                answered = answered or bool(arrived)
-                if not answered and len(refused) >= REFUSED:
-                    failed = failed or GenerationError(self._all_refused(refused[0]))
-                elif answered or (asked_all and not running):
-                    for request, completion in refused:
-                        reason = self._scrub(completion.text) or "filtered"
-                        logger.warning(f"The server refused the request {request.key!r}: {reason}")
-                        arrived.append((request, replace(completion, text="")))
-                    refused = []
-                if arrived:
-                    yield arrived
-        if failed is not None:
-            raise failed
+        Hold back refusals until another request is answered, see [`~stepdpo_trl.generation.ServerGenerator`].
 
-    def _complete(self, request: Request, sampling: Sampling) -> Completion:
-        """Send a request until it is answered. The text of a refused completion is the server's reason."""
+        If the first requests are all refused, the settings are probably wrong. Nothing is stored then.
+        """
+        accepted = [(request, reply) for request, reply in replies if reply.finish_reason != "refused"]
+        self._refused.update({r.key: (r, reply) for r, reply in replies if reply.finish_reason == "refused"})
+        self._answered = self._answered or bool(accepted)
+        if self._answered:
+            return accepted + self.release()
+        if len(self._refused) >= REFUSED:
+            error = self._all_refused(*next(iter(self._refused.values())))
+            self._refused.clear()
+            raise GenerationError(error)
+        return []
+
+    def release(self) -> list[tuple[Request, Completion]]:
+        """Return the refusals that were held back, with empty texts."""
+        for request, completion in self._refused.values():
+            reason = self._scrub(completion.text) or "filtered"
+            logger.warning(f"The server refused the request {request.key!r}: {reason}")
+        released = [(request, replace(completion, text="")) for request, completion in self._refused.values()]
+        self._refused.clear()
+        return released
+
+    def interrupt(self) -> None:
+        """Give up on requests that fail from now on."""
+        self._stopping.set()
+
+    def complete(self, request: Request, sampling: Sampling) -> Completion:
+        """
+        Send a request until it is answered.
+
+        The text of a refused completion is the server's reason, see [`~stepdpo_trl.generation.ServerGenerator`].
+        """
         for attempt in range(1, self.tries + 1):
             try:
                 return self._send(request, sampling)
@@ -276,8 +257,7 @@ class OpenAIGenerator:
             f"HTTP {error.status_code}: {str(error.message)[:300]}. {hint}"
         )
 
-    def _all_refused(self, first: tuple[Request, Completion]) -> str:
-        request, completion = first
+    def _all_refused(self, request: Request, completion: Completion) -> str:
         return self._scrub(
             f"The server at {self.spec.base_url} refused the text of each of the first {REFUSED} requests. Its reason "
             f"for {request.key!r}: {completion.text or 'filtered'}. Check --max-new-tokens and the prompt."

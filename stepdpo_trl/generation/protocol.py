@@ -8,7 +8,7 @@ created.
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 BACKENDS = ("transformers", "vllm", "openai")
@@ -101,7 +101,7 @@ class Sampling:
 
 
 class Generator(Protocol):
-    """A model that completes prompts."""
+    """A model that completes prompts in batches."""
 
     def render(self, user: str, response_prefix: str) -> str:
         """Render a user message with the chat template, followed by the first words of the assistant's turn."""
@@ -129,6 +129,69 @@ class Generator(Protocol):
         Raises:
             GenerationError: If generation fails.
         """
+
+
+@runtime_checkable
+class ServerGenerator(Protocol):
+    """
+    A model on a server that completes many prompts at the same time.
+
+    The scheduler of runs calls `complete` in several threads, and the other methods in its own.
+
+    Attributes:
+        concurrent (`int`): Maximum number of requests at the same time.
+    """
+
+    concurrent: int
+
+    def render(self, user: str, response_prefix: str) -> str:
+        """Render a user message with the chat template, followed by the first words of the assistant's turn."""
+
+    def prepare(self) -> None:
+        """
+        Check that the server can be used. Called before every request, and cheap after the first call.
+
+        Raises:
+            GenerationError: If the server cannot be reached or does not serve the model.
+        """
+
+    def complete(self, request: Request, sampling: Sampling) -> Completion:
+        """
+        Send one request until it is answered.
+
+        Args:
+            request (`Request`):
+                The request.
+            sampling (`Sampling`):
+                Sampling parameters.
+
+        Returns:
+            `Completion`: The completion.
+
+        Raises:
+            GenerationError: If the server rejects the request, or does not answer it.
+        """
+
+    def accept(self, replies: Sequence[tuple[Request, Completion]]) -> list[tuple[Request, Completion]]:
+        """
+        Return the completions to store. Refusals are held back as long as the server has answered no other request.
+
+        Args:
+            replies (`Sequence[tuple[Request, Completion]]`):
+                Requests with their completions.
+
+        Returns:
+            `list[tuple[Request, Completion]]`: Those to store, and earlier refusals.
+
+        Raises:
+            GenerationError: If the server has refused all of several requests.
+        """
+
+    def release(self) -> list[tuple[Request, Completion]]:
+        """Return the refusals that `accept` has held back."""
+
+    def interrupt(self) -> None:
+        """Do not send requests again that fail from now on."""
 
 
 @dataclass(frozen=True)

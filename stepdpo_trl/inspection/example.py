@@ -100,6 +100,10 @@ class Example:
             Names and values of other information, such as the outcome.
         row (`Mapping[str, Any]`, *optional*):
             Row of the dataset. For a solution, its `prompt` and the `prefixes` of its steps.
+        images (`tuple[PIL.Image.Image, ...]`, *optional*):
+            Images of the row.
+        batch (`Mapping[str, Any]`, *optional*):
+            Model inputs for both steps of a pair with images. Empty without images or without tokens.
     """
 
     name: str
@@ -108,6 +112,8 @@ class Example:
     parts: tuple[Part, ...]
     facts: tuple[tuple[str, str], ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
+    batch: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_pair(self) -> bool:

@@ -1,8 +1,11 @@
 """Pairs and solutions as an HTML page: one file without external resources, for light and dark screens."""
 
+import base64
+import io
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from .example import Example, Part, Scoring, Token, strongest_ratio
 from .text import (
@@ -42,10 +45,14 @@ pre.tokens{color:var(--ink)}
 .t{border-radius:3px;padding:.12em 0;box-shadow:inset 0 0 0 1px var(--line)}.t i{font-style:normal;opacity:.45}
 .up{background:rgb(var(--up)/var(--a))}.down{background:rgb(var(--down)/var(--a))}
 .t:hover{outline:2px solid var(--ink)}
+figure{display:inline-block;margin:0 1rem .5rem 0}figcaption{color:var(--soft);font-size:.85rem}
+img{max-width:100%;border:1px solid var(--line);border-radius:6px}
 .bar{display:inline-block;width:8rem;height:.8rem;border-radius:3px;margin:0 .5rem;vertical-align:-.05rem;
 background:linear-gradient(90deg,rgb(var(--down)/.7),transparent,rgb(var(--up)/.7))}
 """
 _MAX_OPACITY = 0.7  # of the strongest color, low enough to keep the text readable
+
+_MAX_SIDE = 512  # of an image, in pixels. Larger images are scaled down to keep the page small
 
 
 def write_page(examples: Sequence[Example], scoring: Scoring, short: bool = False) -> str:
@@ -116,11 +123,24 @@ def _example(example: Example, strongest: float, short: bool) -> str:
     parts = [f'<section id="{_anchor(example)}"><h2>{escape(example.where)}</h2>']
     facts = "<br>".join(f"{escape(visible_text(f'{name}: {value}'))}" for name, value in example.facts)
     parts += [f"<p class=facts>{facts}</p>"] if facts else []
+    parts += [_image(image) for image in example.images]
     for title, text in example.context:
         shown = escape(visible_text(shorten(text) if short else text))
         parts.append(f"<h3>{escape(title)}</h3><pre class=context>{shown}</pre>")
     parts += [_part(part, strongest) for part in example.parts]
     return f"{''.join(parts)}</section>"
+
+
+def _image(image: Any) -> str:
+    """Image as a data URI, with its original size."""
+    small = image.convert("RGB")
+    small.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    size = f"{image.width}x{image.height}"
+    picture = f"<img src='data:image/png;base64,{data}' alt='image {size}'>"
+    return f"<figure>{picture}<figcaption>image {size}</figcaption></figure>"
 
 
 def _part(part: Part, strongest: float) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import create_model_from_path
 
 from ..data.schema import is_step_data
 from ..generation.model_folders import adapter_base
 from ..step_dpo.config import StepDPOConfig
 from ..step_dpo.trainer import StepDPOTrainer, make_step_tokenizer
+from ..step_dpo.vision import PROMPT_TEXT, VisionStepCollator
 from .example import Example, Part, Token
 from .text import format_token_count
 
@@ -52,17 +53,55 @@ class RowEncoder:
         """
         if not example.is_pair:
             parts, cut = self._solution(example)
+        elif example.images:
+            return self._with_images(example)
         elif is_step_data(example.row):
             ids = self.encode_steps(example.row, example.where)
             parts = [self._tokens(part, ids["prompt_ids"], ids[f"{part.kind}_ids"]) for part in example.parts]
             cut = ids["overlong"]
         else:
             return self._plain(example)
-        facts = example.facts
-        if cut:
-            note = f"{cut} tokens from the start of the prefix, as in training (max_length={self.args.max_length})"
-            facts = (*facts, ("left out", note))
-        return self._with_context(replace(example, parts=tuple(parts), facts=facts))
+        return self._with_context(replace(example, parts=tuple(parts), facts=example.facts + self._cut(cut)))
+
+    def _cut(self, tokens: int) -> tuple[tuple[str, str], ...]:
+        """Fact that tokens of the prefix were left out."""
+        if not tokens:
+            return ()
+        note = f"{tokens} tokens from the start of the prefix, as in training (max_length={self.args.max_length})"
+        return (("left out", note),)
+
+    def _with_images(self, example: Example) -> Example:
+        """Step pair with images, and the batch of the trainer's collator for it."""
+        processor = self.processing_class
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError(
+                f"{example.where} has images, but {type(processor).__name__} is the tokenizer of a text model. Pass a "
+                "vision-language model, or neither --model nor --tokenizer to show texts and images."
+            )
+        if not is_step_data(example.row):
+            raise ValueError(
+                f"{example.where} is an ordinary preference pair with images, whose tokens cannot be shown. Remove "
+                "--model and --tokenizer to show its texts and images."
+            )
+        # With the loaded images, so that each is read once
+        row = {name: value for name, value in example.row.items() if name not in ("image", "images")}
+        row["images"] = list(example.images)
+        encoded = make_step_tokenizer(processor, self.args, images=True)(row, example.where)
+        if self.tokenizer.pad_token_id is None:  # as in DPOTrainer
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        collator = VisionStepCollator(processor, text_collator=list)
+        batch = collator([{**row, **encoded}])
+        is_prefix = batch["attention_mask"].bool() & ~batch["completion_mask"].bool()
+        prefix_ids = batch["input_ids"][0][is_prefix[0]].tolist()
+        parts = [self._tokens(part, prefix_ids, encoded[f"{part.kind}_ids"]) for part in example.parts]
+        title = f"prefix as the model reads it, {format_token_count(prefix_ids)}, each image shown as one placeholder"
+        return replace(
+            example,
+            parts=tuple(parts),
+            facts=example.facts + self._cut(encoded["overlong"]),
+            context=((title, encoded[PROMPT_TEXT]),),
+            batch=batch,
+        )
 
     def _solution(self, example: Example) -> tuple[list[Part], int]:
         """Return the parts of a solution, tokenized after their prefixes, and the most tokens cut from a prefix."""
@@ -182,10 +221,14 @@ def score(examples: Sequence[Example], model: str, role: str, dtype: str = "floa
         ValueError: If the model cannot be loaded.
     """
     causal = _load_model(model, dtype)
-    return [
-        replace(example, parts=tuple(_score_part(part, causal, role, example.where) for part in example.parts))
-        for example in examples
-    ]
+    scored = []
+    for example in examples:
+        if example.batch:
+            parts = _score_batch(example, causal, role)
+        else:
+            parts = [_score_part(part, causal, role, example.where) for part in example.parts]
+        scored.append(replace(example, parts=tuple(parts)))
+    return scored
 
 
 def _load_model(name: str, dtype: str) -> Any:
@@ -212,6 +255,26 @@ def _score_part(part: Part, model: Any, role: str, where: str) -> Part:
     ids = torch.tensor([part.prefix_ids + step], device=model.device)
     # (tokens, vocab): the token at position t is predicted at t - 1
     logits = model(input_ids=ids).logits[0, len(part.prefix_ids) - 1 : -1].float()
-    logps = logits.log_softmax(-1).gather(-1, ids[0, len(part.prefix_ids) :, None])[:, 0].tolist()
-    scored = (replace(token, **{role: logp}) for token, logp in zip(part.tokens, logps, strict=True))
+    logps = logits.log_softmax(-1).gather(-1, ids[0, len(part.prefix_ids) :, None])[:, 0]
+    return _with_logps(part, logps, role)
+
+
+@torch.no_grad()
+def _score_batch(example: Example, model: Any, role: str) -> list[Part]:
+    """Score both steps of a pair with images in one padded forward pass."""
+    batch = {name: value.to(model.device) for name, value in example.batch.items()}
+    is_step, ids = batch.pop("completion_mask").bool(), batch["input_ids"]
+    try:
+        logits = model(**batch).logits[:, :-1].float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The model cannot read the images of {example.where} ({type(error).__name__}: {error}). Pass the "
+            "vision-language model of the processor."
+        ) from error
+    logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # (2, seq - 1)
+    return [_with_logps(part, logps[i][is_step[i, 1:]], role) for i, part in enumerate(example.parts)]
+
+
+def _with_logps(part: Part, logps: torch.Tensor, role: str) -> Part:
+    scored = (replace(token, **{role: logp}) for token, logp in zip(part.tokens, logps.tolist(), strict=True))
     return replace(part, tokens=tuple(scored))

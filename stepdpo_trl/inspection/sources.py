@@ -19,6 +19,7 @@ from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, STEP, Example, Part
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 Found = tuple[Solution, dict[str, Verdict], str]  # a solution, its verdicts by judge, and its prompt
 
@@ -148,7 +149,16 @@ def _pair(row: dict[str, Any], name: str, where: str) -> Example:
     context = [("prompt", _conversation(pair.prompt))]
     if pair.initial_reason_steps:
         context.append(("initial reasoning steps", pair.initial_reason_steps))
-    return Example(name, where, tuple(context), parts, (("step", str(number)),), row)
+    return Example(name, where, tuple(context), parts, (("step", str(number)),), row, _images(row, where))
+
+
+def _images(row: Mapping[str, Any], where: str) -> tuple["Image", ...]:
+    """Images of a row, loaded as by a processor."""
+    if not any(row.get(name) for name in ("image", "images")):
+        return ()
+    from ..step_dpo.vision import load_images  # imports torch
+
+    return tuple(load_images(row, where))
 
 
 def _step_number(pair: StepPreference) -> int:
@@ -171,7 +181,7 @@ def _plain_pair(row: dict[str, Any], name: str, where: str) -> Example:
         Part(REJECTED, "rejected answer", _conversation(row[REJECTED])),
     )
     context = (("prompt", _conversation(row["prompt"])),) if row.get("prompt") else ()
-    return Example(name, where, context, parts, (), row)
+    return Example(name, where, context, parts, (), row, _images(row, where))
 
 
 def _conversation(text: str | Sequence[Mapping[str, Any]]) -> str:

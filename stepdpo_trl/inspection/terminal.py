@@ -87,6 +87,7 @@ class Terminal:
         lines = [self._paint(line, _BOLD) for line in wrap(example.where, self.width)]
         for name, value in example.facts:
             lines += self._text(visible_text(f"{name}: {value}"))
+        lines += [self._paint(f"  [image {image.width}x{image.height}]", _DIM) for image in example.images]
         for title, text in example.context:
             shown = visible_text(shorten(text) if self.short else text)
             lines += ["", *wrap(title, self.width), *self._text(shown, _DIM)]

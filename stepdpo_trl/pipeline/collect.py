@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
 from ..data.steps import split_steps
@@ -40,12 +41,13 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
     counts: Counter[str] = Counter()
     different = 0
     log = runner.run.log("solutions")
-    for solutions in runner.results(map(task, problems), len(problems), "problems", counts):
-        records = ((solution.key, _record(solution)) for solution in solutions)
-        if missing := [(key, record) for key, record in records if key not in log]:
-            log.extend(missing)
-        counts.update(solution.outcome for solution in solutions)
-        different += len({solution.text for solution in solutions}) > 1
+    with closing(runner.results(map(task, problems), len(problems), "problems", counts)) as results:
+        for solutions in results:
+            records = ((solution.key, _record(solution)) for solution in solutions)
+            if missing := [(key, record) for key, record in records if key not in log]:
+                log.extend(missing)
+            counts.update(solution.outcome for solution in solutions)
+            different += len({solution.text for solution in solutions}) > 1
     if num_samples > 1 and not different:
         logger.warning(not_sampled(num_samples))
     return counts

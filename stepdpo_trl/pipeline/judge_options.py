@@ -1,13 +1,26 @@
 """Options of the judges, and their checks."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..generation import ModelSpec, Sampling
 from ..runs.run_directory import RunError
 from .judges.expressions import parse_judges
 from .judges.llm import check_judge_prompt
+
+# Command-line option and judge of each field
+_OPTIONS = {
+    "num_rollouts": ("--num-rollouts", "rollout"),
+    "model": ("--judge-model", "llm"),
+    "votes": ("--votes", "llm"),
+    "gold": ("--no-gold", "llm"),
+    "prompt": ("--judge-prompt", "llm"),
+    "prm": ("--prm", "prm"),
+    "threshold": ("--threshold", "prm"),
+    "trust_remote_code": ("--trust-remote-code", "prm"),
+    "port": ("--port", "human"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,30 @@ class JudgeOptions:
                 "Judge 'prm' needs a process reward model. Pass --prm with a model id or a folder, such as "
                 "--prm Qwen/Qwen2.5-Math-PRM-7B."
             )
+        if "prm" in names and not 0 < self.threshold < 1:
+            raise RunError(f"threshold={self.threshold} is a probability. Use a value between 0 and 1, such as 0.5.")
         if self.num_rollouts < 1 or self.votes < 1:
             raise RunError(f"num_rollouts={self.num_rollouts} and votes={self.votes} must be at least 1.")
+
+    def check_used(self, names: Collection[str]) -> None:
+        """
+        Check that no option was set for a judge that is not used.
+
+        Args:
+            names (`Collection[str]`):
+                Names of all judges that are used.
+
+        Raises:
+            RunError: If an option has no effect.
+        """
+        for option in fields(self):
+            if option.name in _OPTIONS and getattr(self, option.name) != option.default:
+                flag, judge = _OPTIONS[option.name]
+                if judge not in names:
+                    raise RunError(
+                        f"{flag} has no effect: {judge!r} is not one of the judges. Remove {flag}, or add the judge "
+                        "to --judge or --check."
+                    )
 
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the options that the verdicts of the given judges depend on."""

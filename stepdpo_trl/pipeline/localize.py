@@ -1,6 +1,7 @@
 """Find the first wrong step of each wrong solution (Step-DPO, section 3.2, "step localization")."""
 
 from collections import Counter
+from contextlib import closing
 from itertools import combinations
 from typing import Any
 
@@ -38,9 +39,10 @@ def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
         return solution, (yield from judge(solution))
 
     counts: Counter[str] = Counter()
-    for solution, verdict in runner.results(map(task, solutions), len(solutions), "solutions", counts):
-        append_changed(log, solution.key, vars(verdict))
-        counts["abstained" if verdict.step is None else "located"] += 1
+    with closing(runner.results(map(task, solutions), len(solutions), "solutions", counts)) as results:
+        for solution, verdict in results:
+            append_changed(log, solution.key, vars(verdict))
+            counts["abstained" if verdict.step is None else "located"] += 1
     if not log:
         log.extend([])  # creates the file: later stages find no verdicts rather than a missing stage
     return counts

@@ -12,7 +12,7 @@ ShardWork = Callable[[Any, Path, tuple[int, int]], Any]
 
 
 def run_on_ray(
-    work: ShardWork, folders: Sequence[tuple[Path, tuple[int, int]]], num_gpus: float = 0
+    work: ShardWork, folders: Sequence[tuple[Path, tuple[int, int]]], num_gpus: float = 0, stage: str = "work"
 ) -> list[dict[str, Any]]:
     """
     Run a pipeline stage in several folders in parallel.
@@ -25,6 +25,8 @@ def run_on_ray(
             Folders and their shards.
         num_gpus (`float`, *optional*, defaults to `0`):
             Number of GPUs per folder.
+        stage (`str`, *optional*, defaults to `"work"`):
+            Name of the pipeline stage, for the printed counts.
 
     Returns:
         `list[dict]`: Folder and counts of each shard.
@@ -56,7 +58,7 @@ def run_on_ray(
     done = data.map(shard, num_gpus=num_gpus or None).take_all()
     for row in done:
         if not row["error"]:
-            print(count_line(row["folder"], row["counts"]))
+            print(count_line(stage, row["folder"], row["counts"]))
     errors = list(dict.fromkeys(row["error"] for row in done if row["error"]))  # often the same in all shards
     if errors:
         raise RunError("\n".join(errors))

@@ -91,6 +91,7 @@ def text_digest(*parts: object) -> str:
 
 
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
+_IMAGE_COLUMNS = ("image", "images")
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
@@ -131,8 +132,15 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
         `list[Problem]`: The problems.
 
     Raises:
-        RunError: If rows are invalid, or there are none.
+        RunError: If rows are invalid or have images, or there are none.
     """
+    for number, row in enumerate(rows, start=1):
+        images = [name for name in _IMAGE_COLUMNS if isinstance(row, Mapping) and row.get(name)]
+        if images:
+            raise RunError(
+                f"Row {number} of {where} has a column `{images[0]}`, but problems must be text: remove the problems "
+                "with images from the file."
+            )
     problems: dict[str, Problem] = {}
     row_numbers: dict[str, int] = {}
     errors = []
@@ -200,9 +208,8 @@ def describe_source(path: str | Path) -> dict[str, str]:
 
 def _read_rows(path: Path) -> list[Any]:
     if not path.is_file():
-        near = (
-            get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1) if path.parent.is_dir() else []
-        )
+        names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, names, n=1, cutoff=0.75)
         raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
     if path.suffix == ".parquet":
         from datasets import Dataset
@@ -278,17 +285,36 @@ def shard_of(problems: Iterable[Problem], shard: tuple[int, int]) -> list[Proble
     return [problem for number, problem in enumerate(problems) if number % count == index]
 
 
-def count_line(folder: str | Path, counts: Mapping[str, int]) -> str:
+# Counts of the pipeline stages in the order of the line, with their names there
+_COUNTS = {
+    "right": "right",
+    "wrong": "wrong",
+    "unreadable": "unreadable",
+    "located": "located",
+    "abstained": "not located",
+    "rectified": "corrected",
+    "given up": "given up",
+    "samples": "samples",
+    "pairs": "pairs",
+    "dropped": "dropped by the check",
+}
+
+
+def count_line(stage: str, folder: str | Path, counts: Mapping[str, int]) -> str:
     """
     Format the counts of a pipeline stage as one line.
 
     Args:
+        stage (`str`):
+            Name of the stage, such as `"collect"`.
         folder (`str` or `Path`):
             Run folder.
         counts (`Mapping[str, int]`):
             The counts.
 
     Returns:
-        `str`: The line.
+        `str`: The line, such as `"collect in run: 23 right, 17 wrong"`.
     """
-    return f"{folder}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}"
+    names = [name for name in _COUNTS if name in counts] + [name for name in counts if name not in _COUNTS]
+    shown = ", ".join(f"{counts[name]:,} {_COUNTS.get(name, name)}" for name in names)
+    return f"{stage} in {folder}: {shown or 'nothing to do'}"

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
 from ..data.answers import RIGHT
@@ -103,12 +104,13 @@ def rectify(
         return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
 
     counts: Counter[str] = Counter()
-    for solution, record in runner.results(map(task, solutions), len(solutions), "solutions", counts):
-        append_changed(log, solution.key, record)
-        counts["rectified" if record["found"] else "given up"] += 1
-        counts["pairs"] += len(record["found"])
-        counts["samples"] += record["samples"]
-        counts["dropped"] += record["dropped"]
+    with closing(runner.results(map(task, solutions), len(solutions), "solutions", counts)) as results:
+        for solution, record in results:
+            append_changed(log, solution.key, record)
+            counts["rectified" if record["found"] else "given up"] += 1
+            counts["pairs"] += len(record["found"])
+            counts["samples"] += record["samples"]
+            counts["dropped"] += record["dropped"]
     if not log:
         log.extend([])  # creates the file: `build` finds no pairs rather than a missing stage
     return counts

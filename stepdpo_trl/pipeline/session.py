@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,10 +12,10 @@ from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
-from ..generation import Generator, ModelSpec, Sampling, make_generator
+from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, make_generator
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
-from ..runs.tasks import RecordedChecks, RecordedModel
+from ..runs.tasks import RecordedChecks, model_service
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Fields of ModelSpec that do not change what the model answers: a run may continue with other values
 _OPERATIONAL = ("base_url", "batch_size", "max_concurrent_requests", "api_key_env")
+_SERVER = ("base_url", "max_concurrent_requests", "api_key_env")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Session:
             Answer checker.
     """
 
-    generators: dict[ModelSpec, Generator] = field(default_factory=dict)
+    generators: dict[ModelSpec, Generator | ServerGenerator] = field(default_factory=dict)
     checker: AnswerChecker = field(default_factory=AnswerChecker)
 
     def __enter__(self) -> "Session":
@@ -62,7 +64,7 @@ class Session:
     ) -> None:
         self.checker.__exit__(kind, error, trace)
 
-    def generator(self, spec: ModelSpec) -> Generator:
+    def generator(self, spec: ModelSpec) -> Generator | ServerGenerator:
         """Return a model, loading it on first use."""
         if spec not in self.generators:
             self.generators[spec] = make_generator(spec)
@@ -146,6 +148,8 @@ class Session:
             def write_problems() -> None:
                 if source is not None and run.settings().get("source") != source:
                     run.settings().append("source", source)
+                if model.base_url is not None and run.settings().get("server") != _server_of(model):
+                    run.settings().append("server", _server_of(model))
                 collecting.keep_problems(run, mine)
 
             run.start_stage("collect", settings, ("num_samples",), write_problems)
@@ -182,7 +186,7 @@ class Session:
         names = [name for group in groups for name in group]
         options.check(names)
         with StageDirectory(path) as run:
-            run.start_stage(f"localize {judge_name}", options.settings(names), ("num_rollouts",))
+            run.start_stage(*_localize_stage(judge_name, options))
             runner = self._runner(run, f"localize {judge_name}")
             judges = {name: self._judge(name, runner, options, model) for name in names}
             counts = localizing.localize(runner, combine(groups, judges), judge_name)
@@ -230,16 +234,9 @@ class Session:
         name = model_file_name(rectifier.model) if rectifier else None
         with StageDirectory(path) as run:
             found_in, _ = localizing.read_verdicts(run, judge_name)
-            settings = {
-                "num_corrections": num_corrections,
-                "max_attempts": max_attempts,
-                "check": check,
-                **options.settings(names),
-                "rectifier": rectifier.model if rectifier else None,
-            }
-            title = f"rectify {found_in}{f' by {name}' if name else ''}"
-            run.start_stage(title, settings, ("num_corrections", "max_attempts"))
-            runner = self._runner(run, title)
+            stage = _rectify_stage(found_in, num_corrections, max_attempts, check, options, rectifier)
+            run.start_stage(*stage)
+            runner = self._runner(run, stage[0])
             service = f"rectifier-{name}" if name else "policy"
             policy = self._policy(runner, rectifier or self._model_of(run, model), service=service)
             judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
@@ -251,10 +248,23 @@ class Session:
         return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
 
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
-        """Return the model that wrote the solutions, with the fields that have changed since."""
-        if "collect" not in run.settings():
+        """Return the model that wrote the solutions, at the same server, with the fields that have changed since."""
+        settings, changes = run.settings(), changes or {}
+        if "collect" not in settings:
             raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-        return replace(ModelSpec("", "transformers"), **{**run.settings()["collect"]["model"], **(changes or {})})
+        model = {**settings["collect"]["model"], **changes}
+        if model["backend"] == "openai" and "base_url" not in changes:
+            if "server" not in settings:
+                raise RunError(
+                    f"The solutions in {run.path} were sampled from a server, but its address is not in the run. Pass "
+                    "it as --base-url."
+                )
+            model = {**settings["server"], **model}
+            logger.warning(
+                f"{run.path}: using the server at {model['base_url']}, as in `collect`. Pass --base-url to use "
+                "another one."
+            )
+        return replace(ModelSpec("", "transformers"), **model)
 
     def _policy(
         self,
@@ -268,9 +278,7 @@ class Session:
         generator = self.generator(model)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(
-                generator, Sampling(**settings["sampling"]), log, service, runner.name
-            )
+            runner.services[service] = model_service(generator, Sampling(**settings["sampling"]), log, runner.name)
         return Policy(service, StepPrompt(**settings["prompt"]), generator.render, settings["seed"])
 
     def _judge(self, name: str, runner: TaskRunner, options: JudgeOptions, model: dict[str, Any] | None) -> Judge:
@@ -285,7 +293,7 @@ class Session:
             service = f"judge-{model_file_name(options.model.model)}-{text_digest(sampling)[:6]}"
             generator = self.generator(options.model)
             log = runner.run.log(f"generations.{service}")
-            runner.services[service] = RecordedModel(generator, sampling, log, service, runner.name)
+            runner.services[service] = model_service(generator, sampling, log, runner.name)
             seed = runner.run.settings()["collect"]["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
@@ -297,3 +305,68 @@ class Session:
             return prm_judge(options.threshold)
         runner.services["human"] = Person(runner.run.log("labels"), options.port)
         return human_judge
+
+
+def _server_of(model: ModelSpec) -> dict[str, Any]:
+    server = {name: getattr(model, name) for name in _SERVER}
+    if model.api_key_env not in os.environ:  # may be a key that was passed by mistake
+        del server["api_key_env"]
+    return server
+
+
+def check_settings(
+    path: Path,
+    judge_name: str,
+    num_corrections: int,
+    max_attempts: int,
+    check: str | None,
+    options: JudgeOptions,
+    rectifier: ModelSpec | None = None,
+) -> None:
+    """
+    Check the settings of `localize` and `rectify` in a run that is resumed, before anything is sampled.
+
+    Args:
+        path (`Path`):
+            Run folder. May be missing.
+        judge_name, num_corrections, max_attempts, check, options, rectifier:
+            As for [`Session.rectify`].
+
+    Raises:
+        RunError: If the run was started with other settings, or with larger values.
+    """
+    if not (path / "settings.jsonl").exists():
+        return
+    judge_name = canonical(judge_name)
+    with StageDirectory(path) as run:
+        run.check_stage(*_localize_stage(judge_name, options))
+        run.check_stage(*_rectify_stage(judge_name, num_corrections, max_attempts, check, options, rectifier))
+
+
+def _names_of(expression: str | None) -> list[str]:
+    return [name for group in parse_judges(expression) for name in group] if expression else []
+
+
+def _localize_stage(judge_name: str, options: JudgeOptions) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Return title, settings and growing settings."""
+    return f"localize {judge_name}", options.settings(_names_of(judge_name)), ("num_rollouts",)
+
+
+def _rectify_stage(
+    judge_name: str,
+    num_corrections: int,
+    max_attempts: int,
+    check: str | None,
+    options: JudgeOptions,
+    rectifier: ModelSpec | None,
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Return title, settings and growing settings."""
+    settings = {
+        "num_corrections": num_corrections,
+        "max_attempts": max_attempts,
+        "check": check,
+        **options.settings(_names_of(check)),
+        "rectifier": rectifier.model if rectifier else None,
+    }
+    by = f" by {model_file_name(rectifier.model)}" if rectifier else ""
+    return f"rectify {judge_name}{by}", settings, ("num_corrections", "max_attempts")

@@ -63,21 +63,41 @@ class StageDirectory(RunDirectory):
                 Function to call right after the settings are written.
 
         Raises:
-            RunError: If the run has other settings, or larger values of the growing ones.
+            RunError: As for [`check_stage`].
         """
-        before = self.settings().get(stage)
-        if before is not None:
-            for name in growing:
-                if name in before and settings[name] < before[name]:
-                    raise RunError(
-                        f"{name}={settings[name]} is less than {name}={before[name]} of `{stage}` in {self.path}. "
-                        f"A run can grow but not shrink. Pass {name}={before[name]} or more, or use another folder."
-                    )
-            self.keep_settings(stage, {**settings, **{name: before[name] for name in growing if name in before}})
+        self.check_stage(stage, settings, growing)
         self._stage, self._settings, self._growing = stage, settings, growing
         self._on_first_record = on_first_record
         self._started, self._saved = time.monotonic(), 0.0
         self._seconds, self._seconds_before = 0.0, read_times(self.path).get(stage, 0.0)
+
+    def check_stage(self, stage: str, settings: Mapping[str, Any], growing: Sequence[str] = ()) -> None:
+        """
+        Check the settings of a stage, if it has been started in this run.
+
+        Args:
+            stage (`str`):
+                Name of the stage.
+            settings (`Mapping[str, Any]`):
+                Settings of the stage.
+            growing (`Sequence[str]`, *optional*):
+                Names of the settings that may be larger than in the run.
+
+        Raises:
+            RunError: If the run has other settings, or larger values of the growing ones. The message has one line
+                per difference.
+        """
+        before = self.settings().get(stage)
+        if before is None:
+            return
+        self.keep_settings(stage, {**settings, **{name: before[name] for name in growing if name in before}})
+        less = [name for name in growing if name in before and settings[name] < before[name]]
+        if less:
+            differences = "\n".join(f"  {name}: {before[name]} in this run, {settings[name]} now" for name in less)
+            raise RunError(
+                f"`{stage}` in {self.path} has larger values:\n{differences}\nThey can grow but not shrink. Pass at "
+                "least the values of this run, or use another folder."
+            )
 
     def log(self, name: str) -> Log:
         """Open the records in `name`.jsonl."""

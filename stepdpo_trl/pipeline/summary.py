@@ -96,7 +96,8 @@ def summarize(paths: Sequence[Path]) -> Summary:
 
 
 def _add(summary: Summary, run: RunDirectory) -> None:
-    summary.settings.update(run.settings())
+    # The address of a server is nothing to publish
+    summary.settings.update((name, stage) for name, stage in run.settings().items() if name != "server")
     summary.problems += len(read_problems_of(run))
     solved, tried = set(), set()
     checks = {key.partition("/")[2]: record for key, record in run.log("checks").items()}

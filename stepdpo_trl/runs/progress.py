@@ -34,6 +34,9 @@ class ProgressLines(std_tqdm):
         elapsed = self.format_dict["elapsed"]
         done = f"{self.n}/{self.total}" if self.total else f"{self.n}"
         parts = [f"{self.desc.strip().rstrip(':')}: {done} {self.unit.strip()}", _duration(elapsed)]
+        if self.n and elapsed:
+            rate = 60 * self.n / elapsed
+            parts.append(f"{rate:,.0f}/min" if rate >= 10 else f"{rate:.1f}/min")
         if self.total and self.n:
             parts.append(f"{_duration(elapsed / self.n * (self.total - self.n))} left")
         return ", ".join([*parts, *([self.postfix.replace("=", " ")] if self.postfix else [])])

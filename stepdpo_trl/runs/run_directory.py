@@ -119,7 +119,7 @@ def _append(path: Path, content: bytes) -> None:
             while written < len(content):
                 written += file.write(content[written:])
             os.fsync(file.fileno())
-        except OSError:
+        except BaseException:  # includes Ctrl-C, after which more records may follow
             with contextlib.suppress(OSError):  # an incomplete line would be removed by the next reader
                 file.truncate(before)
             raise

@@ -1,14 +1,17 @@
 """Execution of a pipeline stage: its run folder, its services and its progress bar."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .progress import progress_bar
 from .run_directory import RunDirectory
+from .scheduler import StreamingService
 from .tasks import Service, Task, run_tasks
 
 T = TypeVar("T")
+_SECONDS_BETWEEN_REDRAWS = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class TaskRunner:
 
     run: RunDirectory
     name: str
-    services: dict[str, Service] = field(default_factory=dict)
+    services: dict[str, Service | StreamingService] = field(default_factory=dict)
 
-    def results(self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]) -> Iterator[T]:
+    def results(
+        self, tasks: Iterable[Task[T]], total: int, unit: str, counts: Mapping[str, Any]
+    ) -> Generator[T, None, None]:
         """
         Run tasks with a progress bar.
 
@@ -44,10 +49,21 @@ class TaskRunner:
                 Counts to show in the progress bar. The caller updates them.
 
         Yields:
-            `Any`: The results of the tasks, see [`~stepdpo_trl.runs.tasks.run_tasks`].
+            `Any`: The results of the tasks, see [`~stepdpo_trl.runs.tasks.run_tasks`]. Use them within
+                `contextlib.closing`, so that an error of the caller does not lose answers in flight.
         """
         with progress_bar(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
-            for result in run_tasks(tasks, self.services):
-                yield result
-                bar.update(1)
-                bar.set_postfix(dict(counts), refresh=False)
+            started = redrawn = time.monotonic()
+
+            def progress(ended: int) -> None:
+                nonlocal redrawn
+                bar.update(ended)
+                now = time.monotonic()
+                if now - redrawn >= _SECONDS_BETWEEN_REDRAWS:
+                    redrawn = now
+                    tokens = sum(getattr(service, "tokens", 0) for service in self.services.values())
+                    speed = {"tokens/s": round(tokens / (now - started))} if tokens else {}
+                    bar.set_postfix({**counts, **speed})
+
+            yield from run_tasks(tasks, self.services, progress)
+            bar.set_postfix(dict(counts))

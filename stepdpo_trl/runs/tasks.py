@@ -1,8 +1,8 @@
 """
-Scheduler of tasks whose requests to models are batched across tasks and stored on disk.
+Tasks whose requests to models and answer checkers run concurrently and are stored on disk.
 
 A task is a generator function written as plain sequential code: it yields an [`Ask`], receives the replies by key, and
-returns its result. The requests of all waiting tasks are answered together.
+returns its result. Many tasks run at the same time, see [`~stepdpo_trl.runs.scheduler`].
 
 Replies are stored on disk under their key before a task receives them, and a task requests the same keys whenever it
 runs. An interrupted run is therefore resumed by running its tasks again: stored replies are read, and only the missing
@@ -10,20 +10,17 @@ ones are requested.
 """
 
 import hashlib
-from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Coroutine
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from ..data.answers import AnswerChecker, Check
-from ..generation import Completion, Generator, Request, Sampling
-from .progress import progress_bar
+from ..generation import Completion, Generator, Request, Sampling, ServerGenerator
 from .run_directory import Log
+from .scheduler import Scheduler, StreamingService
 
 T = TypeVar("T")
-WINDOW = 1024  # maximum number of concurrent tasks
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,13 @@ Task = Coroutine[Ask, Mapping[str, Any], T]
 
 
 class Service(Protocol):
-    """A model, an answer checker or a person that answers the requests of tasks."""
+    """
+    A local model or a person that answers the requests of tasks in rounds.
+
+    A service may also have a method `answer_in_parts`, which yields the replies as they arrive, and a method `stored`,
+    which returns a reply that tasks may receive before the next round. Servers and answer checkers are instances of
+    [`~stepdpo_trl.runs.scheduler.StreamingService`] instead.
+    """
 
     def answer(self, requests: Sequence[Any]) -> Mapping[str, Any]:
         """
@@ -61,66 +64,109 @@ class Service(Protocol):
         """
 
 
-def run_tasks(tasks: Iterable[Task[T]], services: Mapping[str, Service]) -> Iterator[T]:
+def run_tasks(
+    tasks: Iterable[Task[T]],
+    services: Mapping[str, Service | StreamingService],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[T]:
     """
-    Run tasks to completion, at most [`WINDOW`] of them concurrently.
+    Run tasks to completion.
+
+    If an error or Ctrl-C ends the run, the replies to all requests in flight are stored first. Callers that use the
+    results in a loop should close the iterator when the loop ends (`contextlib.closing`), for the same reason.
 
     Args:
         tasks (`Iterable[Task]`):
             The tasks.
         services (`Mapping[str, Service]`):
             The services that the tasks use, by name.
+        progress (`Callable[[int], None]`, *optional*):
+            Function that is called often, with the number of tasks that have ended since the last call.
 
     Yields:
-        `Any`: The results of the tasks, as soon as they are available. Their order is deterministic.
+        `Any`: The results, in the order of the tasks.
     """
-    tasks = iter(tasks)
-    while window := list(islice(tasks, WINDOW)):
-        replies: list[tuple[Task[T], Mapping[str, Any] | None]] = [(task, None) for task in window]
-        while replies:
-            waiting: list[tuple[Task[T], Ask]] = []
-            for task, reply in replies:
-                try:
-                    waiting.append((task, task.send(reply)))  # type: ignore[arg-type]
-                except StopIteration as stop:
-                    yield stop.value
-            requested: dict[str, dict[str, Any]] = defaultdict(dict)
-            for _, ask in waiting:
-                requested[ask.service].update({request.key: request for request in ask.requests})
-            answers = {
-                service: services[service].answer(list(requests.values())) for service, requests in requested.items()
-            }
-            replies = [
-                (task, {request.key: answers[ask.service][request.key] for request in ask.requests})
-                for task, ask in waiting
-            ]
+    return Scheduler(tasks, services, progress).run()
 
 
-class RecordedModel:
+def model_service(
+    generator: Generator | ServerGenerator,
+    sampling: Sampling,
+    log: Log,
+    stage: str,
+    on_reply: Callable[[], None] | None = None,
+) -> "RecordedModel | RecordedServer":
     """
-    Service of a model. Its completions are stored, so that no request is sent twice.
-
-    Completions of other pipeline stages are read from the log. Requests that this stage completed before it was
-    interrupted are passed to the generator as done, so that it forms the same batches as in an uninterrupted run.
+    Make the service of a model. Its completions are stored, so that no request is sent twice.
 
     Args:
-        generator (`Generator`):
+        generator (`Generator` or `ServerGenerator`):
             The model.
         sampling (`Sampling`):
             Sampling parameters.
         log (`Log`):
             Log for the completions.
-        name (`str`):
-            Name of the progress bar.
         stage (`str`):
             Name of the pipeline stage. It is stored with each completion.
+        on_reply (`Callable[[], None]`, *optional*):
+            Function to call before completions are stored.
+
+    Returns:
+        `RecordedModel` or `RecordedServer`: The service.
+    """
+    kind = RecordedServer if isinstance(generator, ServerGenerator) else RecordedModel
+    return kind(generator, sampling, log, stage, on_reply)
+
+
+class _RecordedCompletions:
+    """Completions of a model in a log, see [`model_service`]."""
+
+    def __init__(
+        self,
+        generator: Any,
+        sampling: Sampling,
+        log: Log,
+        stage: str,
+        on_reply: Callable[[], None] | None = None,
+    ) -> None:
+        self.generator, self.sampling, self.log, self.stage, self.on_reply = generator, sampling, log, stage, on_reply
+        self.tokens = 0  # generated by this process
+
+    def _store(self, replies: Sequence[tuple[Request, Completion]]) -> dict[str, Completion]:
+        if replies and self.on_reply is not None:
+            self.on_reply()
+        if replies:
+            self.log.extend((request.key, {"stage": self.stage, **vars(reply)}) for request, reply in replies)
+        self.tokens += sum(completion.tokens for _, completion in replies)
+        return {request.key: completion for request, completion in replies}
+
+    def _read(self, key: str) -> Completion:
+        record = self.log[key]
+        return Completion(**{name: record[name] for name in Completion.__dataclass_fields__})
+
+
+class RecordedModel(_RecordedCompletions):
+    """
+    Service of a model that generates in batches, see [`model_service`].
+
+    Completions of other pipeline stages are read from the log. Requests that this stage completed before it was
+    interrupted are passed to the generator as done, so that it forms the same batches as in an uninterrupted run.
     """
 
-    def __init__(self, generator: Generator, sampling: Sampling, log: Log, name: str, stage: str) -> None:
-        self.generator, self.sampling, self.log, self.name, self.stage = generator, sampling, log, name, stage
-        self.seen: set[str] = set()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: set[str] = set()  # requests of earlier rounds and the current one
 
-    def answer(self, requests: Sequence[Request]) -> dict[str, Completion]:
+    def stored(self, request: Request) -> Completion | None:
+        """Return a completion of another stage or of an earlier round, if there is one."""
+        if request.key in self.log and (self._is_of_other_stage(request) or request.key in self.seen):
+            return self._read(request.key)
+        return None
+
+    def _is_of_other_stage(self, request: Request) -> bool:
+        return bool(self.log.get(request.key, {}).get("stage", self.stage) != self.stage)
+
+    def answer_in_parts(self, requests: Sequence[Request]) -> Iterator[dict[str, Completion]]:
         """
         Complete requests, and read those that are completed already.
 
@@ -128,30 +174,55 @@ class RecordedModel:
             requests (`Sequence[Request]`):
                 The requests.
 
-        Returns:
-            `dict[str, Completion]`: The completions, by key.
+        Yields:
+            `dict[str, Completion]`: Completions, by key. They are stored.
 
         Raises:
             GenerationError: If the model fails. Earlier completions are stored.
         """
-        batch = [
-            request
-            for request in requests
-            if request.key not in self.seen
-            and self.log.get(request.key, {"stage": self.stage}).get("stage") == self.stage
-        ]
+        batch = [r for r in requests if r.key not in self.seen and not self._is_of_other_stage(r)]
         self.seen.update(request.key for request in requests)
-        missing = sum(request.key not in self.log for request in batch)
-        if missing:
-            with progress_bar(total=missing, desc=f"  {self.name}", unit=" samples", leave=False, position=1) as bar:
-                tokens = 0
-                for part in self.generator.generate(batch, self.sampling, self.log):
-                    self.log.extend((request.key, {"stage": self.stage, **vars(reply)}) for request, reply in part)
-                    tokens += sum(completion.tokens for _, completion in part)
-                    bar.update(len(part))
-                    bar.set_postfix({"tokens/s": round(tokens / max(bar.format_dict["elapsed"], 1e-9))})
-        fields = Completion.__dataclass_fields__
-        return {r.key: Completion(**{name: self.log[r.key][name] for name in fields}) for r in requests}
+        yield {request.key: self._read(request.key) for request in requests if request.key in self.log}
+        if any(request.key not in self.log for request in batch):
+            for part in self.generator.generate(batch, self.sampling, self.log):
+                yield self._store(part)
+
+    def answer(self, requests: Sequence[Request]) -> dict[str, Completion]:
+        """Complete requests as in [`RecordedModel.answer_in_parts`], and return all completions by key."""
+        return {key: reply for part in self.answer_in_parts(requests) for key, reply in part.items()}
+
+
+class RecordedServer(_RecordedCompletions, StreamingService):
+    """Service of a model on a server, which answers many requests at the same time, see [`model_service`]."""
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        """Number of requests that the server receives at the same time."""
+        return int(self.generator.concurrent)
+
+    def prepare(self) -> None:
+        """Check that the server can be used."""
+        self.generator.prepare()
+
+    def stored(self, request: Request) -> Completion | None:
+        """Return the completion of a request that was sent before."""
+        return self._read(request.key) if request.key in self.log else None
+
+    def work(self, requests: Sequence[Request]) -> list[Completion]:
+        """Send requests."""
+        return [self.generator.complete(request, self.sampling) for request in requests]
+
+    def keep(self, replies: Sequence[tuple[Request, Completion]]) -> dict[str, Completion]:
+        """Store completions, except refusals of which the generator is not sure yet."""
+        return self._store(self.generator.accept(replies))
+
+    def flush(self) -> dict[str, Completion]:
+        """Store the refusals that were held back."""
+        return self._store(self.generator.release())
+
+    def interrupt(self) -> None:
+        """Send no request again."""
+        self.generator.interrupt()
 
 
 @dataclass(frozen=True)
@@ -173,7 +244,7 @@ class CheckRequest:
     text: str
 
 
-class RecordedChecks:
+class RecordedChecks(StreamingService):
     """
     Service of the answer checker. Outcomes are stored, since checks can be slow and time-outs not reproducible.
 
@@ -184,26 +255,25 @@ class RecordedChecks:
             Log for the outcomes.
     """
 
+    # One thread keeps the outcomes in the order of the requests. The checker itself uses several processes.
+    threads = 1
+    chunk = 256
+
     def __init__(self, checker: AnswerChecker, log: Log) -> None:
         self.checker, self.log = checker, log
 
-    def answer(self, requests: Sequence[CheckRequest]) -> dict[str, Check]:
-        """
-        Check solutions, and read the outcomes of those that are checked already.
+    def stored(self, request: CheckRequest) -> Check | None:
+        """Return the outcome of an earlier check."""
+        return Check(**self.log[request.key]) if request.key in self.log else None
 
-        Args:
-            requests (`Sequence[CheckRequest]`):
-                The solutions.
+    def work(self, requests: Sequence[CheckRequest]) -> list[Check]:
+        """Check solutions."""
+        return self.checker.check((request.gold, request.text) for request in requests)
 
-        Returns:
-            `dict[str, Check]`: The outcomes, by key.
-        """
-        todo = [request for request in requests if request.key not in self.log]
-        for start in range(0, len(todo), 256):
-            part = todo[start : start + 256]
-            checks = self.checker.check((request.gold, request.text) for request in part)
-            self.log.extend((request.key, vars(check)) for request, check in zip(part, checks, strict=True))
-        return {request.key: Check(**self.log[request.key]) for request in requests}
+    def keep(self, replies: Sequence[tuple[CheckRequest, Check]]) -> dict[str, Check]:
+        """Store outcomes."""
+        self.log.extend((request.key, vars(check)) for request, check in replies)
+        return {request.key: check for request, check in replies}
 
 
 def seed_of(seed: int, key: str) -> int:

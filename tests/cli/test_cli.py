@@ -38,11 +38,27 @@ def test_help(capsys):
     assert out.startswith("usage: stepdpo train [--config FILE] [--option VALUE ...]\n")
 
 
-@pytest.mark.parametrize(("argv", "message"), [((), "COMMAND"), (("trian",), "invalid choice: 'trian'")])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "stepdpo: error: no command is given. See `stepdpo --help`.\n"),
+        (("trian",), "stepdpo: error: trian is not a command. Did you mean train?\n"),
+        (("frobnicate", "--model", "m"), "stepdpo: error: frobnicate is not a command. See `stepdpo --help`.\n"),
+        (("--model", "m"), "stepdpo: error: --model is not a command. See `stepdpo --help`.\n"),
+    ],
+)
 def test_no_or_unknown_command(capsys, argv, message):
     code, _, err = run(capsys, *argv)
-    assert code == 2
-    assert message in err
+    assert (code, err) == (2, message)
+
+
+def test_errors_are_printed_once(tmp_path):
+    """Also those that come before the log file is open. Under pytest the root logger has handlers, which hides it."""
+    for argv in (["loop", "--stages", "0", "--model", "m", "--output-dir", "o"], ["env", "--log-file", "none/x.log"]):
+        command = [sys.executable, "-m", "stepdpo_trl.cli.main", *argv]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count("error: ") == len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,9 @@ CPU = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", 
         ([], "- a list", "mapping"),
         ([], "beta: [", "while parsing"),
         (["--num_process", "2"], "", "Did you mean --num_processes?"),
+        (["--model", "m"], "", "--model is not a known argument. Did you mean --model_name_or_path?"),
+        (["--batch-size", "8"], "", "Did you mean --per_device_train_batch_size?"),
+        (["--resume_from_checkpoint", "none/x"], "", "--resume_from_checkpoint none/x: there is no such folder."),
         (["--learning_rat", "1e-6"], "", "Did you mean --learning_rate?"),  # argparse would complete it
         (["--overlong_prefix", "cut"], "", "argument --overlong_prefix/--overlong-prefix: invalid choice: 'cut'"),
         (["--num_processes", "two"], "", "invalid int value: 'two'"),
@@ -159,9 +178,17 @@ def test_failed_or_interrupted_training(capsys, monkeypatch, error, status, mess
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("value", "passed"), [("true", True), ("True", True), ("false", None), ("out/x", "out/x")])
+@pytest.mark.parametrize(
+    ("value", "passed"),
+    [("true", "o/checkpoint-10"), ("True", "o/checkpoint-10"), ("false", None), ("o/checkpoint-9", "o/checkpoint-9")],
+)
 def test_resume_from_checkpoint(tmp_path, monkeypatch, value, passed):
-    """`true` selects the last checkpoint, as in `Trainer.train`, not a folder named `true`."""
+    """`true` is the last complete checkpoint, and not a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    for name, complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-11", False)):
+        (tmp_path / "o" / name).mkdir(parents=True)
+        if complete:
+            (tmp_path / "o" / name / "trainer_state.json").write_text("{}")
     Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
     trainer = MagicMock()
     monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)
@@ -170,6 +197,17 @@ def test_resume_from_checkpoint(tmp_path, monkeypatch, value, passed):
     callback = trainer.add_callback.call_args.args[0]  # the output of a test is not a terminal
     callback.on_train_begin(None, TrainerState(max_steps=3, is_world_process_zero=True), None)
     assert isinstance(callback.training_bar, ProgressLines)
+
+
+def test_resume_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
+    """Training that was interrupted early starts from the beginning."""
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
+    trainer = MagicMock()
+    monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)
+    main([*CPU, "--dataset_name", str(tmp_path / "pairs.jsonl"), "--resume_from_checkpoint", "true"])
+    trainer.train.assert_called_once_with(resume_from_checkpoint=None)
+    assert "o has no complete checkpoint. Training starts from the beginning." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -220,6 +220,36 @@ def test_dry_run_of_a_run(problems, capsys):
     assert re.search(rf"^rectify +{7 * located} ", capsys.readouterr().out, re.M)
 
 
+def test_dry_run_of_a_run_that_grows(problems, capsys):
+    """Only what is missing is counted."""
+    run = problems.parent / "run"
+    records = {
+        "settings": [{"key": "collect", "shard": [0, 1]}, {"key": "localize rollout", "num_rollouts": 8}],
+        "solutions": [{"key": f"s{n}", "outcome": "wrong", "steps": 4} for n in range(3)],
+        "verdicts.rollout": [{"key": f"s{n}", "step": 2} for n in range(3)],
+        # one correction, found with 4 samples; two; none in 20 samples
+        "corrections.rollout": [
+            {"key": f"s{n}", "found": found, "samples": samples}
+            for n, (found, samples) in enumerate([([1], 4), ([1, 2], 2), ([], 20)])
+        ],
+    }
+    run.mkdir()
+    for name, rows in records.items():
+        (run / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def requests(command, *options):
+        assert main([command, str(run), *options, "--dry-run"]) == 0
+        return int(re.search(rf"^{command} +([\d,]+) ", capsys.readouterr().out, re.M)[1].replace(",", ""))
+
+    assert requests("localize") == 0
+    assert requests("localize", "--num-rollouts", "16") == 3 * 3 * 8  # 1 + log2(4 steps) prefixes
+    assert requests("rectify") == 0
+    assert requests("rectify", "--max-attempts", "50") == 30
+    assert requests("rectify", "--num-corrections", "2") == 16
+    assert requests("rectify", "--num-corrections", "2", "--max-attempts", "50") == 46 + 30
+    assert requests("rectify", "--rectifier", "another") == 60
+
+
 def test_dry_run_needs_a_run(tmp_path, capsys):
     assert main(["localize", str(tmp_path / "none"), "--judge", "arithmetic", "--dry-run"]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,17 @@ def test_benchmark_pipeline():
     assert figure(r"same verdict .* ([\d.]+)%") >= 80
     assert 0 < figure(r"samples, in rounds .*: ([\d.]+)") <= 0.50
     assert figure(r"samples, in rounds .* yield (\d+)") == figure(r"samples, flat .* yield (\d+)") > 0
+
+
+def test_benchmark_scheduler():
+    """A short run of each stage. Shares of busy slots need longer ones."""
+    pytest.importorskip("openai", reason="needs the extra openai")
+    command = [sys.executable, str(EXAMPLES / "benchmark_scheduler.py"), "--slots", "8", "--ms", "0.05"]
+    done = subprocess.run([*command, "--problems", "10"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, *rows = done.stdout.splitlines()
+    assert head == "slots  ms/token  stage             answers  seconds     busy"
+    found = [re.fullmatch(r"    8      0\.05  (\S.*?) +([\d,]+) +[\d.]+ +([\d.]+)%", row).groups() for row in rows]
+    assert [stage for stage, _, _ in found] == ["collect", "localize rollout", "rectify"]
+    assert found[0][1] == "20"
+    assert all(int(answers) > 10 and 0 < float(busy) <= 100 for _, answers, busy in found)

@@ -1,18 +1,26 @@
 """Generation by a local OpenAI-compatible server, which also fails in all the ways that servers do."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("openai", reason="needs the extra openai")
 
-from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, openai
+from stepdpo_trl.generation import Completion, GenerationError, ModelSpec, Request, Sampling
 from stepdpo_trl.generation.openai import OpenAIGenerator
 from stepdpo_trl.quickstart import MODEL_PATH
+from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.tasks import Ask, model_service, run_tasks
 
 KEY = "sk-abcdefghijklmnop1234567890"
 
@@ -27,7 +35,7 @@ class Server:
     def __init__(self):
         self.script, self.bodies, self.running, self.most_running = [], [], 0, 0
         self.prefix, self.models, self.listed = "/v1", (200, ["m"]), 0
-        self.lock = threading.Lock()
+        self.lock, self.waiting = threading.Lock(), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -117,6 +125,9 @@ class Server:
             def reply_hang(self, body):
                 threading.Event().wait(3)
 
+            def reply_wait(self, body):
+                outer.waiting.wait(60)
+
             def log_message(self, *args):
                 pass
 
@@ -133,19 +144,34 @@ def server():
     server.http.shutdown()
 
 
+def send(generator, requests, sampling=None, done=()):
+    """Send requests as a run does. Return the answers that are kept, and the error if there was one."""
+
+    def task(request):
+        yield Ask("model", (request,))
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Log(Path(folder) / "answers.jsonl")
+        log.extend((key, vars(Completion("done", "stop", 1, 1))) for key in done)
+        error = None
+        try:
+            list(run_tasks(map(task, requests), {"model": model_service(generator, sampling or Sampling(), log, "s")}))
+        except (GenerationError, KeyboardInterrupt) as failure:
+            error = failure
+        kept = Log(log.path)
+    fields = Completion.__dataclass_fields__
+    return {k: Completion(**{name: kept[k][name] for name in fields}) for k in kept if k not in done}, error
+
+
 def ask(server, count=6, concurrent=2, done=(), prompt="text", top_k=0, url=None, **options):
     """Return the answers, the pauses, and the error message if there was an error."""
     pauses = []
     spec = ModelSpec("m", "openai", url or server.url, str(MODEL_PATH), max_concurrent_requests=concurrent)
     generator = OpenAIGenerator(spec, sleep=pauses.append, **options)
     requests = [Request(str(n), prompt, n) for n in range(count)]
-    found = {}
-    try:
-        for part in generator.generate(requests, Sampling(0.5, 0.9, 7, top_k), done):
-            found.update({request.key: answer for request, answer in part})
-    except GenerationError as error:
-        return found, pauses, str(error)
-    return found, pauses, None
+    found, error = send(generator, requests, Sampling(0.5, 0.9, 7, top_k), done)
+    assert error is None or isinstance(error, GenerationError)
+    return found, pauses, error and str(error)
 
 
 def test_texts_and_messages(server):
@@ -175,10 +201,10 @@ def test_top_k_is_sent_if_it_is_used(server):
 
 def test_models_are_listed_once(server):
     generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH)))
-    list(generator.generate([Request("0", "text", 0)], Sampling(), {"0"}))
+    send(generator, [Request("0", "text", 0)], done={"0"})
     assert server.listed == 0  # no request, no check
     for key in "abc":
-        list(generator.generate([Request(key, "text", 0)], Sampling(), ()))
+        send(generator, [Request(key, "text", 0)])
     assert server.listed == 1
 
 
@@ -307,7 +333,7 @@ def test_ctrl_c_during_a_pause_ends_the_attempts(server):
         ModelSpec("m", "openai", server.url, str(MODEL_PATH)), sleep=lambda pause: generator._stopping.set()
     )
     with pytest.raises(GenerationError, match="HTTP 500"):
-        list(generator.generate([Request("0", "text", 0)], Sampling(), ()))
+        generator.complete(Request("0", "text", 0), Sampling())
     assert len(server.bodies) == 1
 
 
@@ -325,13 +351,15 @@ def test_a_rejected_key_is_reported_immediately_and_not_shown(server, monkeypatc
 
 def test_the_key_is_in_no_file(server, monkeypatch, tmp_path, capfd):
     from stepdpo_trl.runs.run_directory import RunDirectory
-    from stepdpo_trl.runs.tasks import RecordedModel
+
+    def task():
+        yield Ask("model", (Request("a", "text", 1),))
 
     monkeypatch.setenv("OTHER_KEY", KEY)
     spec = ModelSpec("m", "openai", server.url, str(MODEL_PATH), api_key_env="OTHER_KEY")
     with RunDirectory(tmp_path) as run:
         log = run.log("generations")
-        RecordedModel(OpenAIGenerator(spec), Sampling(), log, "m", "collect").answer([Request("a", "text", 1)])
+        list(run_tasks([task()], {"model": model_service(OpenAIGenerator(spec), Sampling(), log, "collect")}))
         run.keep_settings("collect", vars(spec))
     assert server.bodies[0][2] == f"Bearer {KEY}"
     assert all(KEY not in file.read_text() for file in tmp_path.iterdir())
@@ -359,23 +387,43 @@ def test_a_lone_surrogate_is_replaced(server):
     assert ask(server, 1)[0]["0"].text.encode().decode() == "\ufffd 0"
 
 
-def test_requests_in_flight_are_kept_at_ctrl_c(server, monkeypatch):
-    waited, stops = openai.wait, []
+def test_requests_in_flight_are_kept_at_ctrl_c(server, caplog):
+    def interrupt():
+        while len(server.bodies) < 4:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def wait(*args, **kwargs):
-        if len(server.bodies) >= 2 and not stops:
-            stops.append(1)
-            raise KeyboardInterrupt
-        return waited(*args, **kwargs)
-
-    monkeypatch.setattr(openai, "wait", wait)
     generator = OpenAIGenerator(ModelSpec("m", "openai", server.url, str(MODEL_PATH), max_concurrent_requests=2))
-    kept = []
+    threading.Thread(target=interrupt).start()
+    kept, error = send(generator, [Request(str(n), "text", n) for n in range(20)])
+    assert isinstance(error, KeyboardInterrupt)
+    assert 4 <= len(kept) == len(server.bodies) < 20
+    assert "requests in flight. Press Ctrl-C again to discard them." in caplog.text
 
-    def keep():
-        for batch in generator.generate([Request(str(n), "text", n) for n in range(20)], Sampling(), ()):
-            kept.extend(batch)
 
-    with pytest.raises(KeyboardInterrupt):
-        keep()
-    assert 2 <= len(kept) == len(server.bodies) < 20
+def test_a_second_ctrl_c_discards_requests_in_flight(server):
+    """The process ends although the server does not reply."""
+    server.script = ["wait"] * 2
+    code = f"""
+import tempfile
+from pathlib import Path
+from stepdpo_trl.generation import ModelSpec, Request, Sampling
+from stepdpo_trl.generation.openai import OpenAIGenerator
+from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.tasks import Ask, model_service, run_tasks
+
+def task(key):
+    yield Ask("model", (Request(key, "text", 0),))
+
+generator = OpenAIGenerator(ModelSpec("m", "openai", {server.url!r}, {str(MODEL_PATH)!r}))
+service = model_service(generator, Sampling(), Log(Path(tempfile.mkdtemp()) / "answers.jsonl"), "s")
+list(run_tasks(map(task, "ab"), {{"model": service}}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        while len(server.bodies) < 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert "Stopping: waiting for 2 requests in flight." in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith("KeyboardInterrupt\n")
+    server.waiting.set()

@@ -1,5 +1,6 @@
 """`stepdpo inspect`: tokens and sums as in the trainer, and no control characters or markup from the data."""
 
+import base64
 import io
 import json
 import re
@@ -7,11 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from stepdpo_trl import StepDPOConfig
 from stepdpo_trl.cli import main as cli
@@ -25,6 +28,7 @@ from stepdpo_trl.pipeline.build import make_pairs
 from stepdpo_trl.runs.run_directory import RunDirectory
 
 from ..reference_dpo import step_log_prob
+from ..shared_prefix.vision_architectures import save_llava
 from ..tiny import CHATML, TOKENIZERS, byte_level_tokenizer, plain_rows, save_tiny_model, step_rows
 from ..training import BETA, logged, make_trainer
 
@@ -460,3 +464,69 @@ def test_help_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--reference" in done.stdout
+
+
+@pytest.fixture
+def pairs_with_images(tmp_path):
+    """Two step pairs with images, and one without."""
+    paths = []
+    for number, size in enumerate([(16, 16), (640, 480), (1600, 400)]):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.effect_noise(size, 90).save(paths[-1])
+    row = {**STEP_ROW, "prompt": "What is it?"}
+    return write_rows(tmp_path / "pairs.jsonl", *({**row, "images": images} for images in (paths[:1], paths[1:], [])))
+
+
+def test_texts_and_images_without_a_model(pairs_with_images, tmp_path, capsys, monkeypatch):
+    status, out, _ = inspect(capsys, monkeypatch, pairs_with_images, "--row", 1)
+    assert status == 0
+    assert "  step: 3\n  [image 640x480]\n  [image 1600x400]\n\nprompt\n  What is it?\n" in out
+    inspect(capsys, monkeypatch, pairs_with_images, "--row", 1, "--row", 2, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    shown = re.findall(r"<img src='data:image/png;base64,([^']+)' alt='image (\w+)'>", page)
+    assert [size for _, size in shown] == ["640x480", "1600x400"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data, _ in shown]
+    assert sizes == [(512, 384), (512, 128)]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_sums_with_images_match_the_logs_of_the_trainer(number, pairs_with_images, tmp_path, capsys, monkeypatch):
+    policy, reference = (save_llava(tmp_path / f"llava-{seed}", seed) for seed in (0, 1))
+    rows = [json.loads(line) for line in Path(pairs_with_images).read_text().splitlines()]
+    trainer = make_trainer(
+        policy,
+        tmp_path / "out",
+        Dataset.from_list(rows).select([number]),
+        ref_model=AutoModelForImageTextToText.from_pretrained(reference),
+        max_steps=1,
+    )
+    trainer.train()
+    argv = ["--row", number, "--model", policy, "--reference", reference, "--beta", BETA]
+    status, out, err = inspect(capsys, monkeypatch, pairs_with_images, *argv)
+    assert status == 0, err
+    for name, shown in zip(("chosen", "rejected"), SUMS.findall(out), strict=True):
+        assert float(shown[0]) == pytest.approx(logged(trainer, f"logps/{name}")[0], abs=1e-4)
+        assert float(shown[2]) * BETA == pytest.approx(logged(trainer, f"rewards/{name}")[0], abs=1e-4)
+    assert float(MARGIN.findall(out)[0]) == pytest.approx(logged(trainer, "rewards/margins")[0], abs=1e-4)
+    assert out.count("[image ") == len(rows[number]["images"])
+    if rows[number]["images"]:
+        assert "each image shown as one placeholder" in " ".join(out.split())
+        assert out.count("<image>") == 2
+
+
+def test_images_that_cannot_be_shown(pairs_with_images, chat_model, tmp_path, capsys, monkeypatch):
+    picture = str(tmp_path / "0.png")
+    status, _, err = inspect(capsys, monkeypatch, pairs_with_images, "--model", chat_model)
+    assert status == 2
+    assert "row 0 of" in err
+    assert "is the tokenizer of a text model. Pass a vision-language model" in err
+    plain = write_rows(tmp_path / "plain.jsonl", {**PLAIN_ROW, "image": picture})
+    status, out, _ = inspect(capsys, monkeypatch, plain)
+    assert (status, out.count("[image 16x16]")) == (0, 1)
+    status, _, err = inspect(capsys, monkeypatch, plain, "--tokenizer", save_llava(tmp_path / "llava"))
+    assert status == 2
+    assert "is an ordinary preference pair with images, whose tokens cannot be shown" in err
+    Path(picture).write_bytes(b"not an image")
+    status, _, err = inspect(capsys, monkeypatch, pairs_with_images)
+    assert status == 2
+    assert "An image of row 0 of" in err

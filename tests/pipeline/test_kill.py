@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -60,3 +61,25 @@ def test_25_kills(tmp_path):
         expected = [json.loads(line) for line in file.read_text().splitlines()]
         assert sorted(lines, key=str) == sorted(expected, key=str), file.name
     assert build([path]) == build([tmp_path / "uninterrupted"])
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
+def test_kills_in_each_stage_against_a_server(tmp_path, kills):
+    """Results are the same byte for byte. Answers arrive in any order, but none is stored twice."""
+    pytest.importorskip("openai", reason="needs the extra openai")
+    server = runpy.run_path(str(ROOT / "examples" / "benchmark_scheduler.py"))["simulated_server"]
+    with server(slots=16, ms=0.05) as address:
+        command = [sys.executable, "-m", "tests.pipeline.kill_server_run", str(tmp_path), address, str(kills)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = json.loads(done.stdout)
+    assert all(number >= 0.75 * kills for number in killed.values()), killed
+    names = {file.name for file in (tmp_path / "uninterrupted").glob("*.jsonl")}
+    assert {file.name for file in (tmp_path / "killed").glob("*.jsonl")} == names
+    for name in names:
+        expected, found = ((tmp_path / folder / name).read_text() for folder in ("uninterrupted", "killed"))
+        if name.startswith(("generations", "checks")):
+            expected, found = (sorted(text.splitlines()) for text in (expected, found))
+            assert len({json.loads(line)["key"] for line in found}) == len(found) > 40, name
+        assert found == expected, name
+    assert build([tmp_path / "killed"]) == build([tmp_path / "uninterrupted"])

@@ -20,9 +20,9 @@ from stepdpo_trl.pipeline.data_card import write_card, write_import_card
 from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.localize import agreement, localize, read_verdicts
 from stepdpo_trl.pipeline.names import corrections_name
-from stepdpo_trl.pipeline.records import Verdict, describe_source, read_problems
+from stepdpo_trl.pipeline.records import Verdict, count_line, describe_source, read_problems
 from stepdpo_trl.pipeline.report import render_report
-from stepdpo_trl.pipeline.session import Session
+from stepdpo_trl.pipeline.session import Session, check_settings
 from stepdpo_trl.pipeline.stage_directory import read_times
 from stepdpo_trl.pipeline.summary import Summary, costs_of, summarize, table_of
 from stepdpo_trl.quickstart import ArithmeticProblem, first_lost_step
@@ -190,21 +190,49 @@ def test_growing_equals_a_run_from_scratch(small, large, tmp_path, checker):
 
 
 @pytest.mark.parametrize(
-    ("small", "message"),
+    ("small", "stage", "differences"),
     [
-        ({"num_samples": 2}, "num_samples=2 is less than num_samples=3 of `collect`"),
-        ({"num_rollouts": 7}, "num_rollouts=7 is less than num_rollouts=8 of `localize arithmetic,rollout`"),
-        ({"max_attempts": 19}, "max_attempts=19 is less than max_attempts=20 of `rectify arithmetic,rollout`"),
-        ({"num_corrections": 1}, "num_corrections=1 is less than num_corrections=2"),
+        ({"num_samples": 2}, "`collect`", "num_samples: 3 in this run, 2 now"),
+        ({"num_rollouts": 7}, "`localize arithmetic,rollout`", "num_rollouts: 8 in this run, 7 now"),
+        ({"max_attempts": 19}, "`rectify arithmetic,rollout`", "max_attempts: 20 in this run, 19 now"),
+        (
+            {"num_corrections": 1, "max_attempts": 19},
+            "`rectify arithmetic,rollout`",
+            "num_corrections: 2 in this run, 1 now\n  max_attempts: 20 in this run, 19 now",
+        ),
     ],
 )
-def test_shrinking_is_refused(small, message, tmp_path, checker):
+def test_shrinking_is_refused(small, stage, differences, tmp_path, checker):
     options = {"num_corrections": 2, "problems": draw_records(8)}
     run_all(tmp_path, checker, **options)
     before = records(tmp_path)
-    with pytest.raises(RunError, match=rf"{message}.*use another folder"):
+    with pytest.raises(RunError) as error:
         run_all(tmp_path, checker, **{**options, **small})
+    assert str(error.value) == (
+        f"{stage} in {tmp_path} has larger values:\n  {differences}\nThey can grow but not shrink. Pass at least the "
+        "values of this run, or use another folder."
+    )
     assert records(tmp_path) == before
+
+
+def test_settings_of_later_stages_are_checked_first(tmp_path, checker):
+    """Before `data` samples solutions, as a mistake would be reported only after them."""
+    run_all(tmp_path, checker, problems=draw_records(8))
+    before = records(tmp_path)
+    judges, same = "arithmetic,rollout", (1, 20, None, JudgeOptions())
+    check_settings(tmp_path, judges, *same)
+    check_settings(tmp_path, "rollout", *same)  # not started yet
+    check_settings(tmp_path / "none", judges, *same)
+    check_settings(tmp_path, judges, 1, 20, None, JudgeOptions(), ModelSpec("another"))
+    for other, message in (
+        ((1, 20, None, JudgeOptions(num_rollouts=7)), "num_rollouts: 8 in this run, 7 now"),
+        ((1, 19, None, JudgeOptions()), "max_attempts: 20 in this run, 19 now"),
+        ((1, 20, "arithmetic", JudgeOptions()), "check: None in this run, 'arithmetic' now"),
+    ):
+        with pytest.raises(RunError, match=message):
+            check_settings(tmp_path, judges, *other)
+    assert records(tmp_path) == before
+    assert not (tmp_path / "none").exists()
 
 
 def test_corrections_of_replaced_verdicts_are_left_out(tmp_path, checker, caplog):
@@ -417,6 +445,10 @@ def test_selection():
         ('{"problem": 5, "answer": "2"}', r"`problem` is not text \(5\)"),
         ('{"problem": "a\\ud800", "answer": "2"}', "row 1: contains text that cannot be encoded"),
         ('{"problem": "a", ', "Line 1 of .* is not JSON"),
+        (
+            '{"problem": "a", "answer": "2", "images": []}\n{"problem": "b", "answer": "2", "images": ["b.png"]}',
+            "Row 2 of .* has a column `images`, but problems must be text: remove the problems with images",
+        ),
         ("[1]", "is not an object"),
         ("", "has no problems"),
     ],
@@ -495,6 +527,7 @@ def test_unreadable_answers(tmp_path, checker, caplog):
         ("llm", JudgeOptions(), "--judge-model"),
         ("prm", JudgeOptions(), "--prm"),
         ("rollout", JudgeOptions(num_rollouts=0), "num_rollouts=0"),
+        ("prm", JudgeOptions(prm="p", threshold=7.0), "threshold=7.0 is a probability"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ problem }}"), "does not contain the steps"),
         ("llm", JudgeOptions(model=MODEL, prompt="{{ steps }} {{ probelm }}"), "cannot be filled"),
     ],
@@ -518,6 +551,42 @@ def test_options_without_effect(tmp_path, capsys, options, message):
     assert main([*command, "--output-file", "x.jsonl", "--judge-model", "j", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge-model", "j"], "--judge-model has no effect: 'llm' is not one of the judges"),
+        (["--prm", "p"], "--prm has no effect: 'prm' is not one of the judges"),
+        (["--num-rollouts", "4"], "--num-rollouts has no effect: 'rollout' is not one of the judges"),
+        (["--no-gold"], "--no-gold has no effect"),
+        (["--threshold", "0.6"], "--threshold has no effect"),
+    ],
+)
+def test_options_of_other_judges(tmp_path, capsys, options, message):
+    """The run would use another judge than the user expects."""
+    (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    data = ["data", "--model", "m", "--problems", str(tmp_path / "p.jsonl"), "--output-dir", str(tmp_path / "run")]
+    data += ["--output-file", "x.jsonl", "--judge", "arithmetic"]
+    assert main([*data, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["localize", str(tmp_path), "--judge", "arithmetic", *options]) == 2
+    assert message in capsys.readouterr().err
+    used = {"--judge-model": "llm", "--no-gold": "llm", "--threshold": "prm", "--prm": "prm"}.get(options[0])
+    if used:  # a judge of the check counts as well
+        more = {"llm": ["--judge-model", "j"], "prm": ["--prm", "p"]}[used]
+        assert main([*data, *options, *more, "--check", f"arithmetic,{used}", "--dry-run"]) == 0
+
+
+def test_count_lines():
+    counts = {"wrong": 1700, "unreadable": 1, "right": 23}
+    assert count_line("collect", "run", counts) == "collect in run: 23 right, 1,700 wrong, 1 unreadable"
+    counts = {"given up": 1, "dropped": 0, "rectified": 2, "pairs": 2, "samples": 9}
+    assert count_line("rectify", "run", counts) == (
+        "rectify in run: 2 corrected, 1 given up, 9 samples, 2 pairs, 0 dropped by the check"
+    )
+    assert count_line("localize", "run", {}) == "localize in run: nothing to do"
 
 
 def test_names_of_corrections(tmp_path, checker):
@@ -555,6 +624,51 @@ def test_changed_settings_are_refused(tmp_path, checker):
     with pytest.raises(RunError, match=r"settings:\n  seed: 0 in this run, 1 now\n"):
         session.collect(*arguments, SAMPLING, 2, seed=1)
     assert records(tmp_path) == before
+
+
+def served(port, **options):
+    return ModelSpec("student", "openai", f"http://localhost:{port}/v1", **options)
+
+
+def test_a_run_remembers_its_server(tmp_path, checker, caplog, monkeypatch):
+    """Its address is used by later stages, replaced by --base-url, and not published."""
+    monkeypatch.setenv("SERVER_KEY", "sk-secret")
+    options = {"max_concurrent_requests": 7, "api_key_env": "SERVER_KEY"}
+    first, moved, second = Student(), Student(), Student()
+    session = Session({served(1, **options): first, served(2, **options): moved, served(3): second}, checker)
+    collect = ("drawn", STEP_PROMPTS["plain"], SAMPLING)
+    session.collect(tmp_path, draw_records(8), collect[0], served(1, **options), *collect[1:])
+    session.localize(tmp_path, "rollout", JudgeOptions())
+    assert f"{tmp_path}: using the server at http://localhost:1/v1, as in `collect`. Pass --base-url" in caplog.text
+    caplog.clear()
+    session.rectify(tmp_path, num_corrections=3, model={"backend": "openai", "base_url": "http://localhost:3/v1"})
+    assert second.asked
+    assert "using the server" not in caplog.text
+    session.collect(tmp_path, draw_records(8), collect[0], served(2, **options), *collect[1:])
+    session.rectify(tmp_path, num_corrections=4, max_attempts=30)
+    assert moved.asked
+    assert "using the server at http://localhost:2/v1" in caplog.text
+    assert "sk-secret" not in "".join(records(tmp_path).values())
+    assert "localhost" not in write_card(summarize([tmp_path]), make_record("pairs.jsonl", [], {}), None)
+    assert "localhost" not in render_report(summarize([tmp_path]), None)
+
+
+def test_a_key_passed_as_the_name_of_its_variable_is_not_kept(tmp_path, checker):
+    model = served(1, api_key_env="sk-secret")
+    session = Session({model: Student()}, checker)
+    session.collect(tmp_path, draw_records(5), "drawn", model, STEP_PROMPTS["plain"], SAMPLING)
+    assert "localhost:1" in records(tmp_path)["settings.jsonl"]
+    assert "sk-secret" not in "".join(records(tmp_path).values())
+
+
+def test_a_server_whose_address_is_unknown(tmp_path, checker):
+    """Runs of earlier releases do not contain it."""
+    session = Session({served(1): Student()}, checker)
+    session.collect(tmp_path, draw_records(5), "drawn", served(1), STEP_PROMPTS["plain"], SAMPLING)
+    settings = tmp_path / "settings.jsonl"
+    settings.write_text("".join(line for line in settings.read_text().splitlines(True) if '"server"' not in line))
+    with pytest.raises(RunError, match=r"address is not in the run\. Pass it as --base-url"):
+        session.localize(tmp_path, "rollout", JudgeOptions())
 
 
 def test_custom_judges(tmp_path, checker):
@@ -630,7 +744,10 @@ def test_report_after_build(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dropped: in a test set" in printed
     assert f"Pairs: {target}" in printed
-    assert max(map(len, printed.splitlines()[:-2])) <= 80
+    lines = printed.splitlines()
+    assert lines[0].startswith(f"build in {finished}: {len(target.read_text().splitlines())} pairs, ")
+    assert "dropped (in a test set)" in lines[0]
+    assert max(map(len, lines[1:-2])) <= 80
     built = (finished / "report.html").read_text()
     assert main(["report", str(finished)]) == 0
     assert (finished / "report.html").read_text() == built
@@ -652,6 +769,14 @@ def test_report_without_build(finished):
     assert page.count("<div class=pair>") == 3
     assert "Glossary" in page
     assert render_report(Summary())
+
+
+def test_report_of_another_folder(tmp_path, capsys):
+    """Such as that of `eval`, which has problems but no solutions."""
+    (tmp_path / "problems.jsonl").write_text('{"key": "p", "problem": "1 + 1?", "answer": "2"}\n')
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no solutions yet. Run `stepdpo collect` first." in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

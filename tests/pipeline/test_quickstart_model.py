@@ -150,10 +150,8 @@ DATA = ("data", *COLLECT[1:])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["collect", "--model", "m", "--problems", "none.jsonl", "--output-dir", "run"],
-            "There is no file none.jsonl",
-        ),
+        (["collect", "--model", "m", "--problems", "none.jsonl", "--output-dir", "run"], "no file none.jsonl.\n"),
+        (["collect", "--model", "m", "--problems", "pp.jsonl", "--output-dir", "run"], "Did you mean p.jsonl?"),
         ([*COLLECT, "--prompt", "qwen-boxed"], "Did you mean"),
         ([*COLLECT, "--prompt", "t.jinja"], "does not contain"),
         ([*COLLECT, "--prompt", "b.jinja"], "cannot be filled"),
@@ -185,7 +183,8 @@ def test_errors_are_raised_before_generation(arguments, message, tmp_path, monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["colect"], "collect"),
+        (["colect"], "colect is not a command. Did you mean collect?"),
+        (["build", "run", "--output-file", "x.jsonl", "--license", "Apache 2.0"], "'Apache 2.0' is not a license"),
         (["collect", "--problem", "p.jsonl"], "--problem"),
         (["collect", "--model", "m", "--problems", "p", "--output-dir", "r", "--num-samples", "0"], "at least 1"),
         (["collect", "--model", "m", "--problems", "p", "--output-dir", "r", "--shard", "4/4"], "I/N"),

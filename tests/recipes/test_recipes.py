@@ -2,20 +2,26 @@
 
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from stepdpo_trl.cli.train import parse_arguments
 
 from ..distributed.launcher import FOLDER, launch, run_script
+from ..shared_prefix.vision_architectures import save_llava
 from ..tiny import step_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,6 +38,7 @@ SOLAR_SETTINGS = {
     "solar_10_7b_sdpo": (5e-7, 0.01, 1, 8),
     "solar_10_7b_sdpo_lora": (5e-6, 0.01, 1, 1),
 }
+VISION = "qwen2_5_vl_7b"
 # Recipes with their own script; the others run qwen2_7b.py
 SCRIPTS = {
     "qwen2_7b_step_sdpo": "qwen2_7b_step_sdpo.py",
@@ -116,7 +123,7 @@ def run_recipe(monkeypatch, name, *options):
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*SETTINGS, *SOLAR_SETTINGS}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*SETTINGS, *SOLAR_SETTINGS, VISION}
     assert {path.name for path in RECIPES.glob("*.py")} == {"qwen2_7b.py", *SCRIPTS.values()}
     assert {path.stem for path in (RECIPES / "accelerate_configs").glob("*.yaml")} == ACCELERATE_CONFIGS.keys()
 
@@ -180,6 +187,42 @@ def test_two_steps_per_stage_of_solar(name, overrides, tmp_path, monkeypatch):
     run_recipe(monkeypatch, name, *overrides, "--dataset_name", "")
     saved = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
     assert stages(tmp_path / "out", saved) == [(8, 0.01), (6, 0.01)]
+
+
+def test_vision_settings():
+    options = ["--dataset_name", "me/pairs", "--bf16", "false", "--use_cpu", "true"]
+    (_, training, model, _, sdpo), from_file, from_command_line = parse_arguments(
+        ["--config", str(RECIPES / f"{VISION}.yaml"), *options]
+    )
+    assert (from_file, from_command_line, sdpo.sdpo) == ([], [], False)
+    assert (training.learning_rate, training.beta, training.num_train_epochs) == (5e-6, 0.4, 4)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 128
+    assert (training.max_length, training.overlong_prefix, training.precompute_ref_log_probs) == (4096, "drop", True)
+    with torch.device("meta"):
+        modules = dict(AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl")).named_modules())
+    adapted = {name for name in modules if re.fullmatch(model.lora_target_modules, name)}
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in adapted} == kinds
+    assert not any("visual" in name for name in adapted)
+    assert all(isinstance(modules[name], torch.nn.Linear) for name in adapted)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_two_steps_with_images(mode, overrides, tmp_path, monkeypatch):
+    """The script loads the processor of the model, and trains on images from paths in a file."""
+    for number, size in enumerate([(16, 16), (40, 24)]):
+        Image.effect_noise(size, 90).save(tmp_path / f"{number}.png")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{**row, "images": [str(tmp_path / f"{i % 2}.png")] * (i % 3)} for i, row in enumerate(step_rows(8))]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"model_name_or_path": save_llava(tmp_path / "llava"), "use_peft": mode == "lora"}
+    argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    run_recipe(monkeypatch, VISION, *overrides, *argv)
+    saved = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
+    with safe_open(tmp_path / "out" / saved, "pt") as file:
+        names = list(file.keys())
+    assert ("vision" in " ".join(names)) == (mode == "full")
+    assert (tmp_path / "out" / "processor_config.json").is_file()
 
 
 def test_solar_conversion():

@@ -27,8 +27,8 @@ def test_one_line_per_minute(clock):
             bar.update(10)
             bar.set_postfix(counts)
     assert out.getvalue().splitlines() == [
-        "collect 2: 60/400 problems, 1 min, 5 min left, right 35, wrong 15",
-        "collect 2: 120/400 problems, 2 min, 4 min left, right 77, wrong 33",
+        "collect 2: 60/400 problems, 1 min, 60/min, 5 min left, right 35, wrong 15",
+        "collect 2: 120/400 problems, 2 min, 60/min, 4 min left, right 77, wrong 33",
     ]
     assert "\r" not in out.getvalue()
 

@@ -6,6 +6,8 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -238,6 +240,34 @@ def qwen_model(processor: ImageTextProcessor, seed: int = 0) -> torch.nn.Module:
     names = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names}
     return tiny_vision_model("qwen2_5_vl", seed, text_config=text, **ids)
+
+
+def llava_processor() -> LlavaProcessor:
+    """Create a processor of LLaVA for images of 4 x 4 patches, which `AutoProcessor` loads without torchvision."""
+    chat_template = VISION_CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    tokenizer = byte_level_tokenizer(chat_template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=chat_template,
+        num_additional_image_tokens=1,
+    )
+
+
+def save_llava(path: str, seed: int = 0) -> str:
+    """Save a tiny LLaVA and its processor, and return the path."""
+    processor = llava_processor()
+    tokenizer = processor.tokenizer
+    text = {**LLAVA["text_config"], "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    text |= {"max_position_embeddings": 512, "eos_token_id": tokenizer.eos_token_id}
+    ids = dict.fromkeys(("image_token_id", "image_token_index"), tokenizer.convert_tokens_to_ids("<image>"))
+    tiny_vision_model("llava", seed, text_config=text, **ids).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
 
 
 def vision_rows(number: int = 6) -> list[dict]:

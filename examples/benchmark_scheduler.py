@@ -1,0 +1,191 @@
+"""
+Share of a server's slots that the data pipeline keeps busy, measured with a simulated server.
+
+    python examples/benchmark_scheduler.py                      # both settings below, about twelve minutes
+    python examples/benchmark_scheduler.py --slots 64 --ms 5 --problems 800 --num_samples 2
+
+The server answers as many requests at the same time as it has slots. An answer takes its number of tokens times
+`--ms`, and with `--tail 0.02`, 2% of the answers take twenty times as long. The share counts from the first request of
+a stage to its last answer, so it includes the wait for the last answers, when there is nothing left to send. With few
+requests per slot, this wait dominates for any client.
+
+The answers depend on the seeds of the requests only. 30% are right. The others contain one false equation, so that
+`rectify` can use the verdicts of the judge `arithmetic`, independently of `localize` with the judge `rollout`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+SETTINGS = [  # slots, milliseconds per token, problems, samples per problem
+    (64, 5.0, 800, 2),
+    (256, 20.0, 400, 8),
+]
+
+
+def write_answer(seed: int, written: int) -> tuple[str, int]:
+    """Return the text of an answer that follows `written` steps, and its number of tokens."""
+    rng = random.Random(seed)
+    steps = max(1, rng.randrange(4, 10) - written)
+    right = rng.random() < 0.3
+    false_step = None if right else rng.randrange(steps)
+    lines = []
+    for index in range(steps):
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        lines.append(f" {a} + {b} = {a + b + (index == false_step)}.\nStep {written + index + 1}:")
+    answer = 42 if right else rng.randrange(100, 1000)
+    return "".join(lines) + f" The answer is \\boxed{{{answer}}}.", steps * 40 + int(rng.expovariate(1 / 40))
+
+
+class SimulatedServer:
+    """
+    OpenAI-compatible server with simulated latency.
+
+    Args:
+        slots (`int`):
+            Number of answers at the same time. Other requests wait.
+        ms (`float`):
+            Milliseconds per token.
+        tail (`float`, *optional*, defaults to `0.0`):
+            Share of answers that take twenty times as long.
+    """
+
+    def __init__(self, slots: int, ms: float, tail: float = 0.0) -> None:
+        self.slots, self.ms, self.tail = slots, ms, tail
+        self.free = asyncio.Semaphore(slots)
+        self.started = self.ended = self.busy = 0.0
+        self.answers = 0
+
+    async def complete(self, request: dict) -> dict:
+        """Answer a request in a free slot."""
+        self.started = self.started or time.monotonic()
+        text, tokens = write_answer(request["seed"], request["prompt"].count("Step "))
+        slow = random.Random(request["seed"] + 1).random() < self.tail
+        seconds = tokens * self.ms / 1000 * (20 if slow else 1)
+        async with self.free:
+            await asyncio.sleep(seconds)
+        self.busy += seconds
+        self.ended = time.monotonic()
+        self.answers += 1
+        choice = {"index": 0, "text": text, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
+        return {"id": "0", "object": "text_completion", "created": 0, "model": "simulated"} | {
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    def statistics(self) -> dict:
+        """Return the statistics since the last call."""
+        seconds = self.ended - self.started
+        found = {"answers": self.answers, "seconds": seconds, "busy": self.busy / (self.slots * (seconds or 1))}
+        self.started = self.ended = self.busy = 0.0
+        self.answers = 0
+        return found
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.partition("content-length:")[2].split("\r\n")[0] or 0)
+                body = await reader.readexactly(length)
+                path = head.split(" ", 2)[1]
+                if path.endswith("/models"):
+                    reply = {"object": "list", "data": [{"id": "simulated", "object": "model"}]}
+                elif path.endswith("/statistics"):
+                    reply = self.statistics()
+                else:
+                    reply = await self.complete(json.loads(body))
+                content = json.dumps(reply).encode()
+                header = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+                writer.write(header.encode() + content)
+                await writer.drain()
+        writer.close()
+
+
+async def serve(slots: int, ms: float, tail: float) -> None:
+    """Serve on a free port, and print it."""
+    server = await asyncio.start_server(SimulatedServer(slots, ms, tail).serve, "127.0.0.1", 0, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+@contextlib.contextmanager
+def simulated_server(slots: int, ms: float, tail: float = 0.0) -> Iterator[str]:
+    """Start a simulated server in another process, and yield its address."""
+    options = ["--slots", str(slots), "--ms", str(ms), "--tail", str(tail), "--serve"]
+    with subprocess.Popen([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        finally:
+            process.kill()
+
+
+def measure(slots: int, ms: float, tail: float, num_problems: int, num_samples: int) -> None:
+    """Print the table of one setting."""
+    from stepdpo_trl.data.prompts import StepPrompt
+    from stepdpo_trl.generation import ModelSpec, Sampling
+    from stepdpo_trl.pipeline.judge_options import JudgeOptions
+    from stepdpo_trl.pipeline.records import Problem
+    from stepdpo_trl.pipeline.session import Session
+    from stepdpo_trl.quickstart import MODEL_PATH
+
+    problems = [Problem(str(number), f"Problem {number}?", "42") for number in range(num_problems)]
+    prompt = StepPrompt("{{ problem }}", "Step 1:")
+    with simulated_server(slots, ms, tail) as address, tempfile.TemporaryDirectory() as folder, Session() as session:
+        model = ModelSpec("simulated", "openai", address, str(MODEL_PATH), max_concurrent_requests=slots)
+        changes = {"base_url": address, "max_concurrent_requests": slots}
+        run, other = Path(folder) / "run", Path(folder) / "other"
+
+        def show(stage: str) -> None:
+            with urllib.request.urlopen(f"{address}/statistics") as reply:
+                found = json.load(reply)
+            print(
+                f"{slots:>5} {ms:>9g}  {stage:<18}{found['answers']:>8,}{found['seconds']:>9.1f}{found['busy']:>9.1%}"
+            )
+            sys.stdout.flush()
+
+        session.collect(run, problems, "simulated", model, prompt, Sampling(), num_samples)
+        show("collect")
+        shutil.copytree(run, other)
+        session.localize(run, "rollout", JudgeOptions(), changes)
+        show("localize rollout")
+        session.localize(other, "arithmetic", JudgeOptions(), changes)
+        session.rectify(other, model=changes)
+        show("rectify")
+
+
+def main() -> None:
+    """Read the arguments, and measure or serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, help="answers at the same time")
+    parser.add_argument("--ms", type=float, default=5.0, help="milliseconds per token (%(default)s)")
+    parser.add_argument("--tail", type=float, default=0.0, help="share of slow answers (%(default)s)")
+    parser.add_argument("--problems", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--num_samples", type=int, default=2, help="samples per problem (%(default)s)")
+    parser.add_argument("--serve", action="store_true", help="only start the server, and print its port")
+    args = parser.parse_args()
+    if args.serve:
+        asyncio.run(serve(args.slots or 64, args.ms, args.tail))
+        return
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    settings = [(args.slots, args.ms, args.problems, args.num_samples)] if args.slots else SETTINGS
+    print("slots  ms/token  stage             answers  seconds     busy")
+    for slots, ms, problems, samples in settings:
+        measure(slots, ms, args.tail, problems, samples)
+
+
+if __name__ == "__main__":
+    main()
