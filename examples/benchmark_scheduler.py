@@ -1,7 +1,7 @@
 """
 Share of a server's slots that the data pipeline keeps busy, measured with a simulated server.
 
-    python examples/benchmark_scheduler.py                      # both settings below, about twelve minutes
+    python examples/benchmark_scheduler.py                      # both settings below, about 25 minutes
     python examples/benchmark_scheduler.py --slots 64 --ms 5 --problems 800 --num_samples 2
 
 The server answers as many requests at the same time as it has slots. An answer takes its number of tokens times
@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SETTINGS = [  # slots, milliseconds per token, problems, samples per problem
-    (64, 5.0, 800, 2),
-    (256, 20.0, 400, 8),
+    (64, 5.0, 800, 4),
+    (256, 20.0, 400, 16),
 ]
 
 

@@ -90,10 +90,13 @@ class OpenAIGenerator:
     def render(self, user: str, response_prefix: str) -> str:
         """Render a user message with the chat template, followed by the first words of the assistant's turn."""
         text = render(self.tokenizer, [{"role": "user", "content": user}], response_prefix)
-        bos = self.tokenizer.bos_token
-        # Servers prepend the BOS token if the tokenizer does
-        adds_bos = bos and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        return text.removeprefix(bos) if adds_bos else text
+        return text.removeprefix(self._added_bos)
+
+    @cached_property
+    def _added_bos(self) -> str:
+        """BOS token, if servers prepend it because the tokenizer does."""
+        adds_bos = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return str(self.tokenizer.bos_token) if self.tokenizer.bos_token and adds_bos else ""
 
     def check_server(self) -> None:
         """

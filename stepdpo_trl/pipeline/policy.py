@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError
@@ -15,6 +16,9 @@ from ..runs.tasks import Ask, CheckRequest, Task, seed_of
 from .records import Problem, text_digest
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+
+
+_compile = lru_cache(_JINJA.from_string)  # rendered once per prefix, by the thread that feeds the servers
 
 
 def render_template(template: str, **values: Any) -> str:
@@ -34,7 +38,7 @@ def render_template(template: str, **values: Any) -> str:
         RunError: If the template is invalid or uses another variable.
     """
     try:
-        return _JINJA.from_string(template).render(**values)
+        return _compile(template).render(**values)
     except TemplateError as error:
         raise RunError(
             f"The template {template[:60]!r} cannot be filled: {error}. The available variables are {sorted(values)}."
