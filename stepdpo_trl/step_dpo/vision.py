@@ -25,6 +25,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from ..data.schema import IMAGE_COLUMNS, StepPreference, get_images, is_step_data
 from ..data.steps import split_steps
+from ..shared_prefix.support import COLLATORS
 from .tokenization import StepTokenizer, check_different, steps_of
 
 # Column with the text that the processor tokenizes: prompt and initial reasoning steps
@@ -244,6 +245,9 @@ class VisionStepCollator:
                 value[row, start : start + new[1]] = extra[name][number] if name in extra else 0
             batch[name] = value
         batch.update({name: value for name, value in extra.items() if name not in batch})
+
+
+COLLATORS.append(VisionStepCollator)  # its batches have the same keys as those of TRL
 
 
 class TokenizedSteps:
