@@ -11,7 +11,7 @@ from tests.distributed.train import describe, finish, leave, prepare_cpu
 from tests.training import logged, make_trainer
 from tests.vision import vision_step_rows
 
-OPTIONS = {"train_sampling_strategy": "sequential", "shared_prefix": "off", "max_length": None}
+OPTIONS = {"train_sampling_strategy": "sequential", "max_length": None}
 
 
 def mixed_rows():
@@ -34,6 +34,7 @@ def main() -> None:
         args.output_dir,
         mixed_rows(),
         per_device_train_batch_size=2,
+        shared_prefix="on",
         **OPTIONS,
         **prepare_cpu(args.strategy),
     )

@@ -705,7 +705,7 @@ def test_two_processes_equal_one(strategy, tmp_path):
     model_named("llava", 1).save_pretrained(model)
     processor_named("llava").save_pretrained(model)
     launch_strategy("vision.py", strategy, model, several)
-    trainer = make_trainer(model, single, mixed_rows(), **OPTIONS)
+    trainer = make_trainer(model, single, mixed_rows(), shared_prefix="off", **OPTIONS)
     trainer.train()
     trainer.save_model()
     assert read_report(tmp_path / "several", strategy)["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5)
