@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, make_problems, write_solution
@@ -44,6 +45,44 @@ def test_students_make_the_documented_mistakes():
     assert len(problems) > 500
     wrong = sum(script["student_solution"](rng, problem) != write_solution(problem) for problem in problems)
     assert wrong / len(problems) == pytest.approx(0.7, abs=0.06)
+
+
+def test_vision_steps(monkeypatch, tmp_path, capsys):
+    """Two updates instead of minutes of training, and pairs from the students' solutions."""
+    script = runpy.run_path(str(EXAMPLES / "vision_steps.py"))
+    solve, rng = script["solve"], script["random"].Random(0)
+
+    def solve_like_students(model, processor, problems, sampled=False):
+        assert len(solve(model, processor, problems[:4], sampled)) == 4
+        return [problem.steps(rng) for problem in problems]
+
+    names = script["main"].__globals__
+    monkeypatch.setitem(names, "solve", solve_like_students)
+    options = {"updates": 2, "problems": 20, "held_out": 8, "epochs": 1, "output_dir": tmp_path}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["vision_steps.py", *words])
+    script["main"]()
+    out = capsys.readouterr().out
+    pairs, problems = re.search(r"(\d+) step pairs from (\d+) problems", out).groups()
+    assert 5 < int(pairs) <= 40
+    assert problems == "20"
+    assert out.count(" on 8 held-out images") == 2
+
+
+def test_bar_charts():
+    script = runpy.run_path(str(EXAMPLES / "vision_steps.py"))
+    problem = script["Problem"](("red", "blue", "green", "yellow"), (4, 3, 9, 1), ("blue", "green"))
+    assert problem.text == "What is blue + green?"
+    assert problem.steps() == [" blue = 3", " green = 9", " 3 + 9 = 12"]
+    pixels, colors = np.asarray(problem.draw()), script["COLORS"]
+    rows_with = [(pixels == colors[name]).all(-1).any(1).sum() for name in problem.colors]
+    assert [rows // script["UNIT"] for rows in rows_with] == [4, 3, 9, 1]
+    wrong = [[" blue = 4", " green = 9", " 4 + 9 = 13"], [" blue = 3", " green = 8", " 3 + 8 = 11"]]
+    rows = script["make_pairs"]([problem], [[problem.steps(), *wrong]])
+    assert [(row["initial_reason_steps"], row["chosen"], row["rejected"]) for row in rows] == [
+        ("Step 1:", " blue = 3", " blue = 4"),
+        ("Step 1: blue = 3\nStep 2:", " green = 9", " green = 8"),
+    ]
 
 
 @pytest.mark.slow
