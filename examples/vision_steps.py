@@ -14,6 +14,9 @@ three steps: read the first bar, read the second bar, add. The model has the arc
 3. Step-DPO trains on these pairs.
 
 The accuracy is that of greedy decoding on images that no training step has used.
+
+This example only demonstrates the wiring: images in step pairs, the processor, precomputed reference scores and shared
+prefixes. No complete run has been measured, so do not expect the accuracy to rise with these settings.
 """
 
 import argparse
