@@ -10,7 +10,7 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
 	tqdm transformers trl truststore typing_extensions xxhash
 
-.PHONY: help quickstart test test-fast test-oldest bench bench-gpu wheels lint format clean
+.PHONY: help quickstart test test-all test-fast test-oldest bench bench-gpu wheels lint format clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,10 +19,13 @@ quickstart: $(VENV)/.core  ## Train a small model with Step-DPO and print its ac
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test  ## Run all tests (up to seven minutes on two cores)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not long"
+
+test-all: $(VENV)/.test  ## Run all tests, including the long ones
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-fast: $(VENV)/.test  ## Run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 test-oldest:  ## Run all tests on the oldest supported TRL
 	mkdir -p .venv-oldest
