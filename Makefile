@@ -18,7 +18,7 @@ help:  ## Show this help
 quickstart: $(VENV)/.core  ## Train a small model with Step-DPO and print its accuracy before and after
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.test  ## Run all tests (up to seven minutes on two cores)
+test: $(VENV)/.test  ## Run the tests (up to seven minutes on two cores)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not long"
 
 test-all: $(VENV)/.test  ## Run all tests, including the long ones
