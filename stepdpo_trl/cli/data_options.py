@@ -166,7 +166,13 @@ def _run_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _collect_options(parser: argparse.ArgumentParser) -> None:
-    model_options(parser, "", "Model", "Model whose mistakes are collected and corrected.", required=True)
+    model_options(
+        parser,
+        "",
+        "Model",
+        "Model whose mistakes are collected and corrected, normally the one to train.",
+        required=True,
+    )
     group = parser.add_argument_group("Problems and prompt")
     group.add_argument(
         "--problems",

@@ -48,7 +48,9 @@ def add_eval_command(commands: Any) -> None:
         "eval",
         "Measure the accuracy of a model, or compare two models.",
         _eval,
-        "Every answer is stored in the output folder, so that rerunning the same command resumes the evaluation.",
+        "Prints the mean accuracy over all samples, with a 95% interval, and with a baseline the difference with "
+        "paired tests. Every answer is stored in the output folder, so that rerunning the same command resumes the "
+        "evaluation.",
         EXAMPLE,
         usage="%(prog)s (--problems SET | --tasks TASK ...) --model MODEL\n    --output-dir DIR [options]",
     )

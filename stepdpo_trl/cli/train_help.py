@@ -49,8 +49,9 @@ LAUNCH = {
     "log_file": ("FILE", "Append log messages to this file."),
 }
 DESCRIPTION = (
-    "Train with StepDPOTrainer. Also accepts all options of DPOConfig and ModelConfig of TRL, and those of "
-    "`accelerate launch`; `stepdpo train --help all` lists them. Options may be written with dashes or underscores."
+    "Train with StepDPOTrainer. Also accepts all options of DPOConfig and ModelConfig of TRL, which "
+    "`stepdpo train --help all` lists, and those of `accelerate launch`. Options may be written with dashes or "
+    "underscores."
 )
 EXAMPLE = """\
 Example: LoRA on one GPU.
