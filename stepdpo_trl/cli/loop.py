@@ -12,7 +12,7 @@ from ..generation.model_folders import fingerprint
 from ..pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
 from ..runs.run_directory import RunError
 from .console import log_options, logging_to
-from .parsing import CommandParser, option_names, unknown_option, use_dashes
+from .parsing import CommandParser, join_vllm_args, option_names, unknown_option, use_dashes
 
 # Options that the loop sets for each stage
 _OF_DATA = ("--output-dir", "--output-file", "--shard", "--model", "--seed", "--dry-run", "--corrections")
@@ -65,7 +65,7 @@ def loop(argv: list[str]) -> None:
     place = argv.index("--") if "--" in argv else len(argv)
     parser, data_parser = make_parser(), _make_data_parser()
     known = {*parser._option_string_actions, *data_parser._option_string_actions}
-    words, training = use_dashes(argv[:place], known), argv[place + 1 :]
+    words, training = join_vllm_args(use_dashes(argv[:place], known)), argv[place + 1 :]
     for name in option_names(words):
         if name not in known:
             parser.error(unknown_option(name, known))

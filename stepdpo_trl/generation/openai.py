@@ -231,8 +231,9 @@ class OpenAIGenerator:
         if sampling.top_k:  # not part of OpenAI's own API, which would reject it
             options["extra_body"] = {"top_k": sampling.top_k}
         reply: Any
-        if isinstance(request.prompt, str):
-            reply = self.client.completions.create(prompt=request.prompt, **options)
+        if isinstance(request.prompt, str) or isinstance(request.prompt[0], int):
+            prompt: Any = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+            reply = self.client.completions.create(prompt=prompt, **options)
             text = reply.choices[0].text
         else:
             reply = self.client.chat.completions.create(messages=list(request.prompt), **options)  # type: ignore

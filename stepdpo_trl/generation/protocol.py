@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
+from .vllm_arguments import parse_arguments
+
 BACKENDS = ("transformers", "vllm", "openai")
 DEFAULT_BATCH_SIZE = 32  # transformers
 DEFAULT_CONCURRENT_REQUESTS = 32  # servers
@@ -28,14 +30,14 @@ class Request:
     Args:
         key (`str`):
             Unique name within the run. Answers are stored under it, so no key is requested twice.
-        prompt (`str` or `tuple[dict, ...]`):
-            Text to continue, or messages to reply to.
+        prompt (`str`, `tuple[int, ...]` or `tuple[dict, ...]`):
+            Text to continue, the ids of its tokens, or messages to reply to.
         seed (`int`):
             Random seed of this completion.
     """
 
     key: str
-    prompt: str | tuple[dict[str, str], ...]
+    prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]
     seed: int
 
 
@@ -194,6 +196,14 @@ class ServerGenerator(Protocol):
         """Do not send requests again that fail from now on."""
 
 
+@runtime_checkable
+class StartedServers(ServerGenerator, Protocol):
+    """A model on servers that the generator has started itself."""
+
+    def close(self) -> None:
+        """Stop the servers."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """
@@ -210,19 +220,22 @@ class ModelSpec:
         tokenizer (`str`, *optional*):
             Hub id or folder of the tokenizer whose chat template renders the prompts. Defaults to `model`.
         batch_size (`int`, *optional*):
-            Number of sequences per batch with transformers. Defaults to 32. vLLM schedules its own batches. Not
-            allowed for servers.
+            Number of sequences per batch with transformers. Defaults to 32. Not allowed for vLLM and servers, which
+            form their own batches.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the server's API key.
         adapter (`str`, *optional*):
-            PEFT adapter to load on top of the model. Requires transformers.
+            PEFT adapter to load on top of the model. Not allowed for servers.
         revision (`str`, *optional*):
             Branch, tag or commit of the model on the Hub. It also applies to the tokenizer, unless `tokenizer` is
             another repository. Not allowed for servers.
         max_concurrent_requests (`int`, *optional*):
-            Maximum number of requests that a server receives at the same time. Defaults to 32. Only for servers.
+            Maximum number of requests that a server receives at the same time. Defaults to 32, and for a server that
+            vLLM starts to 256 or its `--max-num-seqs`. Not allowed for transformers.
+        vllm_args (`str`, *optional*):
+            Arguments of `vllm serve`, quoted as in a shell. Only for vLLM.
 
     Raises:
         ValueError: If an argument is invalid, or does not apply to the backend.
@@ -238,6 +251,7 @@ class ModelSpec:
     adapter: str | None = None
     revision: str | None = None
     max_concurrent_requests: int | None = None
+    vllm_args: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -254,13 +268,12 @@ class ModelSpec:
                 "the backend 'openai' with an address such as http://localhost:8000/v1. For the other backends, "
                 "remove the address."
             )
-        if self.adapter is not None and self.backend != "transformers":
+        if self.adapter is not None and self.backend == "openai":
             raise ValueError(
-                f"The inference backend {self.backend!r} does not load the adapter {self.adapter!r}. Use the backend "
-                "'transformers', merge the adapter into the model, or let the server load the adapter and pass the "
-                "name under which it serves it."
+                f"The inference backend 'openai' does not load the adapter {self.adapter!r}. Use another inference "
+                "backend, or let the server load the adapter and pass the name under which it serves it."
             )
-        self._check_options_of_servers()
+        self._check_options_of_backend()
         for name in ("batch_size", "max_concurrent_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -277,20 +290,25 @@ class ModelSpec:
                 f"files of the run. Remove it, and set the environment variable {self.api_key_env} to the API key."
             )
 
-    def _check_options_of_servers(self) -> None:
-        if self.backend != "openai":
-            if self.max_concurrent_requests is not None:
-                raise ValueError(
-                    f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
-                    f"{self.backend!r}. It applies to servers only. Remove it."
-                )
-            return
-        if self.batch_size is not None:
+    def _check_options_of_backend(self) -> None:
+        if self.backend == "transformers" and self.max_concurrent_requests is not None:
             raise ValueError(
-                f"batch_size={self.batch_size} has no effect on a server, which forms its own batches. Use "
-                "max_concurrent_requests to limit the number of requests that it receives at the same time."
+                f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
+                "'transformers'. It applies to vLLM and servers only. Remove it."
             )
-        if self.revision is not None:
+        if self.backend == "vllm":
+            parse_arguments(self.vllm_args)
+        elif self.vllm_args is not None:
+            raise ValueError(
+                f"vllm_args={self.vllm_args!r} has no effect on the inference backend {self.backend!r}. Remove it, or "
+                "use the backend 'vllm'."
+            )
+        if self.backend != "transformers" and self.batch_size is not None:
+            raise ValueError(
+                f"batch_size={self.batch_size} has no effect on vLLM or a server, which form their own batches. Use "
+                "max_concurrent_requests to limit the number of requests at the same time."
+            )
+        if self.backend == "openai" and self.revision is not None:
             raise ValueError(
                 f"revision={self.revision!r} has no effect on a server, which has already loaded its model. Remove "
                 "it, and start the server with this revision."
