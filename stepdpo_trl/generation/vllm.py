@@ -179,5 +179,5 @@ def _wait_until_ready(servers: Sequence[VLLMServer], name: str) -> None:
             if bar.disable and now - printed >= _SECONDS_BETWEEN_LINES:
                 printed = now
                 tqdm.write(line, file=sys.stderr)
-            time.sleep(0.5)
+            time.sleep(0.2)
     tqdm.write(f"vLLM is ready after {time.monotonic() - started:.0f} s.", file=sys.stderr)

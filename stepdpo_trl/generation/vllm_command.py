@@ -86,15 +86,15 @@ def serve_command(spec: ModelSpec, port: int | str) -> list[str]:
 
 
 def _rank(adapter: str) -> int:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftType
 
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise GenerationError(f"The adapter {adapter!r} cannot be loaded: {error}") from error
-    if config.peft_type != "LORA":
+    if config.peft_type != PeftType.LORA:
         raise GenerationError(
-            f"The adapter {adapter!r} is of type {config.peft_type}, but vLLM loads LoRA adapters only. Merge it into "
+            f"The adapter {adapter!r} is of type {PeftType(config.peft_type).value}, but vLLM loads LoRA adapters only. Merge it into "
             "its base model with `stepdpo merge`, and pass the merged model."
         )
     rank = max(config.r, *config.rank_pattern.values())

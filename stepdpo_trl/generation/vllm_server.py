@@ -102,7 +102,7 @@ class VLLMServer:
 
     def failure(self) -> GenerationError:
         """Return the error for a server that has ended, with vLLM's own message."""
-        status = self.process.wait()
+        status = self._status()
         ended = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
         if status == -signal.SIGKILL:
             ended += ", possibly by the out-of-memory killer (see `dmesg`)"
@@ -111,6 +111,14 @@ class VLLMServer:
             f"vLLM {ended}. Its last message: {message or 'none'}\nThe log is {self.log}. Fix the cause, for example "
             "with --vllm-args, and rerun the same command to resume: completed answers are kept."
         )
+
+    def _status(self) -> int:
+        if self.process.returncode is None:
+            # Not `wait`: as long as the process remains a zombie, no other one gets its id, which names the session
+            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return self.process.returncode
 
     def close(self) -> None:
         """Forget the server, which has ended."""
