@@ -105,7 +105,7 @@ def make_http_client(openai: Any, connections: int) -> Any:
         `AsyncClient`: The client, of the HTTP package that this release of `openai` uses.
     """
 
-    class Client(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
+    class Client(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             response = await super().send(request, stream=True, **options)
             try:
@@ -142,9 +142,12 @@ async def _read(response: Any) -> bytes:
 
 def reason_of(error: BaseException) -> str:
     """Return the innermost reason of an error of the HTTP package, such as `"Connection refused"`."""
-    while inner := error.__cause__ or next(iter(getattr(error, "exceptions", ())), None):
+    while not isinstance(error, ReplyError):
+        inner = error.__cause__ or error.__context__ or next(iter(getattr(error, "exceptions", ())), None)
+        if inner is None:
+            break
         error = inner
-    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno and error.errno > 0:
         return os.strerror(error.errno)  # asyncio has messages of its own
     return str(error) or type(error).__name__
 

@@ -230,7 +230,7 @@ class OpenAIGenerator:
                 return self._send(request, sampling)
             except self._openai.APIStatusError as error:
                 code = error.code if isinstance(error.code, str) else ""
-                message = f"{error.message[:300]} {code[:100]}"
+                message = self._scrub(f"{error.message[:9000]} {code}")[:300]
                 if error.status_code in (400, 413, 422) and _REJECTED_TEXT.search(message):
                     return Completion(message, "refused", 0, 0)
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
@@ -242,7 +242,7 @@ class OpenAIGenerator:
                 trouble = str(error)
             except Exception as error:  # anything that parsing the reply can raise
                 trouble = f"an invalid reply ({type(error).__name__}: {error})"
-            trouble = self._scrub(trouble[:300])
+            trouble = self._scrub(trouble)[:300]
             if attempt < self.tries and not self._stopping.is_set():
                 pause = min(MAX_PAUSE, max(wanted, min(60.0, 0.5 * 2 ** (attempt - 1))))
                 longer = f" (the server asked for {wanted:g} s)" if wanted > pause else ""
@@ -301,7 +301,7 @@ class OpenAIGenerator:
             )
         return self._scrub(
             f"The server at {self.spec.base_url} rejected the request {request.key!r} for {self.spec.model!r} with "
-            f"HTTP {error.status_code}: {str(error.message)[:300]}. {hint}"
+            f"HTTP {error.status_code}: {self._scrub(error.message)[:300]}. {hint}"
         )
 
     def _all_refused(self, request: Request, completion: Completion) -> str:
@@ -312,6 +312,7 @@ class OpenAIGenerator:
 
     def _scrub(self, text: str) -> str:
         """Remove the API key, which servers repeat in their errors, and control characters from a text."""
+        text = text[:10_000]
         if not self._key:
             return printable(text)
         # Some servers repeat only the beginning and the end of the key
