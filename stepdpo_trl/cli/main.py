@@ -1,6 +1,7 @@
 """The command `stepdpo`. Parses arguments and calls the package."""
 
 import argparse
+import gc
 import subprocess
 import sys
 import textwrap
@@ -205,6 +206,7 @@ def _fail(command: str, error: Exception) -> int:
 
 def _interrupted(command: str) -> int:
     report_error(f"\nstepdpo {command}: interrupted. Rerun the same command to resume.")
+    gc.freeze()  # Python would collect the objects of torch and transformers for seconds before it exits
     return 130
 
 

@@ -69,16 +69,29 @@ class EventLoop:
         with self._starting:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(self._loop,), daemon=True).start()
-                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+                thread = threading.Thread(target=_run, args=(self._loop,), daemon=True)
+                thread.start()
+                weakref.finalize(self, _stop, self._loop, thread)
             return self._loop
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
+    loop.run_forever()
+    loop.run_until_complete(_cancel_tasks())
+    loop.close()
+
+
+async def _cancel_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    if thread is not threading.current_thread():
+        thread.join(1)  # otherwise asyncio would complain about cancelled requests
 
 
 async def _limit(awaitable: Awaitable[T], timeout: float) -> T:
