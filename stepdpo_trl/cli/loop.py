@@ -1,6 +1,7 @@
 """The command `loop`. It also takes options of `stepdpo data`, and after `--` options of `stepdpo train`."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
@@ -159,10 +160,29 @@ def _resume(output_dir: Path) -> list[str]:
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
     # With close_fds=False the process inherits the lock of the loop's folder
-    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
-    if done.returncode:
+    process = subprocess.Popen([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        _stop(process, with_children=argv[0] == "train")
+        raise
+    if status:
         raise RunError(
-            f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see its message above. Fix the "
+            f"{folder.name}: `stepdpo {argv[0]}` ended with status {status}; see its message above. Fix the "
             "cause and rerun the same command to resume. To restart this stage with other options, remove "
             f"{folder}."
         )
+
+
+def _stop(process: "subprocess.Popen[bytes]", with_children: bool) -> None:
+    """Stop a part of the loop, which may have received Ctrl-C already. A training consists of several processes."""
+    import psutil
+
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children(recursive=True) if with_children else []
+        for child in children:
+            child.terminate()
+    process.terminate()
+    process.wait()
+    psutil.wait_procs(children, timeout=10)

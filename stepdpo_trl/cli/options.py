@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import BACKENDS, ModelSpec
+from ..generation.addresses import check_address
 from ..runs.run_directory import RunError
 from .console import log_options
 from .parsing import CommandParser
@@ -173,7 +174,7 @@ def model_options(
     )
     add("revision", "Branch, tag or commit of the model on the Hub.", metavar="REVISION")
     add("backend", "Inference backend. vllm starts servers, and stops them at the end.", choices=BACKENDS)
-    add("base_url", "OpenAI-compatible server, such as http://localhost:8000/v1.", metavar="URL")
+    add("base_url", "OpenAI-compatible server, such as http://localhost:8000/v1.", metavar="URL", type=address)
     add("api_key_env", "Environment variable with the API key of the server.", metavar="NAME")
     add("max_concurrent_requests", "Requests sent to the server at the same time.", type=positive, metavar="N")
     add(
@@ -215,6 +216,15 @@ def sampling_options(
     add("top_k", "Number of most likely tokens to sample from; 0 for all.", defaults["top_k"], type=int)
     add("max_new_tokens", "Maximum number of tokens of a solution.", defaults["max_new_tokens"], type=int, metavar="N")
     add("seed", "Random seed.", defaults["seed"], type=int)
+
+
+def address(text: str) -> str:
+    """Parse the address of a server."""
+    try:
+        check_address(text)
+    except ValueError as error:  # argparse would print the text, which may contain a password
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def positive(text: str) -> int:

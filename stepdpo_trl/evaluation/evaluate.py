@@ -74,7 +74,9 @@ def evaluate(
     """
     check_comparison(models, sampling, num_samples)
     for model in models:
-        if model not in session.generators:
+        if model.base_url is not None:
+            session.generator(model).render("", "")  # asks the server before it looks for the tokenizer
+        elif model not in session.generators:
             from ..generation.chat import check_model  # slow: imports transformers
 
             check_model(model)

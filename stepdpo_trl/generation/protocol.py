@@ -7,15 +7,16 @@ created.
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from typing import Any, Protocol, runtime_checkable
 
+from ..data.messages import did_you_mean
+from .addresses import check_address
 from .vllm_arguments import parse_arguments
 
 BACKENDS = ("transformers", "vllm", "openai")
 DEFAULT_BATCH_SIZE = 32  # transformers
 DEFAULT_CONCURRENT_REQUESTS = 32  # servers
+MAX_TOKENS = 10**8  # of one request; a larger number is not a count
 
 
 class GenerationError(Exception):
@@ -53,15 +54,29 @@ class Completion:
             `"stop"` if the model ended the text, `"length"` if it was cut at `max_new_tokens`, `"refused"` if a server
             rejected the prompt for its content or length, or filtered the answer.
         prompt_tokens (`int`):
-            Number of tokens in the prompt.
+            Number of tokens in the prompt. 0 if the server does not report it.
         tokens (`int`):
-            Number of generated tokens.
+            Number of generated tokens. 0 if the server does not report it.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     tokens: int
+
+
+def token_count(reported: Any) -> int:
+    """
+    Return a number of tokens that a server has reported, or 0 (unknown) if it is not a number of tokens.
+
+    Args:
+        reported (`Any`):
+            Part of the server's reply.
+
+    Returns:
+        `int`: The number.
+    """
+    return reported if type(reported) is int and 0 <= reported <= MAX_TOKENS else 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +208,10 @@ class ServerGenerator(Protocol):
         """Return the refusals that `accept` has held back."""
 
     def interrupt(self) -> None:
-        """Do not send requests again that fail from now on."""
+        """Do not send requests again that fail from now on, and end pauses, since the run ends."""
+
+    def abandon(self) -> None:
+        """End all requests at once, without an answer."""
 
 
 @runtime_checkable
@@ -255,13 +273,12 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            nearest = get_close_matches(self.backend, BACKENDS, n=1, cutoff=0)[0]
             raise ValueError(
-                f"The inference backend {self.backend!r} does not exist. Did you mean {nearest!r}? Available: "
-                f"{', '.join(BACKENDS)}."
+                f"The inference backend {self.backend!r} does not exist.{did_you_mean(self.backend, BACKENDS)} "
+                f"Available: {', '.join(BACKENDS)}."
             )
         if self.base_url is not None:
-            self._check_address(self.base_url)
+            check_address(self.base_url)
         if (self.backend == "openai") != (self.base_url is not None):
             raise ValueError(
                 f"The inference backend {self.backend!r} does not match base_url={self.base_url!r}. For a server, use "
@@ -278,17 +295,6 @@ class ModelSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-
-    def _check_address(self, address: str) -> None:
-        # The address is not repeated in these messages: it may contain a password
-        url = urlsplit(address)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError("The server's address is not a URL. Use the form http://localhost:8000/v1.")
-        if url.username or url.password or url.query:
-            raise ValueError(
-                "The server's address contains a user name, a password or a query, which would be written to the "
-                f"files of the run. Remove it, and set the environment variable {self.api_key_env} to the API key."
-            )
 
     def _check_options_of_backend(self) -> None:
         if self.backend == "transformers" and self.max_concurrent_requests is not None:

@@ -68,6 +68,8 @@ class VLLMGenerator:
             except BaseException:
                 self.close()
                 raise
+        for client in self._clients:
+            client.prepare()
 
     def _start(self) -> None:
         ports = free_ports(len(self.groups))
@@ -77,10 +79,9 @@ class VLLMGenerator:
             self._servers.append(VLLMServer(command, group, port, self.folder))
         _wait_until_ready(self._servers, served_model(self.spec).name)
         pauses = [functools.partial(_pause, server) for server in self._servers]
-        clients = [OpenAIGenerator(spec, sleep=pause) for spec, pause in zip(self.server_specs(), pauses, strict=True)]
-        for client in clients:
-            client.prepare()
-        self._clients = clients
+        self._clients = [
+            OpenAIGenerator(spec, sleep=pause) for spec, pause in zip(self.server_specs(), pauses, strict=True)
+        ]
 
     def server_specs(self) -> list[ModelSpec]:
         """Return the model at each of the running servers."""
