@@ -17,8 +17,8 @@ _OWN = {
     **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--served-model-name", "--headless"), ""),
     **dict.fromkeys(("--root-path", "--ssl-keyfile", "--ssl-certfile"), ""),
 }
-# Arguments for hardware, memory and speed. A run may resume with others, since the answers of the model do not depend on
-# them, apart from rounding and from texts that are too long for `--max-model-len`.
+# Arguments for hardware, memory and speed. A run may resume with others: answers do not depend on them, apart from
+# rounding and from texts that are too long for `--max-model-len`.
 _OPERATIONAL = (
     *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
     *("--distributed-executor-backend", "--disable-custom-all-reduce", "--max-parallel-loading-workers"),

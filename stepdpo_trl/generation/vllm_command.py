@@ -94,8 +94,8 @@ def _rank(adapter: str) -> int:
         raise GenerationError(f"The adapter {adapter!r} cannot be loaded: {error}") from error
     if config.peft_type != PeftType.LORA:
         raise GenerationError(
-            f"The adapter {adapter!r} is of type {PeftType(config.peft_type).value}, but vLLM loads LoRA adapters only. Merge it into "
-            "its base model with `stepdpo merge`, and pass the merged model."
+            f"The adapter {adapter!r} is of type {PeftType(config.peft_type).value}, but vLLM loads LoRA adapters "
+            "only. Merge it into its base model with `stepdpo merge`, and pass the merged model."
         )
     rank = max(config.r, *config.rank_pattern.values())
     return next((most for most in _LORA_RANKS if most >= rank), rank)

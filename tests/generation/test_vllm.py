@@ -182,9 +182,9 @@ def test_prompts_are_token_ids_without_another_bos(fake, tmp_path):
 @pytest.mark.parametrize(
     ("failure", "arguments", "message"),
     [
-        ("", "--no-such-argument 3", "ended with status 2. Its last message: vllm: error: unrecognized arguments: --no"),
-        ("out of memory", None, "status 1. Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n"),
-        ("killed", None, "was killed by SIGKILL, possibly by the out-of-memory killer (see `dmesg`). Its last message"),
+        ("", "--no-such-argument 3", "status 2. Its last message: vllm: error: unrecognized arguments: --no-such"),
+        ("out of memory", None, "Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n"),
+        ("killed", None, "was killed by SIGKILL, possibly by the out-of-memory killer (see `dmesg`)."),
         ("dead engine", None, "The engine of vLLM died without a message"),
     ],
 )
@@ -289,7 +289,7 @@ def test_adapters(fake, tmp_path):
 
 def test_adapters_that_vllm_does_not_load(tmp_path):
     adapter = write_adapter(tmp_path / "ia3", peft_type="IA3")
-    with pytest.raises(GenerationError, match="of type IA3, but .* `stepdpo merge`"):
+    with pytest.raises(GenerationError, match=r"of type IA3, but .* `stepdpo merge`"):
         serve_command(ModelSpec(adapter, "vllm"), 1)
 
 
