@@ -13,7 +13,7 @@ import psutil
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """
-    Raise `KeyboardInterrupt` at the first Ctrl-C, SIGTERM or SIGHUP until the context ends, and exit at a second Ctrl-C.
+    Raise `KeyboardInterrupt` at the first Ctrl-C, SIGTERM or SIGHUP until the context ends. Exit at a second Ctrl-C.
 
     A second SIGTERM has no effect, so `stepdpo loop` can send it to a command that has received Ctrl-C as well.
     """

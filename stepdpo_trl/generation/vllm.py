@@ -167,7 +167,8 @@ def _wait_until_ready(servers: Sequence[VLLMServer], name: str) -> None:
     """Wait until all servers accept requests, and print what they do."""
     started = printed = time.monotonic()
     logs = ", ".join(str(server.log) for server in servers)
-    tqdm.write(f"Starting {len(servers)} vLLM server(s) with {name}. Log: {logs}", file=sys.stderr)
+    count = "a vLLM server" if len(servers) == 1 else f"{len(servers)} vLLM servers"
+    tqdm.write(f"Starting {count} with {name}. Log: {logs}", file=sys.stderr)
     with tqdm(bar_format="{desc}", leave=False, disable=None) as bar:
         while waiting := [server for server in servers if not server.is_ready()]:
             for server in servers:
