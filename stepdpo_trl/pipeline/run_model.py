@@ -79,7 +79,6 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
     stored = settings["collect"]["model"]
     model = {**stored, **changes}
-    same = model["backend"] == stored["backend"]
     if model["backend"] == "openai" and "base_url" not in changes:
         if "server" not in settings:
             raise RunError(
@@ -91,7 +90,7 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
             f"{run.path}: using the server at {model['base_url']}, as in `collect`. Pass --base-url to use "
             "another one."
         )
-    elif model["backend"] == "vllm" and same:
+    elif model["backend"] == "vllm" and stored["backend"] == "vllm":
         _check_arguments(run, stored.get("vllm_args"), changes)
         model = {**stored, **settings.get("server", {}), **changes}
     elif model["backend"] != "vllm" and "vllm_args" not in changes:

@@ -127,6 +127,9 @@ def make_eval_parser():
     ("options", "expected"),
     [
         ("--backend vllm", {"backend": "vllm"}),
+        ("--backend vllm --vllm-args=-tp=2", {"vllm_args": "-tp=2"}),
+        ("--backend vllm --vllm-args -dp=2 --baseline-vllm-args --enforce-eager", {"vllm_args": "--enforce-eager"}),
+        ("--backend vllm --vllm-args -tp=2 --baseline-backend transformers", {"vllm_args": None}),
         ("--backend vllm --baseline-backend transformers", {"backend": "transformers"}),
         ("--dtype bfloat16 --batch-size 4 --tokenizer t", {"dtype": "bfloat16", "batch_size": 4, "tokenizer": "t"}),
         ("--dtype bfloat16 --baseline-dtype float32", {"dtype": "float32"}),
@@ -224,7 +227,10 @@ def test_dry_run_of_a_run_that_grows(problems, capsys):
     """Only what is missing is counted."""
     run = problems.parent / "run"
     records = {
-        "settings": [{"key": "collect", "shard": [0, 1]}, {"key": "localize rollout", "num_rollouts": 8}],
+        "settings": [
+            {"key": "collect", "shard": [0, 1], "model": {"model": "m"}},
+            {"key": "localize rollout", "num_rollouts": 8},
+        ],
         "solutions": [{"key": f"s{n}", "outcome": "wrong", "steps": 4} for n in range(3)],
         "verdicts.rollout": [{"key": f"s{n}", "step": 2} for n in range(3)],
         # one correction, found with 4 samples; two; none in 20 samples

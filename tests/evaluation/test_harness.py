@@ -162,15 +162,6 @@ def test_arguments_of_other_inference_backends():
         },
         "batch_size": 1,
     }
-    assert harness.model_arguments(ModelSpec("m", "vllm", dtype="bfloat16"), None) == {
-        "model": "vllm",
-        "model_args": {"pretrained": "m", "dtype": "bfloat16"},
-        "batch_size": "auto",
-    }
-    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2", tokenizer="t"), None)["model_args"]
-    assert arguments == {"pretrained": "m", "dtype": "auto", "tokenizer": "t", "revision": "v2"}
-    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2"), None)["model_args"]
-    assert arguments == {"pretrained": "m", "dtype": "auto", "revision": "v2", "tokenizer_revision": "v2"}
     assert harness.model_arguments(ModelSpec("m", revision="v2"), None)["model_args"]["revision"] == "v2"
     with pytest.raises(RunError, match="--revision v2 and --tokenizer t cannot be combined with --tasks"):
         harness.model_arguments(ModelSpec("m", revision="v2", tokenizer="t"), None)

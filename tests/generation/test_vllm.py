@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 
 pytest.importorskip("openai", reason="needs the extra openai")
@@ -19,35 +18,9 @@ from stepdpo_trl.generation.vllm_command import describe_servers, one_server, se
 from stepdpo_trl.generation.vllm_server import stop_orphans
 from stepdpo_trl.quickstart import MODEL_PATH
 
-from .fake_vllm import install, records
+from ..fake_vllm import records, session_of
 
 MODEL = str(MODEL_PATH)
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """Folder with the records of the fake `vllm`, which is on PATH. No process is left after the test."""
-    monkeypatch.setenv("PATH", str(install(tmp_path)), prepend=os.pathsep)
-    monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    yield tmp_path
-    left = [pid for record in records(tmp_path, "started") for pid in session_of(record["pid"])]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
-    assert not list(tmp_path.rglob("*.pid"))
-
-
-def session_of(leader):
-    """Return the ids of the processes in a session, without zombies."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (OSError, psutil.Error):
-            continue
-    return found
 
 
 def send(generator, count, prompt="What is 6 * 7?"):
@@ -122,17 +95,17 @@ def test_arguments_that_answers_depend_on(arguments, expected):
     assert answer_arguments(arguments) == expected
 
 
-def test_one_server_per_group_of_gpus(fake, monkeypatch, tmp_path):
+def test_one_server_per_group_of_gpus(fake_vllm, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-for-this-server")
     monkeypatch.setenv("VLLM_API_KEY", "sk-other")
     spec = ModelSpec(MODEL, "vllm", vllm_args="--tensor-parallel-size 2 --max-num-seqs 3")
     generator = make_generator(spec, tmp_path / "run")
     assert generator.concurrent == 6
-    assert not records(fake, "started")  # only the first request starts them
+    assert not records(fake_vllm, "started")  # only the first request starts them
     answers = send(generator, 12)
     assert [answer.text.rpartition("{")[2] for answer in answers] == ["42}.", "41}."] * 6
-    started, asked = records(fake, "started"), records(fake, "asked")
+    started, asked = records(fake_vllm, "started"), records(fake_vllm, "asked")
     assert sorted(record["gpus"] for record in started) == ["4,5", "6,7"]
     assert [record["key"] for record in started] == [None, None]
     words = started[0]["words"]
@@ -153,7 +126,7 @@ def test_one_server_per_group_of_gpus(fake, monkeypatch, tmp_path):
     assert "CUDA_VISIBLE_DEVICES=4,5 vllm serve" in logs[0].read_text()
 
 
-def test_prompts_are_token_ids_without_another_bos(fake, tmp_path):
+def test_prompts_are_token_ids_without_another_bos(fake_vllm, tmp_path):
     """The ids are those that the chat template gives, here with a tokenizer that prepends a BOS token to texts."""
     from transformers import AutoTokenizer
 
@@ -174,8 +147,8 @@ def test_prompts_are_token_ids_without_another_bos(fake, tmp_path):
     finally:
         generator.close()
     expected = [[bos, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in ("6>Step 1:", "6>")]
-    assert [request["prompt"] for request in records(fake, "asked")] == expected
-    words = records(fake, "started")[0]["words"]
+    assert [request["prompt"] for request in records(fake_vllm, "asked")] == expected
+    words = records(fake_vllm, "started")[0]["words"]
     assert words[words.index("--tokenizer") + 1] == str(tmp_path / "tokenizer")
 
 
@@ -183,12 +156,17 @@ def test_prompts_are_token_ids_without_another_bos(fake, tmp_path):
     ("failure", "arguments", "message"),
     [
         ("", "--no-such-argument 3", "status 2. Its last message: vllm: error: unrecognized arguments: --no-such"),
-        ("out of memory", None, "Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n"),
+        pytest.param(
+            "out of memory",
+            None,
+            "Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n",
+            marks=pytest.mark.long,
+        ),
         ("killed", None, "was killed by SIGKILL, possibly by the out-of-memory killer (see `dmesg`)."),
-        ("dead engine", None, "The engine of vLLM died without a message"),
+        pytest.param("dead engine", None, "The engine of vLLM died without a message", marks=pytest.mark.long),
     ],
 )
-def test_servers_that_end(fake, tmp_path, monkeypatch, failure, arguments, message):
+def test_servers_that_end(fake_vllm, tmp_path, monkeypatch, failure, arguments, message):
     """The error has vLLM's own message, and no process is left."""
     monkeypatch.setenv("FAKE_VLLM", failure)
     generator = make_generator(ModelSpec(MODEL, "vllm", vllm_args=arguments), tmp_path / "run")
@@ -203,7 +181,7 @@ def test_servers_that_end(fake, tmp_path, monkeypatch, failure, arguments, messa
     assert f"The log is {tmp_path / 'run' / 'vllm-0.log'}." in str(error)
 
 
-def test_ctrl_c_during_the_start(fake, tmp_path, monkeypatch):
+def test_ctrl_c_during_the_start(fake_vllm, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_VLLM", "never ready")
     generator = make_generator(ModelSpec(MODEL, "vllm"), tmp_path)
 
@@ -217,7 +195,7 @@ def test_ctrl_c_during_the_start(fake, tmp_path, monkeypatch):
         generator.prepare()
 
 
-def leave_server(fake, tmp_path, monkeypatch, kill_leader=False):
+def leave_server(fake_vllm, tmp_path, monkeypatch, kill_leader=False):
     """Start a server whose starter is gone, and return the process id of the server."""
     generator = make_generator(ModelSpec(MODEL, "vllm"), tmp_path)
     generator.prepare()
@@ -232,17 +210,17 @@ def leave_server(fake, tmp_path, monkeypatch, kill_leader=False):
     return server
 
 
-@pytest.mark.parametrize("kill_leader", [False, True])
-def test_an_orphan_is_stopped(fake, tmp_path, monkeypatch, caplog, kill_leader):
+@pytest.mark.parametrize("kill_leader", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_an_orphan_is_stopped(fake_vllm, tmp_path, monkeypatch, caplog, kill_leader):
     """Also if only a worker is left, as after a kill of the server's first process."""
-    server = leave_server(fake, tmp_path, monkeypatch, kill_leader)
+    server = leave_server(fake_vllm, tmp_path, monkeypatch, kill_leader)
     assert len(session_of(server.process.pid)) == 2 - kill_leader
     stop_orphans(tmp_path)
     assert not session_of(server.process.pid)
     assert "Stopping a vLLM server" in caplog.text
 
 
-def test_other_processes_are_not_stopped(fake, tmp_path, caplog):
+def test_other_processes_are_not_stopped(fake_vllm, tmp_path, caplog):
     """Neither one that has got the id of a server, nor a server that a running command uses."""
     generator = make_generator(ModelSpec(MODEL, "vllm"), tmp_path)
     generator.prepare()
@@ -270,7 +248,7 @@ def write_adapter(folder, **config):
     return str(folder)
 
 
-def test_adapters(fake, tmp_path):
+def test_adapters(fake_vllm, tmp_path):
     """The folder of an adapter is served on its base model, with the smallest rank that vLLM accepts."""
     adapter = write_adapter(tmp_path / "lora", r=20, rank_pattern={"q_proj": 40})
     passed_alone, on_base = ModelSpec(adapter, "vllm"), ModelSpec(MODEL, "vllm", adapter=adapter)
@@ -284,7 +262,7 @@ def test_adapters(fake, tmp_path):
         assert send(generator, 1)[0].finish_reason == "stop"
     finally:
         generator.close()
-    assert records(fake, "asked")[0]["model"] == adapter
+    assert records(fake_vllm, "asked")[0]["model"] == adapter
 
 
 def test_adapters_that_vllm_does_not_load(tmp_path):

@@ -53,6 +53,25 @@ def install(folder: Path) -> Path:
     return command.parent
 
 
+def session_of(leader: int) -> list[int]:
+    """Return the ids of the processes in the session of a server, without zombies."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def left_processes(folder: Path) -> list[int]:
+    """Return the ids of all processes of all servers that run."""
+    return [pid for started in records(folder, "started") for pid in session_of(started["pid"])]
+
+
 def records(folder: Path, kind: str) -> list[dict]:
     """Return the records of a kind, `started` or `asked`."""
     file = folder / "records.jsonl"
