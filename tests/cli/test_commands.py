@@ -228,7 +228,7 @@ def test_dry_run_of_a_run_that_grows(problems, capsys):
     run = problems.parent / "run"
     records = {
         "settings": [
-            {"key": "collect", "shard": [0, 1], "model": {"model": "m"}},
+            {"key": "collect", "shard": [0, 1], "model": {"model": "m", "backend": "transformers"}},
             {"key": "localize rollout", "num_rollouts": 8},
         ],
         "solutions": [{"key": f"s{n}", "outcome": "wrong", "steps": 4} for n in range(3)],

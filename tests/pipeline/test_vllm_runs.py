@@ -12,12 +12,14 @@ import pytest
 pytest.importorskip("openai", reason="needs the extra openai")
 
 from stepdpo_trl.cli.main import main
+from stepdpo_trl.data.answers import check_answer
 from stepdpo_trl.data.prompts import StepPrompt
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH
+from stepdpo_trl.runs.run_directory import RunError
 
 from ..fake_vllm import left_processes, records, session_of
 
@@ -42,13 +44,51 @@ def words_of(folder):
     return [record["words"] for record in records(folder, "started")]
 
 
-def test_a_run_remembers_vllm_and_its_arguments(fake_vllm, problems, capsys, tmp_path):
+class Checker:
+    """Answer checker without worker processes."""
+
+    def check(self, answers):
+        return [check_answer(*pair) for pair in answers]
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_run_remembers_vllm_and_its_arguments(fake_vllm, tmp_path):
     """Later stages start the same servers. Arguments for hardware may change, those that change answers may not."""
+    run, problems = tmp_path / "run", [Problem(str(number), f"Problem {number}?", "42") for number in range(4)]
+    prompt = StepPrompt("{{ problem }}", "Step 1:")
+
+    def collect(vllm_args):
+        with Session(checker=Checker()) as session:
+            session.collect(
+                run, problems, "p", ModelSpec(MODEL, "vllm", vllm_args=vllm_args), prompt, Sampling(), num_samples=2
+            )
+
+    def localize(**changes):
+        with Session(checker=Checker()) as session:
+            session.localize(run, "rollout", JudgeOptions(4), changes)
+
+    collect("--quantization fp8 --tensor-parallel-size 1")
+    localize(max_concurrent_requests=3)
+    assert [words[-4:] for words in words_of(fake_vllm)] == [
+        ["--quantization", "fp8", "--tensor-parallel-size", "1"]
+    ] * 2
+    with pytest.raises(RunError, match=r"contain --quantization fp8 besides .*, now it is --quantization awq"):
+        localize(vllm_args="--quantization awq")
+    with pytest.raises(RunError, match=r"vllm_args: '--quantization fp8' in this run, '--quantization awq' now"):
+        collect("--quantization awq")
+    localize(vllm_args="--quantization fp8 --enforce-eager")  # complete, so no server starts
+    assert len(words_of(fake_vllm)) == 2
+
+
+@pytest.mark.long
+def test_commands_remember_vllm(fake_vllm, problems, capsys, tmp_path):
     run = tmp_path / "run"
     assert main(collect(problems, run, "--vllm-args", "--quantization fp8 --tensor-parallel-size 1")) == 0
     assert main(["localize", str(run), "--judge", "rollout", "--num-rollouts", "4"]) == 0
     assert main(["rectify", str(run), "--vllm-args", "--max-num-seqs 2 --quantization fp8"]) == 0
-    assert "corrected" in capsys.readouterr().out or (run / "corrections.rollout.jsonl").read_text()
+    assert (run / "corrections.rollout.jsonl").read_text()
     tails = [words[-4:] for words in words_of(fake_vllm)]
     assert tails[:2] == [["--quantization", "fp8", "--tensor-parallel-size", "1"]] * 2
     assert tails[2] == ["--max-num-seqs", "2", "--quantization", "fp8"]
@@ -79,7 +119,8 @@ def test_dry_run_prints_the_command_lines(fake_vllm, problems, capsys, tmp_path,
     assert not words_of(fake_vllm)
 
 
-@pytest.mark.parametrize("failure", ["killed", pytest.param("dead engine", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("failure", ["killed", "dead engine"])
 def test_a_server_that_dies_ends_the_command(fake_vllm, problems, capsys, tmp_path, monkeypatch, failure):
     """The error has vLLM's message and no traceback. The same command resumes with the result of an unhurt run."""
     monkeypatch.setenv("FAKE_VLLM", failure)
