@@ -95,7 +95,7 @@ class ModelDefaults:
     backend: str = "transformers, or openai with a base URL"
     base_url: str = ""
     api_key_env: str = "OPENAI_API_KEY"
-    max_concurrent_requests: str = "32; per vLLM server 256 or its --max-num-seqs"
+    max_concurrent_requests: str = "32, and 256 with vllm"
     vllm_args: str = ""
     tokenizer: str = "the model's"
     batch_size: str = "32"

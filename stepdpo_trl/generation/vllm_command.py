@@ -97,7 +97,7 @@ def _rank(adapter: str) -> int:
             f"The adapter {adapter!r} is of type {PeftType(config.peft_type).value}, but vLLM loads LoRA adapters "
             "only. Merge it into its base model with `stepdpo merge`, and pass the merged model."
         )
-    rank = max(config.r, *config.rank_pattern.values())
+    rank = max([config.r, *config.rank_pattern.values()])
     return next((most for most in _LORA_RANKS if most >= rank), rank)
 
 

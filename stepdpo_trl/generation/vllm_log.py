@@ -9,6 +9,7 @@ _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) ?)?(?:(?:DEBUG|INFO|WARNING|ERROR|CRI
 _ERROR = re.compile(r"^(?:vllm[\w ]*: error: |[\w.]+(?:Error|Exception|Interrupt)(?:: |$))")
 # Errors that only refer to another one
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc initialization failed")
+_DETAILS = re.compile(r" \[type=\w+, input_value=.*")  # of validation errors
 _MOST = 3  # errors that are shown
 _DEAD_ENGINE = (
     "The engine of vLLM died without a message, as it does if the out-of-memory killer ends it (see `dmesg`)."
@@ -52,6 +53,7 @@ def error_in(log: Path, start: int) -> str:
             # Validation errors continue in indented lines
             more = [text.strip() for text in lines[number + 1 : number + 3] if text.startswith("  ")]
             message = " ".join([line, *(text for text in more if not text.startswith(("File ", "For further")))])
+            message = _DETAILS.sub("", message)
             if message not in found:
                 found.append(message)
     causes = [message for message in found if not _CONSEQUENCE.search(message)]

@@ -265,6 +265,12 @@ def test_adapters(fake_vllm, tmp_path):
     assert records(fake_vllm, "asked")[0]["model"] == adapter
 
 
+@pytest.mark.parametrize(("rank", "accepted"), [(1, "8"), (64, "64"), (65, "128"), (600, "600")])
+def test_ranks_of_adapters(tmp_path, rank, accepted):
+    words = serve_command(ModelSpec(write_adapter(tmp_path / "lora", r=rank), "vllm"), 1)
+    assert words[words.index("--max-lora-rank") + 1] == accepted
+
+
 def test_adapters_that_vllm_does_not_load(tmp_path):
     adapter = write_adapter(tmp_path / "ia3", peft_type="IA3")
     with pytest.raises(GenerationError, match=r"of type IA3, but .* `stepdpo merge`"):
