@@ -19,7 +19,7 @@ _OWN = {
 }
 # Arguments for hardware, memory and speed. A run may resume with others: answers do not depend on them, apart from
 # rounding and from texts that are too long for `--max-model-len`.
-_OPERATIONAL = (
+OPERATIONAL = (
     *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
     *("--distributed-executor-backend", "--disable-custom-all-reduce", "--max-parallel-loading-workers"),
     *("--enable-expert-parallel", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--swap-space"),
@@ -124,7 +124,7 @@ def answer_arguments(text: str | None) -> str | None:
     operational = False
     for word in _dashed(shlex.split(text or "")):
         if word.startswith("-") and not word[1:2].isdigit():  # a negative number is a value
-            operational = word.partition("=")[0].partition(".")[0] in _OPERATIONAL
+            operational = word.partition("=")[0].partition(".")[0] in OPERATIONAL
         if not operational:
             kept.append(word)
     return shlex.join(kept) or None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from stepdpo_trl.quickstart import MODEL_PATH
 from stepdpo_trl.runs.run_directory import RunError
 
 from ..fake_vllm import left_processes, records, session_of
+from ..test_docs import RECIPES, commands
 
 MODEL = str(MODEL_PATH)
 RESULTS = ("generations.policy.jsonl", "solutions.jsonl", "checks.jsonl")
@@ -248,6 +250,24 @@ def test_the_loop_stops_its_servers(fake_vllm, problems, tmp_path, number):
     assert process.returncode == 130
     assert not left_processes(fake_vllm)
     assert words_of(fake_vllm)[0][-1] == "--enforce-eager"
+
+
+@pytest.mark.long
+def test_the_72b_pipeline_of_the_recipes(fake_vllm, problems, tmp_path, monkeypatch):
+    """The commands of recipes/README.md use eight GPUs as two groups of four."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"problem": "Another problem?", "answer": "42"}))
+    shutil.copytree(MODEL, tmp_path / "outputs" / "qwen2-72b-step-dpo")  # stands in for the training
+    found = [words[1:] for words in commands(RECIPES) if "72b" in " ".join(words) and words[0] == "stepdpo"]
+    assert [words[0] for words in found] == ["collect", "collect", "localize", "rectify", "build", "report", "eval"]
+    for words in found:
+        assert main([MODEL if word == "Qwen/Qwen2-72B-Instruct" else word for word in words]) == 0
+    started = records(fake_vllm, "started")
+    # collect, rectify and both models of eval: the wrong equations need no rollouts
+    assert sorted(record["gpus"] for record in started) == ["0,1,2,3"] * 4 + ["4,5,6,7"] * 4
+    assert all(record["words"][-3:] == ["4", "--max-model-len", "4096"] for record in started)
+    assert len((tmp_path / "pairs-72b.jsonl").read_text().splitlines()) > 0
 
 
 @pytest.mark.long
