@@ -101,7 +101,7 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
 def _check_arguments(run: RunDirectory, stored: str | None, changes: Mapping[str, Any]) -> None:
     if "vllm_args" in changes and (now := answer_arguments(changes["vllm_args"])) != stored:
         raise RunError(
-            f"--vllm-args differ from those of `collect` in {run.path}: {stored or 'none'} there, {now or 'none'} now, "
-            "without those for hardware and speed. The answers of the model may depend on them. Pass those of "
+            f"--vllm-args differ from those of `collect` in {run.path}: {stored or 'none'} there, {now or 'none'} "
+            "now, without those for hardware and speed. The answers of the model may depend on them. Pass those of "
             "`collect`, or use another folder."
         )
