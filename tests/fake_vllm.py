@@ -98,7 +98,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.reply(200, {})
         else:
-            self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in NAMES]})
+            self.reply(
+                200,
+                {"object": "list", "data": [{"id": name, "object": "model", "max_model_len": 512} for name in NAMES]},
+            )
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -104,7 +104,7 @@ def evaluate_tasks(
         for task in tasks:
             if task.name in done:
                 continue
-            arguments = arguments or model_arguments(_served(model, path, servers), batch_size)
+            arguments = arguments or _arguments(model, batch_size, path, servers)
             found = simple_evaluate(
                 **arguments,
                 tasks=[task.name],
@@ -132,17 +132,20 @@ def evaluate_tasks(
     return results
 
 
-def _served(model: ModelSpec, path: Path, servers: ExitStack) -> ModelSpec:
-    """Return the model, or with vLLM the model at a server that runs until `servers` is closed."""
+def _arguments(model: ModelSpec, batch_size: int | None, path: Path, servers: ExitStack) -> dict[str, Any]:
+    """Return the arguments of `simple_evaluate`. With vLLM, a server is started, which ends with `servers`."""
     if model.backend != "vllm":
-        return model
+        return model_arguments(model, batch_size)
     from ..generation.vllm import VLLMGenerator
     from ..generation.vllm_command import one_server
 
     generator = VLLMGenerator(one_server(model), path)  # lm-evaluation-harness has one address
     servers.callback(generator.close)
     generator.prepare()
-    return replace(generator.server_specs()[0], api_key_env="OPENAI_API_KEY")
+    arguments = model_arguments(replace(generator.server_specs()[0], api_key_env="OPENAI_API_KEY"), None)
+    # lm-evaluation-harness would cut few-shot prompts to 2048 tokens
+    arguments["model_args"]["max_length"] = generator.max_length()
+    return arguments
 
 
 def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -73,10 +74,15 @@ class VLLMServer:
                 env=environment,
                 start_new_session=True,
             )
-        self.started = psutil.Process(self.process.pid).create_time()
-        owner = {"owner": os.getpid(), "owner_started": psutil.Process().create_time(), "host": platform.node()}
-        record = {"server": self.process.pid, "started": self.started, **owner}
-        write_atomically(self._pid_file, json.dumps(record) + "\n")
+        try:
+            self.started = psutil.Process(self.process.pid).create_time()
+            owner = {"owner": os.getpid(), "owner_started": psutil.Process().create_time(), "host": platform.node()}
+            record = {"server": self.process.pid, "started": self.started, **owner}
+            write_atomically(self._pid_file, json.dumps(record) + "\n")
+        except BaseException:  # such as a full disk
+            self.process.kill()
+            self.process.wait()
+            raise
 
     @property
     def address(self) -> str:
@@ -86,11 +92,19 @@ class VLLMServer:
     def is_ready(self) -> bool:
         """Return whether the server accepts requests."""
         try:
-            # Without the proxies of the environment
-            with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except (OSError, ValueError):
+            self._get("/health")
+        except (OSError, HTTPException):
             return False
+        return True
+
+    def max_length(self) -> int:
+        """Return the maximum number of tokens of a prompt with its completion."""
+        return int(json.loads(self._get("/v1/models"))["data"][0]["max_model_len"])
+
+    def _get(self, path: str) -> bytes:
+        # Without the proxies of the environment
+        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as reply:
+            return bytes(reply.read())
 
     def is_running(self) -> bool:
         """Return whether the server has not ended."""

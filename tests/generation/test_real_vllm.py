@@ -91,7 +91,7 @@ def test_greedy_answers_are_those_of_transformers(arguments, problems, tmp_path)
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LoraConfig(r=12, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = LoraConfig(r=12, lora_alpha=24, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL_PATH), config)
     adapted.save_pretrained(tmp_path / "lora")
     command = ["eval", "--model", str(tmp_path / "lora"), "--baseline", str(MODEL_PATH), "--dtype", "float32"]
@@ -99,7 +99,7 @@ def test_greedy_answers_are_those_of_transformers(arguments, problems, tmp_path)
     assert main([*command, str(tmp_path / "vllm"), "--backend", "vllm", "--vllm-args", arguments]) == 0
     assert main([*command, str(tmp_path / "transformers")]) == 0
     served, expected = texts(tmp_path / "vllm"), texts(tmp_path / "transformers")
-    assert expected[0] != expected[1]
+    assert sum(pair[0] != pair[1] for pair in zip(*expected, strict=True)) >= 4
     for found, right in zip(served, expected, strict=True):
         # Rounding may decide between two tokens that are about equally likely
         assert sum(pair[0] == pair[1] for pair in zip(found, right, strict=True)) >= 15
