@@ -147,6 +147,7 @@ def main():
     print("(APIServer pid=6) INFO 11-25 01:14:06 [entry.py:1] Loading weights", flush=True)
     if FAILURE == "never ready":
         time.sleep(600)
+    ThreadingHTTPServer.request_queue_size = 512
     server = ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler)
     server.daemon_threads = True
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # leaves its worker to the one who stops it

@@ -282,7 +282,9 @@ def model_changes(args: argparse.Namespace, prefix: str = "", of_run: bool = Fal
     given = {name: getattr(args, f"{prefix}{name}", None) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     server = "base_url" in given
-    reasons = {name: "at a server, which has loaded its model" for name in ("dtype", "revision") if server}
+    reasons = {
+        name: "at a server, which has loaded its model" for name in ("dtype", "revision", "vllm_args") if server
+    }
     if server:
         limit = f"--{prefix}max-concurrent-requests".replace("_", "-")
         reasons["batch_size"] = f"at a server, which makes its own batches. To limit the requests, use {limit}"

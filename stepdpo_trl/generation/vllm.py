@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import sys
 import threading
 import time
@@ -180,7 +181,8 @@ def _wait_until_ready(servers: Sequence[VLLMServer], name: str) -> None:
                     raise server.failure()
             now = time.monotonic()
             ready = f"{len(servers) - len(waiting)} of {len(servers)} ready, {now - started:.0f} s"
-            line = f"vLLM: {ready}: {waiting[0].last_line()}"[:100]
+            line = f"vLLM: {ready}: {waiting[0].last_line()}"
+            line = line[: shutil.get_terminal_size((120, 24)).columns - 1]
             bar.set_description_str(line)
             if bar.disable and now - printed >= _SECONDS_BETWEEN_LINES:
                 printed = now

@@ -123,10 +123,12 @@ def answer_arguments(text: str | None) -> str | None:
     kept: list[str] = []
     operational = False
     for word in _dashed(shlex.split(text or "")):
-        if word.startswith("-") and not word[1:2].isdigit():  # a negative number is a value
-            operational = word.partition("=")[0].partition(".")[0] in OPERATIONAL
+        is_option = word.startswith("-") and not word[1:2].isdigit()  # a negative number is a value
+        name, _, value = word.partition("=") if is_option else (word, "", "")
+        if is_option:
+            operational = name.partition(".")[0] in OPERATIONAL
         if not operational:
-            kept.append(word)
+            kept += [name, value] if value else [name]
     return shlex.join(kept) or None
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ..data.messages import printable
+
 TAIL = 2**16  # bytes at the end of a log that are searched for an error
 # `(EngineCore pid=7) ERROR 11-25 01:14:06 [core.py:12] ` at the beginning of a line
 _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) ?)?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^]]*\] ?)?")
@@ -69,8 +71,8 @@ def _lines(log: Path, start: int, most: int) -> list[str]:
         with log.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(start, size - most))
-            content = file.read().decode("utf-8", "replace")
+            content = printable(file.read().decode("utf-8", "replace").replace("\r", "\n"))
     except OSError:
         return []
     # Progress bars of vLLM return to the beginning of the line
-    return [line for text in re.split(r"[\r\n]+", content) if (line := _PREFIX.sub("", text).rstrip())]
+    return [line for text in content.split("\n") if (line := _PREFIX.sub("", text).rstrip())]

@@ -87,7 +87,7 @@ def test_too_few_gpus():
         (None, None),
         ("-tp 4 --gpu_memory_utilization 0.8 --max-model-len=8192 --enforce-eager", None),
         ("--quantization fp8 -tp 4", "--quantization fp8"),
-        ("--kv_cache_dtype=fp8 --max-num-seqs 64 --seed -1", "--kv-cache-dtype=fp8 --seed -1"),
+        ("--kv_cache_dtype=fp8 --max-num-seqs 64 --seed -1", "--kv-cache-dtype fp8 --seed -1"),
         ("--compilation-config.level 3 --hf-overrides '{\"a\": 1}'", "--hf-overrides '{\"a\": 1}'"),
     ],
 )
