@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from ..generation.merging import merge_adapter
 from ..generation.model_folders import fingerprint
 from ..pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
@@ -159,13 +161,7 @@ def _resume(output_dir: Path) -> list[str]:
 
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
-    # With close_fds=False the process inherits the lock of the loop's folder
-    process = subprocess.Popen([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        _stop(process, with_children=argv[0] == "train")
-        raise
+    status = _run_process([sys.executable, "-m", "stepdpo_trl.cli.main", *argv])
     if status:
         raise RunError(
             f"{folder.name}: `stepdpo {argv[0]}` ended with status {status}; see its message above. Fix the "
@@ -174,15 +170,24 @@ def _run(folder: Path, argv: list[str]) -> None:
         )
 
 
-def _stop(process: "subprocess.Popen[bytes]", with_children: bool) -> None:
-    """Stop a part of the loop, which may have received Ctrl-C already. A training consists of several processes."""
-    import psutil
+def _run_process(command: list[str]) -> int:
+    """Run a part of the loop and return its status. It also stops at Ctrl-C or SIGTERM."""
+    # With close_fds=False the process inherits the lock of the loop's folder
+    process = subprocess.Popen(command, close_fds=False)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # A training consists of several processes. A second signal has no effect on `stepdpo data`.
+        children = _children(process.pid) if "train" in command else []
+        for each in (*children, process):
+            with contextlib.suppress(psutil.Error):
+                each.terminate()
+        process.wait()
+        psutil.wait_procs(children, timeout=10)
+        raise
 
-    children: list[psutil.Process] = []
+
+def _children(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
-        children = psutil.Process(process.pid).children(recursive=True) if with_children else []
-        for child in children:
-            child.terminate()
-    process.terminate()
-    process.wait()
-    psutil.wait_procs(children, timeout=10)
+        return psutil.Process(pid).children(recursive=True)
+    return []

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
 from types import TracebackType
 
 from pebble import ProcessExpired, ProcessPool
@@ -124,6 +125,7 @@ class AnswerChecker:
         Returns:
             `list[Check]`: The results, in the order of `answers`.
         """
+        _start_forkserver()
         limit = self.time_limit
         futures = [self.pool.schedule(_limited_check, args=(*pair, limit), timeout=limit) for pair in answers]
         checks = []
@@ -135,6 +137,16 @@ class AnswerChecker:
             except ProcessExpired as error:
                 checks.append(Check(UNREADABLE, reason=f"the checking process died (exit code {error.exitcode})"))
         return checks
+
+
+def _start_forkserver() -> None:
+    """Start the process that forks the workers, unless it runs. Ctrl-C must not interrupt its imports."""
+    resource_tracker.ensure_running()  # unblocks the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_golds(checker: AnswerChecker, golds: Sequence[str]) -> list[int]:
