@@ -39,14 +39,16 @@ def arguments(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS")  # set for the other tests
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = {process.pid for process in vllm_processes()}
+    monkeypatch.chdir(tmp_path)
     yield "--enforce-eager --max-num-seqs 32" + ("" if torch.cuda.is_available() else ON_CPU)
-    assert not [process for process in vllm_processes() if process.pid not in before]
+    assert not processes_in(tmp_path)
     assert not list(tmp_path.rglob("*.pid"))
 
 
-def vllm_processes():
-    return [p for p in psutil.process_iter(["cmdline"]) if "vllm" in " ".join(p.info["cmdline"] or ()).lower()]
+def processes_in(folder):
+    """Return the processes whose working directory is a folder, apart from this one and its answer checkers."""
+    found = [process for process in psutil.process_iter(["cwd", "cmdline"]) if process.info["cwd"] == str(folder)]
+    return [p for p in found if p.pid != os.getpid() and "multiprocessing" not in " ".join(p.info["cmdline"])]
 
 
 @pytest.fixture
