@@ -229,7 +229,9 @@ def test_control_characters_do_not_reach_messages(server, caplog):
     assert "\\x1b[31mred\\x1b]0;title\\x07\\x9b31m\\u202e" in text
 
 
-@pytest.mark.parametrize("reported", ["3", float("nan"), float("inf"), [3], {}, -1, True, 3.0, 10**12, None, "x" * 10])
+@pytest.mark.parametrize(
+    "reported", ["3", float("nan"), float("inf"), [3], {}, -1, True, 3.0, 10**12, None, "x" * 10]
+)
 def test_token_counts_that_are_none_are_unknown(server, reported):
     assert token_count(reported) == 0
     usage = {"prompt_tokens": reported, "completion_tokens": reported}
@@ -354,9 +356,7 @@ def test_a_server_that_restarts_too_late(server, tmp_path):
 
     port, pauses = server.http.server_address[1], []
     server.script = ["ok", "ok", "ok", stop, "nothing"]
-    with pytest.raises(
-        GenerationError, match=r"did not answer the request .* \(Connection refused\)\. Check the server"
-    ):
+    with pytest.raises(GenerationError, match=r"did not answer the request .* \(Connection refused\)\. Check the server"):
         run(pauses)
     assert 7 <= len(pauses) <= 14
     stored = len(Log(tmp_path / "answers.jsonl"))
