@@ -31,7 +31,7 @@ def test_other_names_without_a_suggestion():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Überraschung: 数学, 7 € × 3\n\tπ ≈ 3", None),
+        ("Überraschung: 数学, 7 € * 3\n\tπ ≈ 3", None),
         ("\x1b[31m\x1b]52;c;x\x07", "\\x1b[31m\\x1b]52;c;x\\x07"),
         ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
         ("\u202eabc\u200b", "\\u202eabc\\u200b"),
