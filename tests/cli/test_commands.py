@@ -34,6 +34,20 @@ def problems(tmp_path):
     return path
 
 
+def test_messages_with_control_characters(tmp_path, capfd, monkeypatch):
+    """Neither the terminal nor the log file receives what a server or a file puts into a message."""
+
+    def fail(args):
+        logging.getLogger("stepdpo_trl").warning("from a server: \x1b[31m\x9b")
+        raise GenerationError("from a server: \x1b]0;title\x07")
+
+    monkeypatch.setattr("stepdpo_trl.cli.env._env", fail)
+    assert main(["env", "--log-file", str(tmp_path / "log")]) == 2
+    printed = capfd.readouterr().err + (tmp_path / "log").read_text()
+    assert printed.count("from a server: \\x1b[31m\\x9b") == printed.count("\\x1b]0;title\\x07") == 2
+    assert not set("\x1b\x9b\x07") & set(printed)
+
+
 @pytest.fixture
 def no_models(monkeypatch):
     """Fail if a model is loaded."""
