@@ -1,10 +1,12 @@
 import gc
 import os
+import signal
 
 import pytest
 import torch
 from hypothesis import settings
 
+from .fake_vllm import install, left_processes
 from .tiny import CHATML, byte_level_tokenizer, save_tiny_model
 
 # The matrices are so small that one thread is fastest. Subprocesses inherit the environment variable.
@@ -40,3 +42,17 @@ def chat_model(tmp_path_factory):
 def plain_model(tmp_path_factory):
     """Path of a tiny model whose tokenizer has no chat template."""
     return save_tiny_model(tmp_path_factory.mktemp("plain-model"), byte_level_tokenizer())
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """Folder with the records of a fake `vllm`, which is on PATH. No process may be left after the test."""
+    monkeypatch.setenv("PATH", str(install(tmp_path)), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_VLLM_DIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    yield tmp_path
+    left = left_processes(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    assert not list(tmp_path.rglob("*.pid"))

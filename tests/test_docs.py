@@ -12,6 +12,7 @@ import pytest
 from stepdpo_trl.cli import main as cli
 from stepdpo_trl.cli.loop import make_parser as loop_parser
 from stepdpo_trl.cli.train import launcher_options, make_parser, parse_arguments
+from stepdpo_trl.generation.vllm_arguments import OPERATIONAL
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 
 from .evaluation.test_harness import stand_in_harness
@@ -23,6 +24,8 @@ DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", RECIPES, *GUIDES, *(ROOT / "examp
 MODELS = re.compile(r"^Qwen/[\w.-]+$")
 # The small model needs the prompt of its pretraining. Its answers are short, so fewer tokens save time
 ASKING = ("--prompt", "plain", "--max-new-tokens", "96")
+# Options of `vllm serve`, which the guides mention as parts of --vllm-args
+VLLM = {f"--{name}" for name in ("quantization", "generation-config", "enable-lora", "lora-modules")} | {*OPERATIONAL}
 SAMPLED = (*ASKING, "--temperature", "1", "--top-p", "1", "--num-samples", "3")
 QUICK = {"collect": SAMPLED, "data": SAMPLED, "eval": ASKING}
 CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -160,6 +163,7 @@ def test_options_in_the_text_exist(file):
         *loop_parser()._option_string_actions,
         *launcher_options(),
         "--config",
+        *VLLM,
     }
     text = re.sub(r"^ *```.*?^ *```", "", file.read_text(), flags=re.S | re.M)
     named = {name for code in re.findall(r"`([^`]+)`", text) for name in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..data.messages import printable
+
 LEVELS = ("debug", "info", "warning", "error")
 
 logger = logging.getLogger("stepdpo_trl")
@@ -17,6 +19,13 @@ def log_options(parser: argparse.ArgumentParser) -> None:
     """Add `--log-level` and `--log-file`."""
     parser.add_argument("--log-level", choices=LEVELS, default="warning", help="Least severe messages to print.")
     parser.add_argument("--log-file", metavar="FILE", help="Append the messages to this file, with time and level.")
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Formatter that escapes control characters: messages may quote a server, a model or a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _TerminalHandler(logging.Handler):
@@ -44,9 +53,10 @@ def logging_to(level: str | None, file: str | None) -> Iterator[None]:
         OSError: If the file cannot be written.
     """
     handlers: list[logging.Handler] = [_TerminalHandler()]
+    handlers[0].setFormatter(_PrintableFormatter())
     if file is not None:
         to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        to_file.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(to_file)
     before = logger.level
     logger.setLevel((level if level in LEVELS else "warning").upper())
@@ -62,8 +72,8 @@ def logging_to(level: str | None, file: str | None) -> Iterator[None]:
 
 
 def report_error(message: str) -> None:
-    """Print an error to stderr as it is, and write it to the log file."""
-    print(message, file=sys.stderr)
+    """Print an error to stderr, and write it to the log file."""
+    print(printable(message), file=sys.stderr)
     if logger.handlers:  # otherwise Python would print the record a second time
         logger.error(message, extra={"printed": True})
 

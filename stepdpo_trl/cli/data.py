@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_atomically
-from ..generation import Sampling
+from ..generation import ModelSpec, Sampling
 from ..pipeline.judges.expressions import parse_judges
 from ..pipeline.policy import resolve_step_prompt
 from ..pipeline.records import Problem, count_line, describe_source, read_texts
-from ..runs.run_directory import RunError
+from ..runs.run_directory import RunDirectory, RunError
 from .data_options import add_build, add_collect, add_data, add_import, add_localize, add_rectify, add_report
-from .dry_run import estimate
+from .dry_run import estimate, show_servers
 from .options import model_changes, model_spec, text_of
 from .problems import load_training_problems
 
@@ -141,7 +141,7 @@ def _collect(args: argparse.Namespace) -> None:
     problems = load_training_problems(args.problems, args.limit)
     work = _collect_work(args, problems)
     if args.dry_run:
-        print(estimate(args, _paths(args, args.output_dir), ["collect"], len(problems)))
+        _print_estimate(args, args.output_dir, ["collect"], len(problems))
         return
     _each(args, args.output_dir, "collect", work)
 
@@ -150,7 +150,7 @@ def _localize(args: argparse.Namespace) -> None:
     work = _localize_work(args, model_changes(args, of_run=True))
     _judges(args).check_used(_names(args.judge))
     if args.dry_run:
-        print(estimate(args, _paths(args, args.run), ["localize"]))
+        _print_estimate(args, args.run, ["localize"])
         return
     _each(args, args.run, "localize", work)
 
@@ -159,13 +159,33 @@ def _rectify(args: argparse.Namespace) -> None:
     work = _rectify_work(args, model_changes(args, of_run=True))
     _judges(args).check_used(_names(args.check))
     if args.dry_run:
-        print(estimate(args, _paths(args, args.run), ["rectify"]))
+        _print_estimate(args, args.run, ["rectify"])
         return
     _each(args, args.run, "rectify", work)
 
 
 def _paths(args: argparse.Namespace, path: str) -> list[Path]:
     return [folder for folder, _ in _folders(args, path)]
+
+
+def _print_estimate(args: argparse.Namespace, path: str, stages: list[str], problems: int = 0) -> None:
+    paths = _paths(args, path)
+    print(estimate(args, paths, stages, problems) + show_servers(_models(args, paths[0], stages)))
+
+
+def _models(args: argparse.Namespace, path: Path, stages: list[str]) -> list[ModelSpec]:
+    """Return the models that pipeline stages use."""
+    localizes, rectifies = "localize" in stages, "rectify" in stages
+    judges = (_names(args.judge) if localizes else []) + (_names(args.check) if rectifies else [])
+    judge = model_spec(args, "judge_") if "llm" in judges else None
+    rectifier = model_spec(args, "rectifier_", "--rectifier") if rectifies else None
+    policy = model_spec(args) if "collect" in stages else None
+    if policy is None and ("rollout" in judges or (rectifies and rectifier is None)):
+        from ..pipeline.run_model import model_of_run
+
+        with RunDirectory(path) as run:
+            policy = model_of_run(run, model_changes(args, of_run=True))
+    return [model for model in (policy, judge, rectifier) if model is not None]
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -193,7 +213,6 @@ def _build(args: argparse.Namespace) -> None:
 
 def _score(name: str, rows: list[dict[str, Any]]) -> None:
     """Add log-probabilities to step pairs, with the tokens of the trainer."""
-    from ..generation import ModelSpec
     from ..generation.transformers import TransformersGenerator
     from ..pipeline.logps import add_logps
     from ..step_dpo.tokenization import StepTokenizer
@@ -221,7 +240,7 @@ def _data(args: argparse.Namespace) -> None:
     if args.dry_run:
         for path in _paths(args, args.output_dir):
             check_settings(path)
-        print(estimate(args, _paths(args, args.output_dir), ["collect", "localize", "rectify"], len(problems)))
+        _print_estimate(args, args.output_dir, ["collect", "localize", "rectify"], len(problems))
         return
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..data.answers import WRONG
+from ..generation import ModelSpec
 from ..pipeline.judges.expressions import canonical, parse_judges
 from ..pipeline.names import model_file_name
 from ..runs.run_directory import RunDirectory
@@ -225,3 +226,20 @@ def estimate_eval(problems: int, num_samples: int, models: Sequence[str], max_ne
             "Existing answers in the output folder are not requested again.",
         ]
     )
+
+
+def show_servers(models: Iterable[ModelSpec]) -> str:
+    """
+    Return the command lines of the vLLM servers that a command would start.
+
+    Args:
+        models (`Iterable[ModelSpec]`):
+            The models of the command.
+
+    Returns:
+        `str`: The lines, after an empty line. Empty without vLLM.
+    """
+    from ..generation.vllm_command import describe_servers
+
+    started = dict.fromkeys(model for model in models if model.backend == "vllm")
+    return "".join(f"\n\n{describe_servers(model)}" for model in started)

@@ -11,7 +11,7 @@ from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import adapter_base
 from ..pipeline.policy import resolve_step_prompt
 from ..runs.run_directory import RunError
-from .dry_run import estimate_eval
+from .dry_run import estimate_eval, show_servers
 from .options import (
     OF_THE_FIRST_MODEL,
     add_command,
@@ -108,7 +108,7 @@ def add_eval_command(commands: Any) -> None:
 
 def _adapter(group: Any, prefix: str) -> None:
     group.add_argument(
-        f"--{prefix}adapter", metavar="DIR", help="Folder of a PEFT adapter to load on the model (transformers)."
+        f"--{prefix}adapter", metavar="DIR", help="Folder of a PEFT adapter to load on the model (transformers, vllm)."
     )
 
 
@@ -169,7 +169,7 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
     problems = load_problems(args.problems, args.limit)
     if args.dry_run:
         names = [model.adapter or model.model for model in models]
-        print(estimate_eval(len(problems), num_samples, names, sampling.max_new_tokens))
+        print(estimate_eval(len(problems), num_samples, names, sampling.max_new_tokens) + show_servers(models))
         return
     name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
     with Session() as session:

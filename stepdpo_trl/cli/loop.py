@@ -1,18 +1,21 @@
 """The command `loop`. It also takes options of `stepdpo data`, and after `--` options of `stepdpo train`."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from ..generation.merging import merge_adapter
 from ..generation.model_folders import fingerprint
 from ..pipeline.loop import MODEL, PAIRS, RUN, TRAINING, run_loop
 from ..runs.run_directory import RunError
 from .console import log_options, logging_to
-from .parsing import CommandParser, option_names, unknown_option, use_dashes
+from .parsing import CommandParser, join_vllm_args, option_names, unknown_option, use_dashes
 
 # Options that the loop sets for each stage
 _OF_DATA = ("--output-dir", "--output-file", "--shard", "--model", "--seed", "--dry-run", "--corrections")
@@ -65,7 +68,7 @@ def loop(argv: list[str]) -> None:
     place = argv.index("--") if "--" in argv else len(argv)
     parser, data_parser = make_parser(), _make_data_parser()
     known = {*parser._option_string_actions, *data_parser._option_string_actions}
-    words, training = use_dashes(argv[:place], known), argv[place + 1 :]
+    words, training = join_vllm_args(use_dashes(argv[:place], known)), argv[place + 1 :]
     for name in option_names(words):
         if name not in known:
             parser.error(unknown_option(name, known))
@@ -158,11 +161,33 @@ def _resume(output_dir: Path) -> list[str]:
 
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
-    # With close_fds=False the process inherits the lock of the loop's folder
-    done = subprocess.run([sys.executable, "-m", "stepdpo_trl.cli.main", *argv], close_fds=False)
-    if done.returncode:
+    status = _run_process([sys.executable, "-m", "stepdpo_trl.cli.main", *argv])
+    if status:
         raise RunError(
-            f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see its message above. Fix the "
+            f"{folder.name}: `stepdpo {argv[0]}` ended with status {status}; see its message above. Fix the "
             "cause and rerun the same command to resume. To restart this stage with other options, remove "
             f"{folder}."
         )
+
+
+def _run_process(command: list[str]) -> int:
+    """Run a part of the loop and return its status. It also stops at Ctrl-C or SIGTERM."""
+    # With close_fds=False the process inherits the lock of the loop's folder
+    process = subprocess.Popen(command, close_fds=False)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # A training consists of several processes. A second signal has no effect on `stepdpo data`.
+        children = _children(process.pid) if "train" in command else []
+        for each in (*children, process):
+            with contextlib.suppress(psutil.Error):
+                each.terminate()
+        process.wait()
+        psutil.wait_procs(children, timeout=10)
+        raise
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []

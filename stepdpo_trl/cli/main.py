@@ -1,6 +1,7 @@
 """The command `stepdpo`. Parses arguments and calls the package."""
 
 import argparse
+import gc
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from .data import add_commands
 from .env import add_env_command
 from .eval import add_eval_command
 from .inspect import add_inspect_command
+from .interrupts import stoppable
 from .loop import loop
 from .merge import add_merge_command
 from .parsing import WIDTH, CommandParser
@@ -155,18 +157,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         return _launch(arguments[1:])
-    looped = arguments[:1] == ["loop"]
-    args = argparse.Namespace(command="loop") if looped else make_parser().parse_args(arguments)
-    try:
-        if looped:
-            loop(arguments[1:])
-            return 0
-        with logging_to(args.log_level, args.log_file):
-            return _run(args)
-    except (RunError, GenerationError, ValueError, OSError) as error:
-        return _fail(args.command, error)
-    except KeyboardInterrupt:
-        return _interrupted(args.command)
+    command = arguments[0] if arguments else ""
+    with stoppable():
+        try:
+            if command == "loop":
+                loop(arguments[1:])
+                return 0
+            args = make_parser().parse_args(arguments)
+            with logging_to(args.log_level, args.log_file):
+                return _run(args)
+        except (RunError, GenerationError, ValueError, OSError) as error:
+            return _fail(command, error)
+        except KeyboardInterrupt:
+            return _interrupted(command)
 
 
 def _launch(argv: list[str]) -> int:
@@ -203,6 +206,7 @@ def _fail(command: str, error: Exception) -> int:
 
 def _interrupted(command: str) -> int:
     report_error(f"\nstepdpo {command}: interrupted. Rerun the same command to resume.")
+    gc.freeze()  # Python would collect the objects of torch and transformers for seconds before it exits
     return 130
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generation import BACKENDS, ModelSpec
+from ..generation.addresses import check_address
 from ..runs.run_directory import RunError
 from .console import log_options
 from .parsing import CommandParser
@@ -20,13 +21,15 @@ MODEL_FIELDS = (
     "base_url",
     "api_key_env",
     "max_concurrent_requests",
+    "vllm_args",
     "tokenizer",
     "batch_size",
     "dtype",
     "adapter",
 )
 # Options of the first model that also apply to the second one, and those that need the same server
-_SHARED, _OF_SERVERS = ("tokenizer", "batch_size", "dtype"), ("base_url", "api_key_env", "max_concurrent_requests")
+_SHARED = ("tokenizer", "batch_size", "dtype")
+_OF_SERVERS = ("base_url", "api_key_env", "max_concurrent_requests", "vllm_args")
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -81,8 +84,10 @@ class ModelDefaults:
     Defaults shown in the help of the options of a model.
 
     Args:
-        model, revision, backend, base_url, api_key_env, max_concurrent_requests, tokenizer, batch_size, dtype (`str`):
+        model, revision, backend, base_url, api_key_env, max_concurrent_requests (`str`):
             Text for the option of the same name. Empty if there is no default.
+        vllm_args, tokenizer, batch_size, dtype (`str`):
+            The same.
     """
 
     model: str = ""
@@ -90,7 +95,8 @@ class ModelDefaults:
     backend: str = "transformers, or openai with a base URL"
     base_url: str = ""
     api_key_env: str = "OPENAI_API_KEY"
-    max_concurrent_requests: str = "32"
+    max_concurrent_requests: str = "32, and 256 with vllm"
+    vllm_args: str = ""
     tokenizer: str = "the model's"
     batch_size: str = "32"
     dtype: str = "auto"
@@ -101,6 +107,7 @@ OF_THE_FIRST_MODEL = ModelDefaults(
     base_url="that of --base-url",
     api_key_env="that of --api-key-env",
     max_concurrent_requests="that of --max-concurrent-requests",
+    vllm_args="those of --vllm-args",
     tokenizer="that of --tokenizer",
     batch_size="that of --batch-size",
     dtype="that of --dtype",
@@ -112,6 +119,7 @@ OF_THE_RUN = ModelDefaults(
     base_url="as in collect",
     api_key_env="as in collect",
     max_concurrent_requests="as in collect",
+    vllm_args="as in collect",
     tokenizer="as in collect",
     dtype="as in collect",
 )
@@ -165,10 +173,15 @@ def model_options(
         metavar="MODEL",
     )
     add("revision", "Branch, tag or commit of the model on the Hub.", metavar="REVISION")
-    add("backend", "Inference backend.", choices=BACKENDS)
-    add("base_url", "OpenAI-compatible server, such as http://localhost:8000/v1.", metavar="URL")
+    add("backend", "Inference backend. vllm starts servers, and stops them at the end.", choices=BACKENDS)
+    add("base_url", "OpenAI-compatible server, such as http://localhost:8000/v1.", metavar="URL", type=address)
     add("api_key_env", "Environment variable with the API key of the server.", metavar="NAME")
     add("max_concurrent_requests", "Requests sent to the server at the same time.", type=positive, metavar="N")
+    add(
+        "vllm_args",
+        "Arguments of `vllm serve` in one string, such as '--tensor-parallel-size 4 --max-model-len 8192'.",
+        metavar="ARGS",
+    )
     add("tokenizer", "Tokenizer with the chat template.", metavar="NAME")
     add("batch_size", "Sequences per batch of the transformers backend.", type=positive, metavar="N")
     add("dtype", "Data type of the weights.", choices=DTYPES)
@@ -203,6 +216,15 @@ def sampling_options(
     add("top_k", "Number of most likely tokens to sample from; 0 for all.", defaults["top_k"], type=int)
     add("max_new_tokens", "Maximum number of tokens of a solution.", defaults["max_new_tokens"], type=int, metavar="N")
     add("seed", "Random seed.", defaults["seed"], type=int)
+
+
+def address(text: str) -> str:
+    """Parse the address of a server."""
+    try:
+        check_address(text)
+    except ValueError as error:  # argparse would print the text, which may contain a password
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def positive(text: str) -> int:
@@ -260,13 +282,18 @@ def model_changes(args: argparse.Namespace, prefix: str = "", of_run: bool = Fal
     given = {name: getattr(args, f"{prefix}{name}", None) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     server = "base_url" in given
-    reasons = {name: "at a server, which has loaded its model" for name in ("dtype", "revision") if server}
+    reasons = {
+        name: "at a server, which has loaded its model" for name in ("dtype", "revision", "vllm_args") if server
+    }
     if server:
         limit = f"--{prefix}max-concurrent-requests".replace("_", "-")
         reasons["batch_size"] = f"at a server, which makes its own batches. To limit the requests, use {limit}"
     elif not of_run:
-        names = ("api_key_env", "max_concurrent_requests")
-        reasons |= dict.fromkeys(names, f"without a server (--{prefix}base-url)".replace("_", "-"))
+        without = f"without a server (--{prefix}base-url)".replace("_", "-")
+        reasons["api_key_env"] = without
+        if given.get("backend") != "vllm":
+            reasons["max_concurrent_requests"] = without
+            reasons["vllm_args"] = f"without --{prefix}backend vllm".replace("_", "-")
     for name, reason in reasons.items():
         if name in given:
             raise RunError(f"--{prefix}{name}".replace("_", "-") + f" has no effect {reason}. Remove it.")
@@ -320,8 +347,10 @@ def share_options(args: argparse.Namespace, prefix: str) -> None:
     shared = set(_SHARED)
     if backend == first["backend"] and other["base_url"] in (None, first["base_url"]):
         shared.update(_OF_SERVERS)
+    if backend != "transformers":
+        shared.discard("batch_size")
     if backend == "openai":
-        shared -= {"batch_size", "dtype"}
+        shared.discard("dtype")
     for name in shared:
         if other[name] is None:
             setattr(args, f"{prefix}{name}", first[name])

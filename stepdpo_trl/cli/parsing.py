@@ -76,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse arguments; see `argparse.ArgumentParser.parse_known_args`."""
-        words = use_dashes(sys.argv[1:] if args is None else args, self._option_string_actions)
+        words = join_vllm_args(use_dashes(sys.argv[1:] if args is None else args, self._option_string_actions))
         if self.strict:
             for name in option_names(words):
                 if name not in self._option_string_actions:
@@ -126,6 +126,20 @@ def use_dashes(words: Iterable[str], known: Iterable[str]) -> list[str]:
         dashed = name.replace("_", "-")
         normalized.append(dashed + equals + value if not stopped and name not in known and dashed in known else word)
     return normalized
+
+
+def join_vllm_args(words: Iterable[str]) -> list[str]:
+    """Join `--vllm-args` and its value with an equals sign, since the value begins with a dash like an option."""
+    joined: list[str] = []
+    option = re.compile(r"--(?:[a-z]+-)?vllm-args")
+    stopped = False
+    for word in words:
+        stopped = stopped or word == "--"
+        if not stopped and joined and option.fullmatch(joined[-1]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def option_names(words: Iterable[str]) -> list[str]:

@@ -5,7 +5,8 @@ Standard library only, so that the data pipeline can use them without importing 
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
+
+from .messages import did_you_mean
 
 # Texts appended to the problem in the user turn, by name.
 PROMPT_SUFFIXES: dict[str, str] = {
@@ -110,8 +111,7 @@ def resolve_text(value: str, known: dict[str, str], option: str) -> str:
         return known[value]
     if not re.fullmatch(r"[\w-]*", value, re.ASCII):
         return value
-    nearest = get_close_matches(value, known, n=1, cutoff=0.0)
     raise ValueError(
-        f"`{option}={value!r}` looks like a name but is unknown. Did you mean {nearest[0]!r}? Pass one of "
+        f"`{option}={value!r}` looks like a name but is unknown.{did_you_mean(value, known)} Pass one of "
         f"{sorted(known)}, or the full text."
     )

@@ -14,6 +14,7 @@ from ..data.files import write_atomically
 from ..data.prompts import StepPrompt
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
+from ..generation.vllm_arguments import answer_arguments
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, text_digest
@@ -73,7 +74,9 @@ def evaluate(
     """
     check_comparison(models, sampling, num_samples)
     for model in models:
-        if model not in session.generators:
+        if model.base_url is not None:
+            session.generator(model).render("", "")  # asks the server before it looks for the tokenizer
+        elif model not in session.generators:
             from ..generation.chat import check_model  # slow: imports transformers
 
             check_model(model)
@@ -177,6 +180,9 @@ def open_evaluation(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
 def identity(spec: ModelSpec) -> dict[str, Any]:
     """Return what the answers of a model depend on, with a fingerprint of its local files."""
     named = {name: value for name, value in asdict(spec).items() if name not in _CONNECTION}
+    named["vllm_args"] = answer_arguments(spec.vllm_args)
+    if named["vllm_args"] is None:
+        del named["vllm_args"]  # as in evaluations of earlier releases
     return {**named, "weights": fingerprint([spec.model, spec.adapter, spec.tokenizer])}
 
 
@@ -207,7 +213,7 @@ def _answer(
 ) -> list[ProblemAnswers]:
     """Sample solutions of all problems from one model, into files that are named after the model."""
     name = answers_name(model)
-    generator = session.generator(model)
+    generator = session.generator(model, run.path)
     runner = TaskRunner(run, f"eval {name}")
     runner.services["model"] = model_service(generator, sampling, run.log(f"answers.{name}"), runner.name, keep)
     runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))

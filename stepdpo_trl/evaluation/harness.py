@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -97,13 +98,15 @@ def evaluate_tasks(
         "limit": limit,
         "num_fewshot": num_fewshot,
     }
-    with open_evaluation(path, settings) as run:
+    with open_evaluation(path, settings) as run, ExitStack() as servers:
         done = run.log("tasks")
+        arguments: dict[str, Any] = {}
         for task in tasks:
             if task.name in done:
                 continue
+            arguments = arguments or _arguments(model, batch_size, path, servers)
             found = simple_evaluate(
-                **model_arguments(model, batch_size),
+                **arguments,
                 tasks=[task.name],
                 num_fewshot=task.shots,
                 limit=limit,
@@ -127,6 +130,22 @@ def evaluate_tasks(
             results["h4"] = fmean(done[task.name]["results"][task.name][task.metrics[0]] for task in HARNESS["h4"])
         write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _arguments(model: ModelSpec, batch_size: int | None, path: Path, servers: ExitStack) -> dict[str, Any]:
+    """Return the arguments of `simple_evaluate`. With vLLM, a server is started, which ends with `servers`."""
+    if model.backend != "vllm":
+        return model_arguments(model, batch_size)
+    from ..generation.vllm import VLLMGenerator
+    from ..generation.vllm_command import one_server
+
+    generator = VLLMGenerator(one_server(model), path)  # lm-evaluation-harness has one address
+    servers.callback(generator.close)
+    generator.prepare()
+    arguments = model_arguments(replace(generator.server_specs()[0], api_key_env="OPENAI_API_KEY"), None)
+    # lm-evaluation-harness would cut few-shot prompts to 2048 tokens
+    arguments["model_args"]["max_length"] = generator.max_length()
+    return arguments
 
 
 def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
@@ -158,9 +177,6 @@ def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
     arguments = {"pretrained": model.model, "dtype": model.dtype}
     arguments |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
     arguments |= {"revision": model.revision} if model.revision else {}
-    if model.backend == "vllm":
-        arguments |= {"tokenizer_revision": model.tokenizer_revision} if model.tokenizer_revision else {}
-        return {"model": "vllm", "model_args": arguments, "batch_size": batch_size or "auto"}
     if model.revision != model.tokenizer_revision:
         raise RunError(
             f"--revision {model.revision} and --tokenizer {model.tokenizer} cannot be combined with --tasks: "

@@ -1,10 +1,10 @@
 """Problems to evaluate on: named datasets, or files."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..data.messages import did_you_mean
 from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
 from ..runs.run_directory import RunError
@@ -63,9 +63,9 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     if name in PROBLEM_SETS:
         return PROBLEM_SETS[name](limit)
     if not Path(name).suffix and not Path(name).exists():
-        nearest = get_close_matches(name.lower(), PROBLEM_SETS, n=1, cutoff=0)[0]
         raise RunError(
-            f"--problems {name!r} is neither a file nor a known problem set. Did you mean {nearest!r}? Pass one of "
-            f"{sorted(PROBLEM_SETS)}, or a file that ends in .jsonl or .parquet."
+            f"--problems {name!r} is neither a file nor a known problem set."
+            f"{did_you_mean(name.lower(), PROBLEM_SETS)} Pass one of {sorted(PROBLEM_SETS)}, or a file that "
+            "ends in .jsonl or .parquet."
         )
     return read_problems(name, limit)

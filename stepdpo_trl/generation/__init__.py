@@ -1,7 +1,17 @@
 """Text generation with transformers, vLLM or OpenAI-compatible servers, behind one protocol."""
 
 from .factory import make_generator
-from .protocol import BACKENDS, Completion, GenerationError, Generator, ModelSpec, Request, Sampling, ServerGenerator
+from .protocol import (
+    BACKENDS,
+    Completion,
+    GenerationError,
+    Generator,
+    ModelSpec,
+    Request,
+    Sampling,
+    ServerGenerator,
+    StartedServers,
+)
 
 __all__ = [
     "BACKENDS",
@@ -12,5 +22,6 @@ __all__ = [
     "Request",
     "Sampling",
     "ServerGenerator",
+    "StartedServers",
     "make_generator",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from .protocol import GenerationError, ModelSpec
+from .protocol import GenerationError, ModelSpec, Request
 
 
 def load_tokenizer(name: str, template: bool = True, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -82,3 +82,23 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
     """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return str(text) + response_prefix
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:
+    """
+    Return the token ids of a request's prompt, without additional special tokens: a chat template contains them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        request (`Request`):
+            The request.
+
+    Returns:
+        `list[int]`: The ids.
+    """
+    prompt: Any = request.prompt
+    if prompt and isinstance(prompt[0], int):
+        return list(prompt)
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,15 +1,19 @@
 """Creation of generators."""
 
+from pathlib import Path
+
 from .protocol import Generator, ModelSpec, ServerGenerator
 
 
-def make_generator(spec: ModelSpec) -> Generator | ServerGenerator:
+def make_generator(spec: ModelSpec, log_dir: Path = Path()) -> Generator | ServerGenerator:
     """
-    Create the generator for a model. Unless a server has it, the model is loaded.
+    Create the generator for a model. With transformers, the model is loaded.
 
     Args:
         spec (`ModelSpec`):
             The model and its inference backend.
+        log_dir (`Path`, *optional*, defaults to the current folder):
+            Folder for the logs of vLLM.
 
     Returns:
         `Generator` or `ServerGenerator`: The generator.
@@ -24,7 +28,7 @@ def make_generator(spec: ModelSpec) -> Generator | ServerGenerator:
     if spec.backend == "vllm":
         from .vllm import VLLMGenerator
 
-        return VLLMGenerator(spec)
+        return VLLMGenerator(spec, log_dir)
     from .transformers import TransformersGenerator
 
     return TransformersGenerator.load(spec)

@@ -7,13 +7,16 @@ created.
 
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Protocol, runtime_checkable
-from urllib.parse import urlsplit
+from typing import Any, Protocol, runtime_checkable
+
+from ..data.messages import did_you_mean
+from .addresses import check_address
+from .vllm_arguments import parse_arguments
 
 BACKENDS = ("transformers", "vllm", "openai")
 DEFAULT_BATCH_SIZE = 32  # transformers
 DEFAULT_CONCURRENT_REQUESTS = 32  # servers
+MAX_TOKENS = 10**8  # of one request; a larger number is not a count
 
 
 class GenerationError(Exception):
@@ -28,14 +31,14 @@ class Request:
     Args:
         key (`str`):
             Unique name within the run. Answers are stored under it, so no key is requested twice.
-        prompt (`str` or `tuple[dict, ...]`):
-            Text to continue, or messages to reply to.
+        prompt (`str`, `tuple[int, ...]` or `tuple[dict, ...]`):
+            Text to continue, the ids of its tokens, or messages to reply to.
         seed (`int`):
             Random seed of this completion.
     """
 
     key: str
-    prompt: str | tuple[dict[str, str], ...]
+    prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]
     seed: int
 
 
@@ -51,15 +54,29 @@ class Completion:
             `"stop"` if the model ended the text, `"length"` if it was cut at `max_new_tokens`, `"refused"` if a server
             rejected the prompt for its content or length, or filtered the answer.
         prompt_tokens (`int`):
-            Number of tokens in the prompt.
+            Number of tokens in the prompt. 0 if the server does not report it.
         tokens (`int`):
-            Number of generated tokens.
+            Number of generated tokens. 0 if the server does not report it.
     """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     tokens: int
+
+
+def token_count(reported: Any) -> int:
+    """
+    Return a number of tokens that a server has reported, or 0 (unknown) if it is not a number of tokens.
+
+    Args:
+        reported (`Any`):
+            Part of the server's reply.
+
+    Returns:
+        `int`: The number.
+    """
+    return reported if type(reported) is int and 0 <= reported <= MAX_TOKENS else 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +208,18 @@ class ServerGenerator(Protocol):
         """Return the refusals that `accept` has held back."""
 
     def interrupt(self) -> None:
-        """Do not send requests again that fail from now on."""
+        """Do not send requests again that fail from now on, and end pauses, since the run ends."""
+
+    def abandon(self) -> None:
+        """End all requests at once, without an answer."""
+
+
+@runtime_checkable
+class StartedServers(ServerGenerator, Protocol):
+    """A model on servers that the generator has started itself."""
+
+    def close(self) -> None:
+        """Stop the servers."""
 
 
 @dataclass(frozen=True)
@@ -210,19 +238,22 @@ class ModelSpec:
         tokenizer (`str`, *optional*):
             Hub id or folder of the tokenizer whose chat template renders the prompts. Defaults to `model`.
         batch_size (`int`, *optional*):
-            Number of sequences per batch with transformers. Defaults to 32. vLLM schedules its own batches. Not
-            allowed for servers.
+            Number of sequences per batch with transformers. Defaults to 32. Not allowed for vLLM and servers, which
+            form their own batches.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the server's API key.
         adapter (`str`, *optional*):
-            PEFT adapter to load on top of the model. Requires transformers.
+            PEFT adapter to load on top of the model. Not allowed for servers.
         revision (`str`, *optional*):
             Branch, tag or commit of the model on the Hub. It also applies to the tokenizer, unless `tokenizer` is
             another repository. Not allowed for servers.
         max_concurrent_requests (`int`, *optional*):
-            Maximum number of requests that a server receives at the same time. Defaults to 32. Only for servers.
+            Maximum number of requests that a server receives at the same time. Defaults to 32, and for a server that
+            vLLM starts to 256 or its `--max-num-seqs`. Not allowed for transformers.
+        vllm_args (`str`, *optional*):
+            Arguments of `vllm serve`, quoted as in a shell. Only for vLLM.
 
     Raises:
         ValueError: If an argument is invalid, or does not apply to the backend.
@@ -238,59 +269,52 @@ class ModelSpec:
     adapter: str | None = None
     revision: str | None = None
     max_concurrent_requests: int | None = None
+    vllm_args: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            nearest = get_close_matches(self.backend, BACKENDS, n=1, cutoff=0)[0]
             raise ValueError(
-                f"The inference backend {self.backend!r} does not exist. Did you mean {nearest!r}? Available: "
-                f"{', '.join(BACKENDS)}."
+                f"The inference backend {self.backend!r} does not exist.{did_you_mean(self.backend, BACKENDS)} "
+                f"Available: {', '.join(BACKENDS)}."
             )
         if self.base_url is not None:
-            self._check_address(self.base_url)
+            check_address(self.base_url)
         if (self.backend == "openai") != (self.base_url is not None):
             raise ValueError(
                 f"The inference backend {self.backend!r} does not match base_url={self.base_url!r}. For a server, use "
                 "the backend 'openai' with an address such as http://localhost:8000/v1. For the other backends, "
                 "remove the address."
             )
-        if self.adapter is not None and self.backend != "transformers":
+        if self.adapter is not None and self.backend == "openai":
             raise ValueError(
-                f"The inference backend {self.backend!r} does not load the adapter {self.adapter!r}. Use the backend "
-                "'transformers', merge the adapter into the model, or let the server load the adapter and pass the "
-                "name under which it serves it."
+                f"The inference backend 'openai' does not load the adapter {self.adapter!r}. Use another inference "
+                "backend, or let the server load the adapter and pass the name under which it serves it."
             )
-        self._check_options_of_servers()
+        self._check_options_of_backend()
         for name in ("batch_size", "max_concurrent_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
 
-    def _check_address(self, address: str) -> None:
-        # The address is not repeated in these messages: it may contain a password
-        url = urlsplit(address)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError("The server's address is not a URL. Use the form http://localhost:8000/v1.")
-        if url.username or url.password or url.query:
+    def _check_options_of_backend(self) -> None:
+        if self.backend == "transformers" and self.max_concurrent_requests is not None:
             raise ValueError(
-                "The server's address contains a user name, a password or a query, which would be written to the "
-                f"files of the run. Remove it, and set the environment variable {self.api_key_env} to the API key."
+                f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
+                "'transformers'. It applies to vLLM and servers only. Remove it."
             )
-
-    def _check_options_of_servers(self) -> None:
-        if self.backend != "openai":
-            if self.max_concurrent_requests is not None:
-                raise ValueError(
-                    f"max_concurrent_requests={self.max_concurrent_requests} has no effect on the inference backend "
-                    f"{self.backend!r}. It applies to servers only. Remove it."
-                )
-            return
-        if self.batch_size is not None:
+        if self.backend == "vllm":
+            parse_arguments(self.vllm_args)
+        elif self.vllm_args is not None:
             raise ValueError(
-                f"batch_size={self.batch_size} has no effect on a server, which forms its own batches. Use "
-                "max_concurrent_requests to limit the number of requests that it receives at the same time."
+                f"vllm_args={self.vllm_args!r} has no effect on the inference backend {self.backend!r}. Remove it, or "
+                "use the backend 'vllm'."
             )
-        if self.revision is not None:
+        if self.backend != "transformers" and self.batch_size is not None:
+            raise ValueError(
+                f"batch_size={self.batch_size} has no effect on vLLM or a server, which form their own batches. Use "
+                "max_concurrent_requests to limit the number of requests at the same time."
+            )
+        if self.backend == "openai" and self.revision is not None:
             raise ValueError(
                 f"revision={self.revision!r} has no effect on a server, which has already loaded its model. Remove "
                 "it, and start the server with this revision."

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .chat import load_tokenizer, render
+from .chat import encode, load_tokenizer, render
 from .protocol import DEFAULT_BATCH_SIZE, Completion, GenerationError, ModelSpec, Request, Sampling
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,7 @@ class TransformersGenerator:
             )
 
     def _encode(self, request: Request) -> list[int]:
-        prompt = request.prompt if isinstance(request.prompt, str) else render(self.tokenizer, request.prompt)
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, request)
 
     @torch.no_grad()
     def _run(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .build_record import BuildRecord
-from .summary import Summary, costs_of, rows_of
+from .summary import Summary, costs_of, rows_of, uncounted
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
@@ -76,6 +76,8 @@ def render_report(summary: Summary, build: BuildRecord | None = None) -> str:
         parts += ["<h2>Example pairs</h2>", *map(_pair, examples)]
     head = ("stage", "minutes", "requests", "prompt tokens", "tokens")
     parts += ["<h2>Cost per pipeline stage</h2>", _table(head, _stage_costs(summary), "costs")]
+    if note := uncounted(summary):
+        parts.append(f"<p>{_text(note)}</p>")
     parts += ["<h2>Cost per model</h2>", _table(("model", "per pair", "all"), _model_costs(summary, build), "costs")]
     parts += ["<h2>Settings</h2>", f"<pre>{_text(json.dumps(summary.settings, indent=2, ensure_ascii=False))}</pre>"]
     terms = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in _GLOSSARY.items())

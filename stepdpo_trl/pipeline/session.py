@@ -2,17 +2,16 @@
 
 import gc
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
 from ..data.prompts import StepPrompt
-from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, make_generator
+from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, StartedServers, make_generator
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, model_service
@@ -32,13 +31,10 @@ from .names import corrections_name as corrections_name  # imported from here by
 from .names import model_file_name
 from .policy import Policy
 from .records import Problem, shard_of, text_digest
+from .run_model import model_of_run, model_settings, server_settings
 from .stage_directory import StageDirectory
 
 logger = logging.getLogger(__name__)
-
-# Fields of ModelSpec that do not change what the model answers: a run may continue with other values
-_OPERATIONAL = ("base_url", "batch_size", "max_concurrent_requests", "api_key_env")
-_SERVER = ("base_url", "max_concurrent_requests", "api_key_env")
 
 
 @dataclass
@@ -62,17 +58,24 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.checker.__exit__(kind, error, trace)
+        try:
+            for spec in list(self.generators):
+                self.release(spec)
+        finally:
+            self.checker.__exit__(kind, error, trace)
 
-    def generator(self, spec: ModelSpec) -> Generator | ServerGenerator:
-        """Return a model, loading it on first use."""
+    def generator(self, spec: ModelSpec, path: Path = Path()) -> Generator | ServerGenerator:
+        """Return a model, loading it on first use. The logs of its servers are written to the folder `path`."""
         if spec not in self.generators:
-            self.generators[spec] = make_generator(spec)
+            self.generators[spec] = make_generator(spec, path)
         return self.generators[spec]
 
     def release(self, spec: ModelSpec) -> None:
-        """Drop a model, so that its memory is free for the next one."""
-        self.generators.pop(spec, None)
+        """Drop a model and stop its servers, so that its memory is free for the next one."""
+        generator = self.generators.pop(spec, None)
+        if isinstance(generator, StartedServers):
+            generator.close()
+        del generator
         gc.collect()
 
     def check_golds(self, problems: Sequence[Problem]) -> None:
@@ -140,7 +143,7 @@ class Session:
             "sampling": asdict(sampling),
             "num_samples": num_samples,
             "seed": seed,
-            "model": {f.name: getattr(model, f.name) for f in fields(model) if f.name not in _OPERATIONAL},
+            "model": model_settings(model),
             "shard": list(shard),
         }
         with StageDirectory(path, create=True) as run:
@@ -148,14 +151,16 @@ class Session:
             def write_problems() -> None:
                 if source is not None and run.settings().get("source") != source:
                     run.settings().append("source", source)
-                if model.base_url is not None and run.settings().get("server") != _server_of(model):
-                    run.settings().append("server", _server_of(model))
+                server = server_settings(model)
+                if server is not None and run.settings().get("server") != server:
+                    run.settings().append("server", server)
                 collecting.keep_problems(run, mine)
 
             run.start_stage("collect", settings, ("num_samples",), write_problems)
             collecting.check_problems(run, mine)
             runner = self._runner(run, f"collect {num_samples}")
             policy = self._policy(runner, model, settings)
+            self._stop_unused(runner)
             counts = collecting.collect(runner, policy, mine, num_samples)
             run.write_settings()
             if not counts["wrong"]:
@@ -189,6 +194,7 @@ class Session:
             run.start_stage(*_localize_stage(judge_name, options))
             runner = self._runner(run, f"localize {judge_name}")
             judges = {name: self._judge(name, runner, options, model) for name in names}
+            self._stop_unused(runner)
             counts = localizing.localize(runner, combine(groups, judges), judge_name)
             run.write_settings()
             return counts
@@ -238,8 +244,9 @@ class Session:
             run.start_stage(*stage)
             runner = self._runner(run, stage[0])
             service = f"rectifier-{name}" if name else "policy"
-            policy = self._policy(runner, rectifier or self._model_of(run, model), service=service)
+            policy = self._policy(runner, rectifier or model_of_run(run, model), service=service)
             judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
+            self._stop_unused(runner)
             counts = rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge)
             run.write_settings()
             return counts
@@ -247,24 +254,12 @@ class Session:
     def _runner(self, run: RunDirectory, name: str) -> TaskRunner:
         return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
 
-    def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
-        """Return the model that wrote the solutions, at the same server, with the fields that have changed since."""
-        settings, changes = run.settings(), changes or {}
-        if "collect" not in settings:
-            raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-        model = {**settings["collect"]["model"], **changes}
-        if model["backend"] == "openai" and "base_url" not in changes:
-            if "server" not in settings:
-                raise RunError(
-                    f"The solutions in {run.path} were sampled from a server, but its address is not in the run. Pass "
-                    "it as --base-url."
-                )
-            model = {**settings["server"], **model}
-            logger.warning(
-                f"{run.path}: using the server at {model['base_url']}, as in `collect`. Pass --base-url to use "
-                "another one."
-            )
-        return replace(ModelSpec("", "transformers"), **model)
+    def _stop_unused(self, runner: TaskRunner) -> None:
+        """Stop the servers of models that the stage does not use, since they occupy the GPUs."""
+        used = [getattr(service, "generator", None) for service in runner.services.values()]
+        for spec, generator in list(self.generators.items()):
+            if isinstance(generator, StartedServers) and generator not in used:
+                self.release(spec)
 
     def _policy(
         self,
@@ -275,7 +270,7 @@ class Session:
     ) -> Policy:
         """Make a policy of a model. `settings` are those of `collect`, if they are not in the run folder yet."""
         settings = settings or runner.run.settings()["collect"]
-        generator = self.generator(model)
+        generator = self.generator(model, runner.run.path)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
             runner.services[service] = model_service(generator, Sampling(**settings["sampling"]), log, runner.name)
@@ -285,13 +280,13 @@ class Session:
         if name == "arithmetic":
             return arithmetic_judge
         if name == "rollout":
-            return rollout_judge(self._policy(runner, self._model_of(runner.run, model)), options.num_rollouts)
+            return rollout_judge(self._policy(runner, model_of_run(runner.run, model)), options.num_rollouts)
         if name == "llm":
             assert options.model is not None
             sampling = options.judge_sampling
             # The hash keeps the answers of different sampling parameters in different files
             service = f"judge-{model_file_name(options.model.model)}-{text_digest(sampling)[:6]}"
-            generator = self.generator(options.model)
+            generator = self.generator(options.model, runner.run.path)
             log = runner.run.log(f"generations.{service}")
             runner.services[service] = model_service(generator, sampling, log, runner.name)
             seed = runner.run.settings()["collect"]["seed"]
@@ -305,13 +300,6 @@ class Session:
             return prm_judge(options.threshold)
         runner.services["human"] = Person(runner.run.log("labels"), options.port)
         return human_judge
-
-
-def _server_of(model: ModelSpec) -> dict[str, Any]:
-    server = {name: getattr(model, name) for name in _SERVER}
-    if model.api_key_env not in os.environ:  # may be a key that was passed by mistake
-        del server["api_key_env"]
-    return server
 
 
 def check_settings(

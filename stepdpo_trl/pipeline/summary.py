@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
 from .build import make_pairs
 from .build_record import BuildRecord, choose_examples
@@ -51,9 +52,10 @@ class Summary:
             For each set of corrections, the number of solutions, of corrected ones (`"rectified"`), of uncorrected
             ones (`"given up"`), pairs, samples, and preferred steps dropped by a judge.
         usage (`dict[str, Counter[str]]`):
-            For each model, the number of requests, prompt tokens and sampled tokens.
+            For each model, the number of requests, prompt tokens and sampled tokens, and of answers whose tokens the
+            server has not reported (`"uncounted"`).
         stages (`dict[str, Counter[str]]`):
-            For each pipeline stage, the number of requests, prompt tokens and sampled tokens.
+            The same for each pipeline stage.
         seconds (`dict[str, float]`):
             For each pipeline stage, the time in seconds, over all resumes.
         examples (`list[dict[str, str]]`):
@@ -135,8 +137,10 @@ def _add_costs(summary: Summary, run: RunDirectory) -> None:
         usage = summary.usage.setdefault(model, Counter())
         for record in log.values():
             stage = summary.stages.setdefault(_stage_of(record), Counter())
+            read, sampled = (token_count(record[name]) for name in ("prompt_tokens", "tokens"))
+            uncounted = record["finish_reason"] != "refused" and (not read or (not sampled and record["text"] != ""))
             for counts in (usage, stage):
-                counts.update(requests=1, prompt_tokens=record["prompt_tokens"], tokens=record["tokens"])
+                counts.update(requests=1, prompt_tokens=read, tokens=sampled, uncounted=uncounted)
     for name, seconds in read_times(run.path).items():
         summary.seconds[name] = summary.seconds.get(name, 0.0) + seconds
 
@@ -212,6 +216,17 @@ def costs_of(summary: Summary) -> list[tuple[str, int, int, int, float | None]]:
     return [*rows, ("total", total["requests"], total["prompt_tokens"], total["tokens"], minutes)]
 
 
+def uncounted(summary: Summary) -> str:
+    """Return a sentence about answers whose tokens are unknown, or `""` if there are none."""
+    total = sum(summary.stages.values(), Counter())
+    if not total["uncounted"]:
+        return ""
+    return (
+        f"The tokens are incomplete: for {total['uncounted']:,} of {total['requests']:,} requests, the server did not "
+        "report them."
+    )
+
+
 def table_of(summary: Summary, build: BuildRecord | None = None, width: int = 80) -> str:
     """
     Format the counts and costs of a run as a table.
@@ -238,7 +253,8 @@ def table_of(summary: Summary, build: BuildRecord | None = None, width: int = 80
     # The total is the last of the costs, but `build` has none and comes before it
     total = next(index for index, row in enumerate(rows) if row[0] == "total")
     rows.append(rows.pop(total))
-    return _format(rows, width)
+    note = textwrap.fill(uncounted(summary), width)
+    return _format(rows, width) + (f"\n\n{note}" if note else "")
 
 
 def _format(rows: Iterable[Sequence[str]], width: int) -> str:

@@ -10,9 +10,12 @@ happen: every task waits for such a service, and no reply is on its way. So its 
 of them, depend on the tasks and on stored replies, but not on the clock.
 """
 
+import contextlib
 import logging
+import math
 import queue
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ WINDOW = 1024  # maximum number of concurrent tasks
 # With a streaming service: tasks per thread. The tasks that start last are alone at the end of a stage, and too few to
 # use all threads. So most of a stage should be under way before that.
 TASKS_PER_THREAD = 64
+GRACE = 1.0  # seconds after Ctrl-C in which answers may still arrive
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +68,17 @@ class StreamingService:
         return {}
 
     def interrupt(self) -> None:
-        """Complete the requests in flight as fast as possible, since the user stops the run."""
+        """Complete the requests in flight as fast as possible, since the run ends."""
+
+    def abandon(self) -> None:
+        """End the requests in flight at once. Their replies are not needed any more."""
 
 
 class Workers:
     """
     Threads that answer the requests to a streaming service, in the order of submission.
 
-    They are daemons, so that a second Ctrl-C ends the process even if a server never replies.
+    They are daemons, so that the process can end even if a call never returns.
 
     Args:
         service ([`StreamingService`]):
@@ -194,8 +201,7 @@ class Scheduler(Generic[T]):
                     return
                 self._continue_round()
         except BaseException as error:
-            # GeneratorExit: the caller has failed or was interrupted
-            self._keep_in_flight(interrupted=isinstance(error, (KeyboardInterrupt, GeneratorExit)))
+            self._keep_in_flight(_is_interrupt(error))
             raise
         finally:
             for workers in self._workers.values():
@@ -269,17 +275,26 @@ class Scheduler(Generic[T]):
 
     def _receive(self, block: bool) -> bool:
         """Store and deliver the replies that have arrived. Return whether there were any."""
-        error = self._gather(block)
+        if block:
+            self._wait()
+        error = self._gather()
         delivered = self._store()
         if error is not None:
             raise error
         return delivered
 
-    def _gather(self, block: bool) -> BaseException | None:
+    def _wait(self, deadline: float = math.inf) -> None:
+        """Wait until a reply has arrived, no request is in flight, or the time `deadline` has come."""
+        while self._in_flight() and not any(workers.arrived for workers in self._workers.values()):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=None if left == math.inf else left)
+
+    def _gather(self) -> BaseException | None:
         """Take the replies that have arrived, and return the first error among them."""
         failed: BaseException | None = None
-        while block and self._in_flight() and not any(workers.arrived for workers in self._workers.values()):
-            self._wake.get()
         for name, workers in self._workers.items():
             while workers.arrived:
                 # Removed last, since Ctrl-C may interrupt this at any point and must not lose a reply
@@ -331,17 +346,37 @@ class Scheduler(Generic[T]):
             self._deliver(self._service_of_round, part)
 
     def _keep_in_flight(self, interrupted: bool) -> None:
-        """Send no more requests, and store the replies to those that are being answered."""
+        """Send no more requests, and store the replies to those in flight. After Ctrl-C, wait for `GRACE` s only."""
         for workers in self._workers.values():
             workers.discard()
-            if interrupted:
-                workers.service.interrupt()
-        if interrupted and self._in_flight():
+            workers.service.interrupt()
+        if count := self._in_flight():
             logger.warning(
-                f"Stopping: waiting for {self._in_flight()} requests in flight. Press Ctrl-C again to discard them."
+                f"Stopping: waiting up to {GRACE:g} s for {count} requests in flight."
+                if interrupted
+                else f"The run ends because of an error. Waiting for {count} requests in flight. Press Ctrl-C to "
+                "discard them."
             )
-        while True:
-            self._gather(block=True)
+        try:
+            self._drain(GRACE if interrupted else math.inf)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            self._drain(GRACE)  # and report the error
+        finally:
+            for workers in self._workers.values():
+                workers.service.abandon()
+
+    def _drain(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._in_flight() and time.monotonic() < deadline:
+            self._wait(deadline)
+            self._gather()
             self._store()
-            if not self._in_flight():
-                return
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C ends the run, here or in the code that uses the results."""
+    while isinstance(error, GeneratorExit):  # raised while the caller handles its own exception
+        error = error.__context__
+    return isinstance(error, KeyboardInterrupt)

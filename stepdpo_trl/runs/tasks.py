@@ -72,8 +72,9 @@ def run_tasks(
     """
     Run tasks to completion.
 
-    If an error or Ctrl-C ends the run, the replies to all requests in flight are stored first. Callers that use the
-    results in a loop should close the iterator when the loop ends (`contextlib.closing`), for the same reason.
+    If an error ends the run, the replies to all requests in flight are stored first. After Ctrl-C, those that arrive
+    within a second are. Callers that use the results in a loop should close the iterator when the loop ends
+    (`contextlib.closing`), for the same reason.
 
     Args:
         tasks (`Iterable[Task]`):
@@ -223,6 +224,10 @@ class RecordedServer(_RecordedCompletions, StreamingService):
     def interrupt(self) -> None:
         """Send no request again."""
         self.generator.interrupt()
+
+    def abandon(self) -> None:
+        """End all requests."""
+        self.generator.abandon()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
@@ -10,6 +9,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..data.messages import did_you_mean
 from .checks import check_arguments
 from .reference import AdapterReference, ModelReference, ScoredReference
 from .report import warn_without_matplotlib, write_stage_report
@@ -134,10 +134,9 @@ class SDPOCallback(TrainerCallback, ExportableState):
             )
         unknown = [name for name in self.stage_options if name not in stages]
         if unknown:
-            nearest = get_close_matches(unknown[0], list(stages), n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"`stage_options` has options for an unknown stage {unknown[0]!r}. The stages are {list(stages)}. Did "
-                f"you mean {nearest!r}?"
+                f"`stage_options` has options for an unknown stage {unknown[0]!r}. The stages are {list(stages)}."
+                f"{did_you_mean(unknown[0], stages)}"
             )
         defaults = {name: getattr(staged.args, name) for name in STAGE_OPTIONS}
         staged.stages = [
@@ -200,8 +199,10 @@ class SDPOCallback(TrainerCallback, ExportableState):
 def _check_options(stage: str, options: dict[str, Any], schedule: str) -> None:
     for name, value in options.items():
         if name not in STAGE_OPTIONS:
-            nearest = get_close_matches(name, STAGE_OPTIONS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"Stage {stage!r} has an unknown option {name!r}. Did you mean {nearest!r}?")
+            raise ValueError(
+                f"Stage {stage!r} has an unknown option {name!r}.{did_you_mean(name, STAGE_OPTIONS)} Use "
+                f"{', '.join(STAGE_OPTIONS)}."
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} of stage {stage!r} is invalid. It must be a positive number.")
         if name == "learning_rate" and schedule == "continuous":

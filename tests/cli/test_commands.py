@@ -34,6 +34,20 @@ def problems(tmp_path):
     return path
 
 
+def test_messages_with_control_characters(tmp_path, capfd, monkeypatch):
+    """Neither the terminal nor the log file receives what a server or a file puts into a message."""
+
+    def fail(args):
+        logging.getLogger("stepdpo_trl").warning("from a server: \x1b[31m\x9b")
+        raise GenerationError("from a server: \x1b]0;title\x07")
+
+    monkeypatch.setattr("stepdpo_trl.cli.env._env", fail)
+    assert main(["env", "--log-file", str(tmp_path / "log")]) == 2
+    printed = capfd.readouterr().err + (tmp_path / "log").read_text()
+    assert printed.count("from a server: \\x1b[31m\\x9b") == printed.count("\\x1b]0;title\\x07") == 2
+    assert not set("\x1b\x9b\x07") & set(printed)
+
+
 @pytest.fixture
 def no_models(monkeypatch):
     """Fail if a model is loaded."""
@@ -127,6 +141,9 @@ def make_eval_parser():
     ("options", "expected"),
     [
         ("--backend vllm", {"backend": "vllm"}),
+        ("--backend vllm --vllm-args=-tp=2", {"vllm_args": "-tp=2"}),
+        ("--backend vllm --vllm-args -dp=2 --baseline-vllm-args --enforce-eager", {"vllm_args": "--enforce-eager"}),
+        ("--backend vllm --vllm-args -tp=2 --baseline-backend transformers", {"vllm_args": None}),
         ("--backend vllm --baseline-backend transformers", {"backend": "transformers"}),
         ("--dtype bfloat16 --batch-size 4 --tokenizer t", {"dtype": "bfloat16", "batch_size": 4, "tokenizer": "t"}),
         ("--dtype bfloat16 --baseline-dtype float32", {"dtype": "float32"}),
@@ -224,7 +241,10 @@ def test_dry_run_of_a_run_that_grows(problems, capsys):
     """Only what is missing is counted."""
     run = problems.parent / "run"
     records = {
-        "settings": [{"key": "collect", "shard": [0, 1]}, {"key": "localize rollout", "num_rollouts": 8}],
+        "settings": [
+            {"key": "collect", "shard": [0, 1], "model": {"model": "m", "backend": "transformers"}},
+            {"key": "localize rollout", "num_rollouts": 8},
+        ],
         "solutions": [{"key": f"s{n}", "outcome": "wrong", "steps": 4} for n in range(3)],
         "verdicts.rollout": [{"key": f"s{n}", "step": 2} for n in range(3)],
         # one correction, found with 4 samples; two; none in 20 samples

@@ -127,7 +127,7 @@ class UnreachableStudent(Student):
 
 
 def test_a_failed_first_attempt_does_not_lock_the_folder(tmp_path, checker, monkeypatch):
-    monkeypatch.setattr("stepdpo_trl.pipeline.session.make_generator", lambda spec: 1 / 0)
+    monkeypatch.setattr("stepdpo_trl.pipeline.session.make_generator", lambda *spec: 1 / 0)
     problems = [Problem(problem.id, problem.problem + " ", problem.answer) for problem in draw_records(40)]
     with pytest.raises(GenerationError):
         run(tmp_path, checker, UnreachableStudent(), seed=1, problems=problems)
@@ -340,7 +340,9 @@ ASKED = (*EVAL, "--problems", "p.jsonl")
             "The folder p.jsonl cannot be created (File ex",
         ),
         ((*EVAL, "--problems", "f.parquet"), "f.parquet cannot be read as Parquet: "),
-        ((*ASKED, "--adapter", "a", "--backend", "vllm"), "does not load the adapter"),
+        ((*ASKED, "--adapter", "a", "--base-url", "http://h/v1"), "does not load the adapter"),
+        ((*ASKED, "--vllm-args", "--enforce-eager"), "--vllm-args has no effect without --backend vllm"),
+        ((*ASKED, "--backend", "vllm", "--vllm-args", "--port 1"), "--vllm-args contains --port"),
         (ASKED, "'./m' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--adapter", "./a", *ASKED[3:]), "adapter './a' cannot be loaded"),
         (("eval", "--model", MODEL_PATH, "--baseline", "./n", *ASKED[3:]), "'./n' cannot be loaded"),

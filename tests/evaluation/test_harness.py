@@ -17,6 +17,8 @@ from stepdpo_trl.generation import ModelSpec
 from stepdpo_trl.quickstart import MODEL_PATH
 from stepdpo_trl.runs.run_directory import RunError
 
+from ..fake_vllm import records
+
 
 def stepdpo(*arguments):
     return main([str(argument) for argument in arguments])
@@ -162,20 +164,31 @@ def test_arguments_of_other_inference_backends():
         },
         "batch_size": 1,
     }
-    assert harness.model_arguments(ModelSpec("m", "vllm", dtype="bfloat16"), None) == {
-        "model": "vllm",
-        "model_args": {"pretrained": "m", "dtype": "bfloat16"},
-        "batch_size": "auto",
-    }
-    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2", tokenizer="t"), None)["model_args"]
-    assert arguments == {"pretrained": "m", "dtype": "auto", "tokenizer": "t", "revision": "v2"}
-    arguments = harness.model_arguments(ModelSpec("m", "vllm", revision="v2"), None)["model_args"]
-    assert arguments == {"pretrained": "m", "dtype": "auto", "revision": "v2", "tokenizer_revision": "v2"}
     assert harness.model_arguments(ModelSpec("m", revision="v2"), None)["model_args"]["revision"] == "v2"
     with pytest.raises(RunError, match="--revision v2 and --tokenizer t cannot be combined with --tasks"):
         harness.model_arguments(ModelSpec("m", revision="v2", tokenizer="t"), None)
     with pytest.raises(RunError, match="OPENAI_API_KEY"):
         harness.model_arguments(ModelSpec("m", "openai", "http://h/v1", api_key_env="KEY"), None)
+
+
+@pytest.mark.long
+def test_tasks_with_vllm(tmp_path, calls, fake_vllm, monkeypatch):
+    """One server with all GPUs, whose address lm-evaluation-harness receives. It has stopped afterwards."""
+    pytest.importorskip("openai", reason="needs the extra openai")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    command = ("eval", "--tasks", "gsm8k", "arc_easy", "--model", MODEL_PATH, "--output-dir", tmp_path / "out")
+    assert stepdpo(*command, "--backend", "vllm", "--vllm-args", "-tp 2") == 0
+    (started,) = records(fake_vllm, "started")
+    assert (started["gpus"], started["words"][-4:]) == ("0,1,2,3", ["-tp", "2", "--data-parallel-size", "2"])
+    port = started["words"][started["words"].index("--port") + 1]
+    assert [call["model"] for call in calls] == ["local-completions"] * 2
+    assert calls[0]["model_args"] == {
+        "model": str(MODEL_PATH),
+        "base_url": f"http://127.0.0.1:{port}/v1/completions",
+        "num_concurrent": 512,
+        "tokenizer": str(MODEL_PATH),
+        "max_length": 512,
+    }
 
 
 def test_math_needs_its_parser(tmp_path, calls, monkeypatch, capsys):

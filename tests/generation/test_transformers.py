@@ -162,7 +162,9 @@ def test_models_that_cannot_be_used(tmp_path):
         ({"backend": "openai", "base_url": "http://h/v1", "batch_size": 4}, "Use max_concurrent_requests"),
         ({"backend": "openai", "base_url": "http://h/v1", "revision": "main"}, "revision='main' has no effect"),
         ({"max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
-        ({"backend": "vllm", "max_concurrent_requests": 4}, "max_concurrent_requests=4 has no effect"),
+        ({"backend": "vllm", "batch_size": 4}, "batch_size=4 has no effect on vLLM"),
+        ({"vllm_args": "-tp 2"}, "vllm_args='-tp 2' has no effect on the inference backend 'transformers'"),
+        ({"backend": "openai", "base_url": "http://h/v1", "adapter": "a"}, "does not load the adapter 'a'"),
     ],
 )
 def test_invalid_specs(spec, message):

@@ -199,12 +199,11 @@ def test_training_resumes_from_the_last_complete_checkpoint(tmp_path):
 def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
     """All parts run in this process, which saves imports. test_cli launches a training."""
 
-    def run(command, **options):
+    def run(command):
         what, *argv = command[3:]
-        done = main([what, *argv]) if what == "data" else train.main(argv)
-        return subprocess.CompletedProcess(command, done or 0)
+        return (main([what, *argv]) if what == "data" else train.main(argv)) or 0
 
-    monkeypatch.setattr("stepdpo_trl.cli.loop.subprocess.run", run)
+    monkeypatch.setattr("stepdpo_trl.cli.loop._run_process", run)
     with (tmp_path / "problems.jsonl").open("w") as file:
         for problem in make_problems(24, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")

@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -734,6 +735,26 @@ def test_costs(finished):
     assert total[3] == sum(answer["tokens"] for answer in answers)
     assert total[4] == pytest.approx(sum(minutes for *_, minutes in stages))
     assert stages[0][1] == 90
+
+
+def test_reported_tokens_that_are_not_numbers(finished, tmp_path, capsys):
+    """Runs of earlier releases may hold whatever a server reported. They can be read, and the report says so."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "lock").unlink()
+    answers = run / "generations.policy.jsonl"
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    bad = ["3", float("nan"), float("inf"), [3], {}, -1, True, 3.5, 10**30, None, 0]
+    for record, value in zip(records, bad, strict=False):
+        record.update(prompt_tokens=value, tokens=value)
+    answers.write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = sum(record["tokens"] for record in records[len(bad) :])
+    assert costs_of(summarize([run]))[-1][3] == known
+    note = f"The tokens are incomplete: for {len(bad)} of {len(records)} requests, the server did not report them."
+    for command in (["report", str(run)], ["build", str(run), "--output-file", str(tmp_path / "pairs.jsonl")]):
+        assert main(command) == 0
+        assert note in " ".join(capsys.readouterr().out.split())
+        assert note in (run / "report.html").read_text()
+    assert "incomplete" not in table_of(summarize([finished]))
 
 
 def test_report_after_build(finished, tmp_path, capsys):

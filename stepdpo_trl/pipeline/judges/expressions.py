@@ -1,9 +1,9 @@
 """Judge expressions, which combine several judges into one."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
+from ...data.messages import did_you_mean
 from ...runs.run_directory import RunError
 from ...runs.tasks import Task
 from ..records import Solution, Verdict
@@ -30,9 +30,8 @@ def parse_judges(expression: str) -> list[list[str]]:
     groups = [[name.strip() for name in group.split("+")] for group in expression.split(",")]
     for name in (name for group in groups for name in group):
         if name not in JUDGES:
-            nearest = get_close_matches(name, JUDGES, n=1, cutoff=0)[0]
             raise RunError(
-                f"The judge {name!r} in {expression!r} is not known. Did you mean {nearest!r}? Use "
+                f"The judge {name!r} in {expression!r} is not known.{did_you_mean(name, JUDGES)} Use "
                 f"{', '.join(JUDGES)}, joined by + (all have to agree) or , (the next one judges where the previous "
                 "ones abstain)."
             )

@@ -1,0 +1,169 @@
+"""Arguments of `vllm serve`: those of a user, those that this package sets, and how servers share the GPUs."""
+
+import argparse
+import os
+import shlex
+from dataclasses import dataclass
+from typing import NoReturn
+
+# Arguments that this package sets, with the option to use instead
+_OWN = {
+    "--model": "--model",
+    "--tokenizer": "--tokenizer",
+    "--revision": "--revision",
+    "--tokenizer-revision": "--revision",
+    "--dtype": "--dtype",
+    "--lora-modules": "--model with the folder of an adapter",
+    **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--served-model-name", "--headless"), ""),
+    **dict.fromkeys(("--root-path", "--ssl-keyfile", "--ssl-certfile"), ""),
+}
+# Arguments for hardware, memory and speed. A run may resume with others: answers do not depend on them, apart from
+# rounding and from texts that are too long for `--max-model-len`.
+OPERATIONAL = (
+    *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
+    *("--distributed-executor-backend", "--disable-custom-all-reduce", "--max-parallel-loading-workers"),
+    *("--enable-expert-parallel", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--swap-space"),
+    *("--cpu-offload-gb", "--block-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens"),
+    *("--enable-prefix-caching", "--no-enable-prefix-caching", "--enable-chunked-prefill", "--load-format"),
+    *("--no-enable-chunked-prefill", "--async-scheduling", "--no-async-scheduling", "--enforce-eager"),
+    *("--no-enforce-eager", "--compilation-config", "--attention-backend", "--max-lora-rank", "--max-loras"),
+    *("--max-cpu-loras", "--fully-sharded-loras", "--download-dir", "--disable-log-stats", "--uvicorn-log-level"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"--vllm-args: {message}.")
+
+
+@dataclass(frozen=True)
+class VLLMArguments:
+    """
+    Arguments that a user passes to `vllm serve`.
+
+    Args:
+        words (`tuple[str, ...]`):
+            The arguments.
+        gpus (`int`):
+            Number of GPUs that one copy of the model needs.
+        shares_gpus (`bool`):
+            Whether vLLM distributes copies or layers itself, so that one server gets all GPUs.
+        copies (`int`):
+            Copies of the model in one server.
+        max_num_seqs (`int`, *optional*):
+            Number of requests that one copy processes at the same time.
+    """
+
+    words: tuple[str, ...]
+    gpus: int
+    shares_gpus: bool
+    copies: int
+    max_num_seqs: int | None
+
+
+def parse_arguments(text: str | None) -> VLLMArguments:
+    """
+    Parse the value of `--vllm-args`. vLLM checks the arguments that are not needed here.
+
+    Args:
+        text (`str`, *optional*):
+            Arguments of `vllm serve`, quoted as in a shell.
+
+    Returns:
+        `VLLMArguments`: The arguments.
+
+    Raises:
+        ValueError: If the text cannot be split, sets what this package sets, or a number of GPUs is invalid.
+    """
+    try:
+        words = shlex.split(text or "")
+    except ValueError as error:
+        raise ValueError(f"--vllm-args {text!r} cannot be split ({error}). Close the quotes in it.") from error
+    parser = _Parser(add_help=False, argument_default=None)  # accepts abbreviations, as vLLM does
+    for name in _OWN:
+        parser.add_argument(name, nargs="?", const="")
+    for name in ("tensor", "pipeline", "data"):
+        parser.add_argument(f"-{name[0]}p", f"--{name}-parallel-size", dest=name, type=_positive, default=1)
+    parser.add_argument("--max-num-seqs", default="")
+    parser.add_argument("--distributed-executor-backend")
+    found, _ = parser.parse_known_args(_dashed(words))
+    for name, instead in _OWN.items():
+        if getattr(found, name[2:].replace("-", "_")) is not None:
+            hint = f"Use {instead} of this command instead." if instead else "Remove it: this command sets it."
+            raise ValueError(f"--vllm-args contains {name}. {hint}")
+    shares_gpus = found.data > 1 or found.distributed_executor_backend == "ray"
+    most = int(found.max_num_seqs) if found.max_num_seqs.isdigit() else None
+    return VLLMArguments(tuple(words), found.tensor * found.pipeline, shares_gpus, found.data, most)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _dashed(words: list[str]) -> list[str]:
+    """Replace underscores in the names of arguments by dashes, as vLLM does."""
+    parts = [word.partition("=") if word.startswith("--") else (word, "", "") for word in words]
+    return [name.replace("_", "-") + equals + value if name[:2] == "--" else name for name, equals, value in parts]
+
+
+def answer_arguments(text: str | None) -> str | None:
+    """
+    Return the arguments that the answers of a model may depend on, such as `--quantization`.
+
+    Args:
+        text (`str`, *optional*):
+            Arguments of `vllm serve`.
+
+    Returns:
+        `str` or `None`: The arguments without those that only concern hardware, memory and speed. `None` if there are
+        none.
+    """
+    kept: list[str] = []
+    operational = False
+    for word in _dashed(shlex.split(text or "")):
+        is_option = word.startswith("-") and not word[1:2].isdigit()  # a negative number is a value
+        name, _, value = word.partition("=") if is_option else (word, "", "")
+        if is_option:
+            operational = name.partition(".")[0] in OPERATIONAL
+        if not operational:
+            kept += [name, value] if value else [name]
+    return shlex.join(kept) or None
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the visible GPUs, as `CUDA_VISIBLE_DEVICES` lists them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    from torch.cuda import device_count
+
+    return [str(number) for number in range(device_count())]
+
+
+def gpu_groups(arguments: VLLMArguments, gpus: list[str]) -> list[list[str]]:
+    """
+    Divide GPUs among servers. GPUs that remain are not used.
+
+    Args:
+        arguments (`VLLMArguments`):
+            Arguments of the servers.
+        gpus (`list[str]`):
+            The visible GPUs. Without any, there is one server, which finds its devices itself.
+
+    Returns:
+        `list[list[str]]`: The GPUs of each server.
+
+    Raises:
+        ValueError: If one copy of the model needs more GPUs than there are.
+    """
+    if not gpus or arguments.shares_gpus:
+        return [gpus]
+    if arguments.gpus > len(gpus):
+        raise ValueError(
+            f"--vllm-args asks for {arguments.gpus} GPUs (tensor-parallel-size x pipeline-parallel-size), but "
+            f"{len(gpus)} are visible ({', '.join(gpus)}). Reduce them, or set CUDA_VISIBLE_DEVICES."
+        )
+    count = len(gpus) // arguments.gpus
+    return [gpus[number * arguments.gpus : (number + 1) * arguments.gpus] for number in range(count)]
