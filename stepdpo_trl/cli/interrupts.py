@@ -28,6 +28,9 @@ def stoppable() -> Iterator[None]:
             _exit()
         if not stopping:
             stopping = True
+            if _is_importing(frame):
+                os.write(2, b"\nstepdpo: interrupted. Rerun the same command to resume.")
+                _exit()
             raise KeyboardInterrupt
 
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -41,6 +44,15 @@ def stoppable() -> Iterator[None]:
         if not stopping:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported. An exception would abort torch, or be replaced by another one."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _exit() -> None:

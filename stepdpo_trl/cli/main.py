@@ -1,6 +1,7 @@
 """The command `stepdpo`. Parses arguments and calls the package."""
 
 import argparse
+import contextlib
 import gc
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+import psutil
 
 from .. import __version__
 from ..generation import GenerationError
@@ -205,9 +208,18 @@ def _fail(command: str, error: Exception) -> int:
 
 
 def _interrupted(command: str) -> int:
+    _end_workers()
     report_error(f"\nstepdpo {command}: interrupted. Rerun the same command to resume.")
     gc.freeze()  # Python would collect the objects of torch and transformers for seconds before it exits
     return 130
+
+
+def _end_workers() -> None:
+    """End the answer checker's processes. Those that are just starting would fail with a traceback."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("forkserver" in word for word in child.cmdline()):
+                child.kill()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ class AnswerChecker:
         context.set_forkserver_preload(["math_verify"])
         self.pool = ProcessPool(processes, context=context)
         self.time_limit = time_limit
-        self._started = False
 
     def __enter__(self) -> "AnswerChecker":
         return self
@@ -126,9 +125,7 @@ class AnswerChecker:
         Returns:
             `list[Check]`: The results, in the order of `answers`.
         """
-        if not self._started:
-            _start_forkserver()
-            self._started = True
+        _start_forkserver()
         limit = self.time_limit
         futures = [self.pool.schedule(_limited_check, args=(*pair, limit), timeout=limit) for pair in answers]
         checks = []
@@ -143,18 +140,13 @@ class AnswerChecker:
 
 
 def _start_forkserver() -> None:
-    """Start the process that forks the workers, unless it runs, and wait until it is ready."""
+    """Start the process that forks the workers, unless it runs. Ctrl-C must not interrupt its imports."""
     resource_tracker.ensure_running()  # unblocks the signal when it starts
-    # It inherits this. Otherwise it would print a traceback if Ctrl-C interrupted its imports.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # A worker that is started only after the end of this process would print a traceback as well
-    process = multiprocessing.get_context("forkserver").Process(target=int, daemon=True)
-    process.start()
-    process.join()
 
 
 def check_golds(checker: AnswerChecker, golds: Sequence[str]) -> list[int]:

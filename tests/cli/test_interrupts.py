@@ -67,6 +67,20 @@ def test_two_signals(numbers, lines):
     assert process.returncode == (0 if "stopped" in lines else 130)
 
 
+def test_ctrl_c_during_an_import(tmp_path):
+    """Packages turn the exception into another one, or abort."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nprint('ready', flush=True)\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError from None\n"
+    )
+    code = "from stepdpo_trl.cli.interrupts import stoppable\nwith stoppable():\n    import slow"
+    with start(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "\nstepdpo: interrupted. Rerun the same command to resume.\n"
+    assert process.returncode == 130
+
+
 def command_of(name, folder, *options):
     (folder / "p.jsonl").write_text(
         "".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in make_problems(40, "pairs"))
