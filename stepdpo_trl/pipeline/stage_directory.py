@@ -99,9 +99,8 @@ class StageDirectory(RunDirectory):
                 "least the values of this run, or use another folder."
             )
 
-    def log(self, name: str) -> Log:
-        """Open the records in `name`.jsonl."""
-        return _AnnouncedLog(self.path / f"{name}.jsonl", self.write_settings, self._count_time)
+    def _open_log(self, path: Path) -> Log:
+        return _AnnouncedLog(path, self.write_settings, self._count_time)
 
     def write_settings(self) -> None:
         """Write the settings of the stage, if they are not written yet."""
