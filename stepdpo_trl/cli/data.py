@@ -1,9 +1,8 @@
 """Commands that make step pairs: collect, localize, rectify, build, data, report, import."""
 
 import argparse
-import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,11 +176,11 @@ def _build(args: argparse.Namespace) -> None:
 
     check_target(args.output_file)
     paths = run_directories(args.run)
-    score = functools.partial(_score, args.logps) if args.logps else None
-    rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem, score)
+    rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem)
     record = make_record(args.output_file, rows, left_out)
     summary = summarize(paths)
-    where = save(rows, args.output_file, write_card(summary, record, args.license))
+    scored = _score(args.logps, rows) if args.logps else rows
+    where = save(scored, args.output_file, write_card(summary, record, args.license))
     write_build(args.run, record)
     report = Path(args.run) / "report.html"
     write_atomically(report, render_report(summary, record))
@@ -191,7 +190,7 @@ def _build(args: argparse.Namespace) -> None:
     )
 
 
-def _score(name: str, rows: list[dict[str, Any]]) -> None:
+def _score(name: str, rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Add log-probabilities to step pairs, with the tokens of the trainer."""
     from ..generation import ModelSpec
     from ..generation.transformers import TransformersGenerator
@@ -199,7 +198,7 @@ def _score(name: str, rows: list[dict[str, Any]]) -> None:
     from ..step_dpo.tokenization import StepTokenizer
 
     generator = TransformersGenerator.load(ModelSpec(name))
-    add_logps(rows, generator.model, StepTokenizer(generator.tokenizer))
+    return add_logps(rows, generator.model, StepTokenizer(generator.tokenizer))
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -7,13 +7,14 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .log_index import KeyIndex, digest
+from .log_view import StreamedMapping
 
 BATCH = 4096  # records per write
 RECENT = 50_000  # appended records whose keys are kept in memory, about 10 MB
@@ -29,7 +30,7 @@ class RunError(Exception):
     """Error that the user can fix. The message says what failed and how to fix it."""
 
 
-class Log(Mapping[str, dict[str, Any]]):
+class Log(StreamedMapping[dict[str, Any]]):
     """
     Append-only file of keyed records, one JSON object per line. The last record of a key counts.
 
@@ -176,13 +177,9 @@ class Log(Mapping[str, dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._index.offsets)
 
-    def items(self) -> ItemsView[str, dict[str, Any]]:
-        """Return a view of keys and records, which is iterated by reading the file from the start."""
-        return _Items(self)
-
-    def values(self) -> ValuesView[dict[str, Any]]:
-        """Return a view of records, which is iterated by reading the file from the start."""
-        return _Values(self)
+    def stream(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield all keys and records."""
+        return (self._parse(line, offset) for offset, line in self._lines())
 
     def append(self, key: str, record: Mapping[str, Any]) -> None:
         """
@@ -239,17 +236,6 @@ class Log(Mapping[str, dict[str, Any]]):
             self._index.add(b"".join(digest(key.encode()) for key in self._recent))
             self._recent.clear()
             self._save_index(offset)
-
-
-class _Items(ItemsView[str, dict[str, Any]]):
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        log: Any = self._mapping
-        return (log._parse(line, offset) for offset, line in log._lines())
-
-
-class _Values(ValuesView[dict[str, Any]]):
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (record for _, record in self._mapping.items())
 
 
 def _encode(key: str, record: Mapping[str, Any]) -> bytes:
