@@ -1,8 +1,8 @@
 """Commands that make step pairs: collect, localize, rectify, build, data, report, import."""
 
 import argparse
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ def _each(args: argparse.Namespace, path: str, stage: str, work: Callable[[Any, 
             print(count_line(stage, folder, counts), flush=True)
 
 
-def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable[[Any, Path, tuple[int, int]], Any]:
+def _collect_work(
+    args: argparse.Namespace, problems: Sequence[Problem]
+) -> Callable[[Any, Path, tuple[int, int]], Any]:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
     if not args.temperature and args.num_samples > 1:
         raise RunError(
@@ -207,7 +209,7 @@ def _data(args: argparse.Namespace) -> None:
 
     check_target(args.output_file)
     for test_set in args.exclude:
-        read_texts(test_set)
+        deque(read_texts(test_set), maxlen=0)  # checks the file before anything is sampled
     changes = {
         name: value for name, value in model_changes(args).items() if name not in ("model", "backend", "tokenizer")
     }

@@ -75,7 +75,8 @@ def build(
     Raises:
         RunError: If there are no pairs, or the folders do not belong to one run.
     """
-    pairs, settings, problems = [], [], []
+    pairs, settings = [], []
+    problems: list[Any] = []
     ids: set[str] = set()
     for path in paths:
         with RunDirectory(path) as run:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -150,7 +150,7 @@ def current_corrections(run: RunDirectory, name: str) -> Iterator[tuple[str, dic
     Yields:
         `tuple[str, dict]`: Key of the solution, and record.
     """
-    verdicts = run.logs("verdicts").get(name.partition(".by-")[0], {})
+    verdicts = _verdicts_of(run, name)
     for key, record in run.log(f"corrections.{name}").items():
         if verdicts.get(key, record)["step"] == record["step"]:
             yield key, record
@@ -169,8 +169,12 @@ def count_outdated(run: RunDirectory, name: str) -> int:
     Returns:
         `int`: Number of solutions.
     """
-    verdicts = run.logs("verdicts").get(name.partition(".by-")[0], {})
+    verdicts = _verdicts_of(run, name)
     steps = (
         (verdicts.get(key, record)["step"], record["step"]) for key, record in run.log(f"corrections.{name}").items()
     )
     return sum(now not in (None, before) for now, before in steps)
+
+
+def _verdicts_of(run: RunDirectory, corrections: str) -> Mapping[str, dict[str, Any]]:
+    return run.logs("verdicts").get(corrections.partition(".by-")[0]) or {}

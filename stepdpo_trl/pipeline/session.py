@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Fields of ModelSpec that do not change what the model answers: a run may continue with other values
 _OPERATIONAL = ("base_url", "batch_size", "max_concurrent_requests", "api_key_env")
+_GOLDS = 10_000  # gold answers that are checked at the same time
 _SERVER = ("base_url", "max_concurrent_requests", "api_key_env")
 
 
@@ -82,12 +84,17 @@ class Session:
         Raises:
             RunError: If a gold answer cannot be parsed.
         """
-        unusable = check_golds(self.checker, [problem.answer for problem in problems])
+        named: list[str] = []
+        unusable = 0
+        remaining = iter(problems)
+        while part := list(islice(remaining, _GOLDS)):
+            found = [part[index] for index in check_golds(self.checker, [problem.answer for problem in part])]
+            named += [f"{problem.id!r}: {problem.answer!r}" for problem in found[: 5 - len(named)]]
+            unusable += len(found)
         if unusable:
-            named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
             raise RunError(
-                f"{len(unusable)} gold answers cannot be read as an answer ({'; '.join(named)}"
-                f"{' ...' if len(unusable) > 5 else ''}), so no solution can be compared with them. Fix or remove "
+                f"{unusable} gold answers cannot be read as an answer ({'; '.join(named)}"
+                f"{' ...' if unusable > 5 else ''}), so no solution can be compared with them. Fix or remove "
                 "these problems."
             )
 

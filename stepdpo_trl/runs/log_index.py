@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from ..data.files import replacing
 
@@ -63,12 +64,12 @@ class KeyIndex:
 
         old = len(self._positions)
         # Old entries come first, so that a stable sort keeps records of the same digest in the order of the log
-        merged = np.concatenate([np.asarray(self._digests, np.uint64), np.frombuffer(digests, ">u8")])
+        merged: Any = np.concatenate([np.asarray(self._digests, np.uint64), np.frombuffer(digests, ">u8")])
         new = np.arange(old, len(self.offsets), dtype=np.uint32)
-        positions = np.concatenate([np.asarray(self._positions, np.uint32), new])
+        positions: Any = np.concatenate([np.asarray(self._positions, np.uint32), new])
         order = np.argsort(merged, kind="stable")
         merged, positions = merged[order], positions[order]
-        equal = np.flatnonzero(merged[1:] == merged[:-1])
+        equal: Any = np.flatnonzero(merged[1:] == merged[:-1])
         if len(equal):
             kept = np.ones(len(positions), bool)
             kept[self._replaced(merged, positions, equal)] = False
@@ -105,10 +106,15 @@ class KeyIndex:
         """
         import numpy as np
 
-        arrays = {"offsets": np.array(self.offsets, np.int64), "digests": np.asarray(self._digests, np.uint64)}
-        arrays |= {"positions": np.asarray(self._positions, np.uint32), "size": np.array(size)}
         with contextlib.suppress(OSError), replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, tail=np.frombuffer(tail, np.uint8), **arrays)
+            np.savez(
+                file,
+                offsets=np.array(self.offsets, np.int64),
+                digests=np.asarray(self._digests, np.uint64),
+                positions=np.asarray(self._positions, np.uint32),
+                size=np.array(size),
+                tail=np.frombuffer(tail, np.uint8),
+            )
 
     def load(self, path: Path, size: int, tail: Callable[[int], bytes]) -> int:
         """

@@ -23,14 +23,17 @@ class StreamedMapping(Mapping[str, T]):
 
 
 class _Items(ItemsView[str, T]):
+    _mapping: StreamedMapping[T]
+
     def __iter__(self) -> Iterator[tuple[str, T]]:
-        mapping: Any = self._mapping
-        return iter(mapping.stream())
+        return self._mapping.stream()
 
 
 class _Values(ValuesView[T]):
+    _mapping: StreamedMapping[T]
+
     def __iter__(self) -> Iterator[T]:
-        return (value for _, value in self._mapping.items())
+        return (value for _, value in self._mapping.stream())
 
 
 class LogView(StreamedMapping[T]):
