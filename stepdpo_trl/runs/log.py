@@ -114,7 +114,7 @@ class Log(StreamedMapping[dict[str, Any]]):
 
     def _parse(self, line: bytes, offset: int) -> tuple[str, dict[str, Any]]:
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
             key = record.pop("key")
             key.encode()
         except (ValueError, KeyError, AttributeError, TypeError) as error:
