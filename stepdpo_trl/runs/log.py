@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ RECENT = 50_000  # appended records whose keys are kept in memory, about 10 MB
 SAVED_BYTES = 32 * 2**20  # the index is stored each time that this much has been added to the log
 _BUFFER = 2**20
 _TAIL = 4096
-_START = b'{"key": "'
+_START = re.compile(rb'\{"key": "([^"\\]*)"[,}]')  # of lines as this class writes them
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +100,9 @@ class Log(StreamedMapping[dict[str, Any]]):
 
     def _parse_key(self, line: bytes, offset: int) -> bytes:
         """Return the key of a line in UTF-8. Checks the beginning and the end of the line."""
-        if line.startswith(_START) and line.endswith(b"}\n"):
-            end = line.find(b'"', len(_START))
-            key = line[len(_START) : end]
-            if b"\\" not in key and line[end + 1 : end + 2] in (b",", b"}"):
-                return key
+        start = _START.match(line)
+        if start and line.endswith(b"}\n"):
+            return start[1]
         return self._parse(line, offset)[0].encode()
 
     def _key(self, line: bytes, offset: int) -> str:
