@@ -16,7 +16,7 @@ from .pairs import SelectedPairs, make_pairs, select_pairs
 from .records import Problem, read_texts
 
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
-_ROWS_PER_GROUP = 10_000  # of a Parquet file, in memory at the same time
+_ROWS_PER_GROUP = 2_000  # of a Parquet file, in memory at the same time
 
 
 def run_directories(path: str | Path) -> list[Path]:
