@@ -180,7 +180,9 @@ class Benchmark:
         from stepdpo_trl.runs.log import Log
 
         log = Log(self.run / "generations.policy.jsonl")
-        keys = random.Random(0).sample(list(log), min(self.answers, 100_000))
+        rng = random.Random(0)
+        keys = [key for key in log if rng.random() < 100_000 / self.answers]
+        rng.shuffle(keys)
         started = time.monotonic()
         for key in keys:
             log[key]
