@@ -34,7 +34,7 @@ from report import best_settings, write_report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from training import ARMS, load, margins, measure, set_up, train  # noqa: E402
 
-from stepdpo_trl.runs.run_directory import Log  # noqa: E402
+from stepdpo_trl.runs.log import Log  # noqa: E402
 
 datasets.disable_progress_bars()
 

@@ -124,7 +124,7 @@ def fresh_pairs(folder: Path, model: str, count: int, seed: int, batch_size: int
             session.localize(folder, "arithmetic", JudgeOptions(), size)
             session.rectify(folder, "arithmetic", max_attempts=MAX_ATTEMPTS, model=size)
             try:
-                rows = build([folder])[0]
+                rows = list(build([folder])[0])
             except RunError:  # no pairs yet
                 rows = []
             used = int(used * min(4, max(1.3, 1.1 * count / max(len(rows), 1)))) + 1

@@ -8,7 +8,7 @@ import numpy as np
 from joined import KINDS
 from report import METHODS, STAGED, mean_and_half, results_of, solved, trials
 
-from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.log import Log
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

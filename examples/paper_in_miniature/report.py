@@ -10,7 +10,7 @@ import numpy as np
 from joined import KINDS
 from training import ARMS
 
-from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.log import Log
 
 METHODS = ("SFT", "DPO", "DPOTrainer on steps", "Step-DPO", "Step-DPO, other model's steps")
 LOCALIZERS = {"arithmetic": "Step-DPO", "rollout": "Step-DPO, rollout", "random": "Step-DPO, random step"}

@@ -1,9 +1,8 @@
 """Commands that make step pairs: collect, localize, rectify, build, data, report, import."""
 
 import argparse
-import functools
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,9 @@ def _each(args: argparse.Namespace, path: str, stage: str, work: Callable[[Any, 
             print(count_line(stage, folder, counts), flush=True)
 
 
-def _collect_work(args: argparse.Namespace, problems: list[Problem]) -> Callable[[Any, Path, tuple[int, int]], Any]:
+def _collect_work(
+    args: argparse.Namespace, problems: Sequence[Problem]
+) -> Callable[[Any, Path, tuple[int, int]], Any]:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
     if not args.temperature and args.num_samples > 1:
         raise RunError(
@@ -197,11 +198,11 @@ def _build(args: argparse.Namespace) -> None:
 
     check_target(args.output_file)
     paths = run_directories(args.run)
-    score = functools.partial(_score, args.logps) if args.logps else None
-    rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem, score)
+    rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem)
     record = make_record(args.output_file, rows, left_out)
     summary = summarize(paths)
-    where = save(rows, args.output_file, write_card(summary, record, args.license))
+    scored = _score(args.logps, rows) if args.logps else rows
+    where = save(scored, args.output_file, write_card(summary, record, args.license))
     write_build(args.run, record)
     report = Path(args.run) / "report.html"
     write_atomically(report, render_report(summary, record))
@@ -211,14 +212,14 @@ def _build(args: argparse.Namespace) -> None:
     )
 
 
-def _score(name: str, rows: list[dict[str, Any]]) -> None:
+def _score(name: str, rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Add log-probabilities to step pairs, with the tokens of the trainer."""
     from ..generation.transformers import TransformersGenerator
     from ..pipeline.logps import add_logps
     from ..step_dpo.tokenization import StepTokenizer
 
     generator = TransformersGenerator.load(ModelSpec(name))
-    add_logps(rows, generator.model, StepTokenizer(generator.tokenizer))
+    return add_logps(rows, generator.model, StepTokenizer(generator.tokenizer))
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -227,7 +228,7 @@ def _data(args: argparse.Namespace) -> None:
 
     check_target(args.output_file)
     for test_set in args.exclude:
-        read_texts(test_set)
+        deque(read_texts(test_set), maxlen=0)  # checks the file before anything is sampled
     changes = {
         name: value for name, value in model_changes(args).items() if name not in ("model", "backend", "tokenizer")
     }

@@ -59,10 +59,11 @@ def measure(paths: Iterable[Path], may_be_missing: bool) -> Measured:
         if may_be_missing and not path.is_dir():
             continue
         with RunDirectory(path) as run:
-            solutions = run.log("solutions").values()
-            found.solutions += len(solutions)
-            found.wrong += sum(record["outcome"] == WRONG for record in solutions)
-            found.steps += [record["steps"] for record in solutions if record["outcome"] == WRONG]
+            for record in run.log("solutions").values():
+                found.solutions += 1
+                if record["outcome"] == WRONG:
+                    found.wrong += 1
+                    found.steps.append(record["steps"])
             # Completions of collect only: rollouts and corrections are shorter than a whole solution
             completions = run.logs("generations").get("policy", {}).values()
             found.tokens += [r["tokens"] for r in completions if str(r.get("stage", "")).startswith("collect")]

@@ -1,5 +1,6 @@
 """Problems to make step pairs from: files, or training sets by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.problems import NUM_ARITHMETIC_PROBLEMS, PROBLEM_SETS
@@ -10,7 +11,7 @@ from ..runs.run_directory import RunError
 TRAINING_SETS = ("gsm8k", "arithmetic")
 
 
-def load_training_problems(name: str, limit: int | None = None) -> list[Problem]:
+def load_training_problems(name: str, limit: int | None = None) -> Sequence[Problem]:
     """
     Load problems to make step pairs from.
 
@@ -24,7 +25,7 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
             Number of problems to load, from the first.
 
     Returns:
-        `list[Problem]`: The problems.
+        `Sequence[Problem]`: The problems.
 
     Raises:
         RunError: If the problems do not exist or cannot be used.

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -10,20 +9,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_atomically
+from ..data.files import replacing, write_atomically
 from ..data.prompts import StepPrompt
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..generation.vllm_arguments import answer_arguments
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
-from ..pipeline.records import Problem, text_digest
+from ..pipeline.records import Problem, digest_of
 from ..pipeline.session import Session, model_file_name
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
-from ..runs.tasks import RecordedChecks, Task, model_service
+from ..runs.tasks import RecordedChecks, Task, model_service, read_completion, replay
 from .majority import ProblemAnswers, vote
-from .results import compare, measure_accuracy
+from .results import Tally, compare, measure_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def evaluate(
 
             check_model(model)
     settings = {
-        "problems": {"name": name, "count": len(problems), "digest": text_digest(*problems)},
+        "problems": {"name": name, "count": len(problems), "digest": digest_of(problems)},
         "models": [identity(model) for model in models],
         "prompt": asdict(prompt),
         "sampling": asdict(sampling),
@@ -101,14 +100,15 @@ def evaluate(
             answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed))
             session.release(model)
         names = _names(models)
-        results = {**settings, "results": [measure_accuracy(*pair) for pair in zip(names, answers, strict=True)]}
+        tallies, readers = zip(*answers, strict=True)
+        measured = [measure_accuracy(name, tally, num_samples) for name, tally in zip(names, tallies, strict=True)]
+        results = {**settings, "results": measured}
         if len(models) == 2:
-            results["difference"] = compare(answers[0], answers[1], seed)
-        rows = [
-            _record(problem, dict(zip(names, answered, strict=True)))
-            for problem, *answered in zip(problems, *answers, strict=True)
-        ]
-        write_atomically(path / "records.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            results["difference"] = compare(tallies[0], tallies[1], seed)
+        with replacing(path / "records.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+            for problem in problems:
+                row = _record(problem, {name: read(problem) for name, read in zip(names, readers, strict=True)})
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         write_atomically(path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
 
@@ -210,31 +210,34 @@ def _answer(
     sampling: Sampling,
     num_samples: int,
     seed: int,
-) -> list[ProblemAnswers]:
-    """Sample solutions of all problems from one model, into files that are named after the model."""
+) -> tuple[Tally, Callable[[Problem], ProblemAnswers]]:
+    """
+    Sample solutions of all problems from one model, into files that are named after the model.
+
+    Returns the outcomes, and a function that reads the answers to a problem from the files.
+    """
     name = answers_name(model)
     generator = session.generator(model, run.path)
     runner = TaskRunner(run, f"eval {name}")
-    runner.services["model"] = model_service(generator, sampling, run.log(f"answers.{name}"), runner.name, keep)
-    runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
-    policy = Policy("model", prompt, generator.render, seed)
+    log, checks = run.log(f"answers.{name}"), RecordedChecks(session.checker, run.log(f"checks.{name}"))
+    runner.services.update(model=model_service(generator, sampling, log, runner.name, keep), check=checks)
+    sampling_policy = Policy("model", prompt, generator.render, seed)
 
-    def task(problem: Problem) -> Task[tuple[str, ProblemAnswers]]:
+    def task(problem: Problem, policy: Policy) -> Task[ProblemAnswers]:
         sampled = yield from policy.sample(problem, prompt.response_prefix, range(num_samples))
         majority = yield from vote(sampled)
-        return problem.id, ProblemAnswers(sampled, majority)
+        return ProblemAnswers(sampled, majority)
 
-    counts: Counter[str] = Counter()
-    answers: dict[str, ProblemAnswers] = {}
-    with closing(runner.results(map(task, problems), len(problems), "problems", counts)) as results:
-        for problem_id, answered in results:
-            counts.update(sample.check.outcome for sample in answered.samples)
-            answers[problem_id] = answered
-    if num_samples > 1 and all(
-        len({sample.text for sample in answered.samples}) == 1 for answered in answers.values()
-    ):
+    tally = Tally()
+    tasks = (task(problem, sampling_policy) for problem in problems)
+    with closing(runner.results(tasks, len(problems), "problems", tally.outcomes)) as results:
+        for answered in results:
+            tally.add(answered)
+    if num_samples > 1 and not tally.varied:
         logger.warning(not_sampled(num_samples))
-    return [answers[problem.id] for problem in problems]
+    stored = {"model": lambda request: read_completion(log, request.key), "check": checks.stored}
+    reading_policy = Policy("model", prompt, lambda user, prefix: "", seed)  # the model will have been released
+    return tally, lambda problem: replay(task(problem, reading_policy), stored)
 
 
 def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:

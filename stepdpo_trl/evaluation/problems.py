@@ -1,6 +1,6 @@
 """Problems to evaluate on: named datasets, or files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ PROBLEM_SETS: dict[str, Callable[[int | None], list[Problem]]] = {
 }
 
 
-def load_problems(name: str, limit: int | None = None) -> list[Problem]:
+def load_problems(name: str, limit: int | None = None) -> Sequence[Problem]:
     """
     Load a problem set by name, or problems from a file.
 
@@ -55,7 +55,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
             Number of problems to load, from the first.
 
     Returns:
-        `list[Problem]`: The problems.
+        `Sequence[Problem]`: The problems.
 
     Raises:
         RunError: If there is no such problem set or file, or its rows are not valid problems.

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
@@ -13,46 +13,80 @@ OUTCOMES = (RIGHT, WRONG, UNREADABLE)
 NAME_WIDTH = 26  # columns of a name in the table, which then has 80
 
 
-def measure_accuracy(model: str, answers: Sequence[ProblemAnswers]) -> dict[str, Any]:
+@dataclass
+class Tally:
+    """
+    Outcomes of a model, without the texts of its answers.
+
+    Args:
+        outcomes (`Counter[str]`):
+            Number of solutions per outcome.
+        reasons (`Counter[str]`):
+            Number of unreadable solutions per reason.
+        shares (`list[float]`):
+            Share of right solutions of each problem.
+        majority (`list[str]`):
+            Outcome of the majority vote on each problem.
+        varied (`bool`):
+            Whether the samples of a problem have different texts.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    shares: list[float] = field(default_factory=list)
+    majority: list[str] = field(default_factory=list)
+    varied: bool = False
+
+    def add(self, answers: ProblemAnswers) -> None:
+        """Add the answers to the next problem."""
+        checks = [sample.check for sample in answers.samples]
+        self.outcomes.update(check.outcome for check in checks)
+        self.reasons.update(str(check.reason) for check in checks if check.outcome == UNREADABLE)
+        self.shares.append(sum(check.outcome == RIGHT for check in checks) / len(checks))
+        self.majority.append(answers.majority.outcome)
+        self.varied = self.varied or len({sample.text for sample in answers.samples}) > 1
+
+
+def measure_accuracy(model: str, answers: Tally, num_samples: int) -> dict[str, Any]:
     """
     Count the outcomes of a model and compute its accuracy.
 
     Args:
         model (`str`):
             Name of the model.
-        answers (`Sequence[ProblemAnswers]`):
-            Answers to each problem.
+        answers ([`Tally`]):
+            Its outcomes.
+        num_samples (`int`):
+            Number of solutions per problem.
 
     Returns:
         `dict[str, Any]`: Number of solutions by outcome, reasons of unreadable ones, and the mean accuracy with its
         95% interval. With several samples per problem also the outcomes and the accuracy of the majority vote.
     """
-    num_samples = len(answers[0].samples)
-    checks = [sample.check for answered in answers for sample in answered.samples]
-    shares = [_share_right(answered) for answered in answers]
+    shares = answers.shares
     measured: dict[str, Any] = {
         "model": model,
-        "solutions": _count_outcomes([check.outcome for check in checks]),
-        "unreadable": dict(Counter(check.reason for check in checks if check.outcome == UNREADABLE).most_common()),
+        "solutions": _count_outcomes(answers.outcomes),
+        "unreadable": dict(answers.reasons.most_common()),
         "accuracy": math.fsum(shares) / len(shares),
         "interval": clustered(shares, num_samples),
     }
     if num_samples > 1:
-        outcomes = _count_outcomes([answered.majority.outcome for answered in answers])
-        majority = Accuracy(outcomes[RIGHT], len(answers))
+        outcomes = _count_outcomes(Counter(answers.majority))
+        majority = Accuracy(outcomes[RIGHT], len(shares))
         measured["majority"] = {"problems": outcomes, "accuracy": majority.value, "interval": majority.interval}
     return measured
 
 
-def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], seed: int = 0) -> dict[str, Any]:
+def compare(first: Tally, second: Tally, seed: int = 0) -> dict[str, Any]:
     """
     Compare two models on the same problems, paired by problem.
 
     Args:
-        first (`Sequence[ProblemAnswers]`):
-            Answers of the first model to each problem.
-        second (`Sequence[ProblemAnswers]`):
-            Answers of the second model, in the same order.
+        first ([`Tally`]):
+            Outcomes of the first model.
+        second ([`Tally`]):
+            Outcomes of the second model, in the same order.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap.
 
@@ -60,10 +94,9 @@ def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], s
         `dict[str, Any]`: Accuracy of the first model minus that of the second, its bootstrap interval, and McNemar's
         test on the problems that each model solves (with several samples, by majority vote).
     """
-    differences = [_share_right(one) - _share_right(other) for one, other in zip(first, second, strict=True)]
+    differences = [one - other for one, other in zip(first.shares, second.shares, strict=True)]
     solved = Counter(
-        (one.majority.outcome == RIGHT, other.majority.outcome == RIGHT)
-        for one, other in zip(first, second, strict=True)
+        (one == RIGHT, other == RIGHT) for one, other in zip(first.majority, second.majority, strict=True)
     )
     discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
     return {
@@ -78,12 +111,8 @@ def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], s
     }
 
 
-def _share_right(answers: ProblemAnswers) -> float:
-    return sum(sample.check.outcome == RIGHT for sample in answers.samples) / len(answers.samples)
-
-
-def _count_outcomes(outcomes: Sequence[str]) -> dict[str, int]:
-    return {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
+def _count_outcomes(outcomes: Counter[str]) -> dict[str, int]:
+    return {outcome: outcomes[outcome] for outcome in OUTCOMES}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """Pairs from files and datasets on the Hub, and solutions from run folders."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from ..data.files import DATA_FILES
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
-from ..pipeline.collect import read_solutions
+from ..pipeline.collect import solutions_by_key
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
@@ -20,6 +22,8 @@ from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, STEP, Example, Part
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
+
+_COMPARED = 10_000  # keys that are compared with a misspelled one, as all of a large run would take minutes
 
 Found = tuple[Solution, dict[str, Verdict], str]  # a solution, its verdicts by judge, and its prompt
 
@@ -72,23 +76,58 @@ def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list
         RunError: If the run has no solutions, or none with this key.
         ValueError: If a number is too large.
     """
-    found = [item for folder in run_directories(path) for item in _solutions(folder)]
-    if not found:
+    shards = _open_shards(path)
+    if not any(shard.solutions for shard in shards):
         if (path / "results.json").exists():
             raise RunError(
                 f"{path} is the folder of an evaluation, which cannot be shown. Its solutions are in "
                 f"{path / 'records.jsonl'}. Pass a run of `stepdpo collect`, or a file of pairs."
             )
         raise RunError(f"{path} has no solutions yet. Run `stepdpo collect` first.")
+    count = sum(len(shard.solutions) for shard in shards)
     if key is not None:
-        keys = [solution.key for solution, _, _ in found]
-        if key not in keys:
-            nearest = (*get_close_matches(key, keys, n=1), keys[0])[0]
-            raise RunError(f"{path} has no solution {key!r}. It has {len(keys)} solutions, such as {nearest!r}.")
-        numbers = [keys.index(key)]
-    located = (n for n, (_, verdicts, _) in enumerate(found) if any(verdict.step for verdict in verdicts.values()))
-    numbers = _choose(len(found), numbers or [next(located, 0)], str(path), "solutions")
+        if not any(key in shard.solutions for shard in shards):
+            near = [one for _, one in islice(_keys(shards), _COMPARED)]
+            nearest = (*get_close_matches(key, near, n=1), near[0])[0]
+            raise RunError(f"{path} has no solution {key!r}. It has {count} solutions, such as {nearest!r}.")
+        numbers = [next(number for number, (_, one) in enumerate(_keys(shards)) if one == key)]
+    located = (number for number, (shard, one) in enumerate(_keys(shards)) if shard.is_located(one))
+    numbers = _choose(count, numbers or [next(located, 0)], str(path), "solutions")
+    keys = islice(enumerate(_keys(shards)), max(numbers) + 1)
+    found = {number: shard.find(one) for number, (shard, one) in keys if number in numbers}
     return [_solution(*found[number], f"solution {number}", f"solution {number} of {path}") for number in numbers]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Solutions of a run folder with their verdicts. They are read when they are used."""
+
+    solutions: Mapping[str, Solution]
+    verdicts: Mapping[str, Mapping[str, Verdict]]  # by judge and key
+    user: str  # template of the prompt
+
+    def is_located(self, key: str) -> bool:
+        return any(key in known and known[key].step for known in self.verdicts.values())
+
+    def find(self, key: str) -> Found:
+        solution = self.solutions[key]
+        verdicts = {judge_name: known[key] for judge_name, known in self.verdicts.items() if key in known}
+        return solution, verdicts, render_template(self.user, problem=solution.problem.problem)
+
+
+def _open_shards(path: Path) -> list[_Shard]:
+    shards = []
+    for folder in run_directories(path):
+        with RunDirectory(folder) as run:
+            if "collect" in run.settings():
+                verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
+                user = run.settings()["collect"]["prompt"]["user"]
+                shards.append(_Shard(solutions_by_key(run), verdicts, user))
+    return shards
+
+
+def _keys(shards: Sequence[_Shard]) -> Iterator[tuple[_Shard, str]]:
+    return ((shard, key) for shard in shards for key in shard.solutions)
 
 
 def _choose(count: int, numbers: Sequence[int], source: str, unit: str) -> list[int]:
@@ -191,22 +230,6 @@ def _conversation(text: str | Sequence[Mapping[str, Any]]) -> str:
     contents = ((m["role"], m.get("content")) for m in text)
     lines = (f"{role}: {c if isinstance(c, str) else json.dumps(c, ensure_ascii=False)}" for role, c in contents)
     return "\n".join(lines)
-
-
-def _solutions(folder: Path) -> list[Found]:
-    with RunDirectory(folder) as run:
-        if "collect" not in run.settings():
-            return []
-        verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
-        user = run.settings()["collect"]["prompt"]["user"]
-        return [
-            (
-                solution,
-                {judge_name: known[solution.key] for judge_name, known in verdicts.items() if solution.key in known},
-                render_template(user, problem=solution.problem.problem),
-            )
-            for solution in read_solutions(run)
-        ]
 
 
 def _solution(solution: Solution, verdicts: Mapping[str, Verdict], prompt: str, name: str, where: str) -> Example:

@@ -1,26 +1,22 @@
-"""Build a dataset of step pairs from a run, in the columns of Math-Step-DPO-10K."""
+"""Build a dataset of step pairs from a run."""
 
-import logging
+import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..data.files import replacing, write_atomically
-from ..data.prompts import StepPrompt
-from ..data.schema import StepPreference
-from ..data.steps import split_steps
 from ..runs.run_directory import RunDirectory, RunError
-from .collect import read_problems_of, read_solutions
-from .policy import render_template
+from .collect import read_problems_of
+from .pairs import SelectedPairs, make_pairs, select_pairs
 from .records import Problem, read_texts
-from .rectify import current_corrections, normalize_step, outdated_corrections
 
-logger = logging.getLogger(__name__)
-
-PairRow = dict[str, Any]
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
+_ROWS_PER_GROUP = 2_000  # of a Parquet file, in memory at the same time
 
 
 def run_directories(path: str | Path) -> list[Path]:
@@ -54,131 +50,12 @@ def run_directories(path: str | Path) -> list[Path]:
     return shards
 
 
-def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[PairRow]:
-    """
-    Make the step pairs of a run.
-
-    Args:
-        run (`RunDirectory`):
-            The run.
-        corrections (`str`, *optional*):
-            Set of corrections to use, `JUDGE` or `JUDGE.by-MODEL`. Required if the run has several.
-
-    Returns:
-        `Iterator[dict]`: The rows, ordered by solution key.
-
-    Raises:
-        RunError: If the run has no such corrections, or several and `corrections` is not given.
-    """
-    records = current_corrections(run)
-    if not records:
-        raise RunError(f"{run.path} holds no corrections yet. Run `stepdpo rectify` first.")
-    if corrections is None and len(records) > 1:
-        raise RunError(
-            f"{run.path} holds several sets of corrections: {', '.join(records)}. Choose one with --corrections."
-        )
-    corrections = next(iter(records)) if corrections is None else corrections
-    if corrections not in records:
-        raise RunError(f"{run.path} holds no corrections {corrections!r}, only {', '.join(records)}.")
-    outdated = outdated_corrections(run, corrections)
-    if outdated:
-        logger.warning(
-            f"{len(outdated)} corrections in {run.path} belong to verdicts that `localize` has replaced since, and "
-            "are left out. Run `stepdpo rectify` again to correct the steps that are now located."
-        )
-    settings = run.settings()["collect"]
-    prompt = StepPrompt(**settings["prompt"])
-    solutions = {solution.key: solution for solution in read_solutions(run)}
-    for key, record in sorted(records[corrections].items()):
-        solution = solutions[key]
-        wrong = split_steps(solution.text)
-        step = record["step"]
-        prefix, wrong_span = wrong.prefix(step), wrong.spans[step - 1]
-        for found in record["found"]:
-            corrected = split_steps(found["text"], wrong.style)
-            yield {
-                "dataset": settings["problems"],
-                "prompt": render_template(prompt.user, problem=solution.problem.problem),
-                "initial_reason_steps": prefix,
-                "chosen": corrected.step(step),
-                "rejected": wrong.step(step),
-                "full_chosen": found["text"][corrected.spans[step - 1].begin :],
-                "full_rejected": solution.text[wrong_span.begin :],
-                "answer": solution.problem.answer,
-                "step_index": step,
-                "chosen_ends_solution": len(corrected) == step and found["finish"] == "stop",
-                "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
-                "source": f"{corrections}:{found['key']}",
-                "problem_id": solution.problem.id,
-            }
-
-
-def normalize_problem(text: str) -> str:
-    """Normalize a problem for comparison: keep letters, digits and operators only."""
-    return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
-
-
-def select_pairs(
-    rows: Iterable[PairRow],
-    problems: dict[str, Problem],
-    excluded: Iterable[str] = (),
-    max_pairs_per_problem: int | None = None,
-) -> tuple[list[PairRow], Counter[str]]:
-    """
-    Drop test problems, duplicates, and pairs above the limit per problem.
-
-    Args:
-        rows (`Iterable[dict]`):
-            The pairs.
-        problems (`dict[str, Problem]`):
-            Problems of the pairs, by id.
-        excluded (`Iterable[str]`, *optional*):
-            Problems of test sets. They are compared by their letters, digits and operators.
-        max_pairs_per_problem (`int`, *optional*):
-            Maximum number of pairs per problem. Pairs with different wrong steps are kept first.
-
-    Returns:
-        `list[dict]`, `Counter[str]`: The pairs, and the number of dropped ones per reason.
-    """
-    tests = {normalize_problem(problem) for problem in excluded}
-    kept: list[PairRow] = []
-    left_out: Counter[str] = Counter()
-    seen = set()
-    of_problem: Counter[str] = Counter()
-    for row in _different_errors_first(rows):
-        identity = (row["prompt"], *(normalize_step(row[c]) for c in ("initial_reason_steps", "chosen", "rejected")))
-        if normalize_problem(problems[row["problem_id"]].problem) in tests:
-            left_out["in a test set"] += 1
-        elif identity in seen:
-            left_out["duplicate"] += 1
-        elif max_pairs_per_problem is not None and of_problem[row["problem_id"]] >= max_pairs_per_problem:
-            left_out["above the limit per problem"] += 1
-        else:
-            seen.add(identity)
-            of_problem[row["problem_id"]] += 1
-            kept.append(row)
-    for number, row in enumerate(kept):
-        StepPreference.from_row(row, f"pair {number}")
-    return kept, left_out
-
-
-def _different_errors_first(rows: Iterable[PairRow]) -> list[PairRow]:
-    counts: Counter[tuple[str, str, str]] = Counter()
-    ranked = []
-    for row in rows:
-        error = (row["prompt"], row["initial_reason_steps"], row["rejected"])
-        ranked.append((counts[error], row))
-        counts[error] += 1
-    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
-
-
 def build(
     paths: Sequence[Path],
     corrections: str | None = None,
     exclude: Sequence[str] = (),
     max_pairs_per_problem: int | None = None,
-    score: Callable[[list[PairRow]], None] | None = None,
-) -> tuple[list[PairRow], Counter[str]]:
+) -> tuple[SelectedPairs, Counter[str]]:
     """
     Make the step pairs of a run and its shards.
 
@@ -191,53 +68,59 @@ def build(
             Files with test problems.
         max_pairs_per_problem (`int`, *optional*):
             Maximum number of pairs per problem.
-        score (`Callable`, *optional*):
-            Function that adds log-probabilities to the rows.
 
     Returns:
-        `list[dict]`, `Counter[str]`: The pairs, and the number of dropped ones per reason.
+        [`SelectedPairs`], `Counter[str]`: The pairs, and the number of dropped ones per reason.
 
     Raises:
         RunError: If there are no pairs, or the folders do not belong to one run.
     """
-    rows: list[PairRow] = []
-    settings: list[dict[str, Any]] = []
-    problems: dict[str, Problem] = {}
+    pairs, settings = [], []
+    problems: list[Any] = []
+    ids: set[str] = set()
     for path in paths:
         with RunDirectory(path) as run:
             settings.append({k: v for k, v in run.settings().get("collect", {}).items() if k != "shard"})
-            mine = read_problems_of(run)
-            if settings[0] != settings[-1] or mine.keys() & problems.keys():
+            problems.append(read_problems_of(run))
+            if settings[0] != settings[-1] or _share(problems[-1], ids, last=path == paths[-1]):
                 raise RunError(
                     f"{path} and {paths[0]} do not belong together: their settings differ or they share problems. "
                     "Collect all shards with the same command, apart from --shard."
                 )
-            problems.update(mine)
-            rows += make_pairs(run, corrections)
-    excluded = [problem for file in exclude for problem in read_texts(file)]
-    kept, left_out = select_pairs(rows, problems, excluded, max_pairs_per_problem)
-    if not kept and rows:
+            pairs.append(make_pairs(run, corrections))
+    excluded = (problem for file in exclude for problem in read_texts(file))
+    rows = (row for of_run in pairs for row in of_run)
+    kept, left_out = select_pairs(rows, ChainMap(*problems), excluded, max_pairs_per_problem)
+    if not kept and any(pairs):
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise RunError(
-            f"All {len(rows)} pairs were dropped ({reasons}). Use problems that are not in the --exclude files."
+            f"All {sum(map(len, pairs))} pairs were dropped ({reasons}). Use problems that are not in the --exclude "
+            "files."
         )
     if not kept:
         raise RunError(
             "No pairs: no wrong step has a right continuation. Increase --num-samples of `collect`, or use easier "
             "problems. The model must solve some of them at least occasionally."
         )
-    if score is not None:
-        score(kept)
-    return kept, left_out
+    return SelectedPairs(pairs, kept), left_out
 
 
-def save(rows: list[PairRow], to: str, card: str) -> str:
+def _share(problems: Mapping[str, Problem], ids: set[str], last: bool) -> bool:
+    """Return whether any of the problems is among the ids of earlier runs, and add its ids to them."""
+    if ids and not ids.isdisjoint(problems):
+        return True
+    if not last:
+        ids.update(problems)
+    return False
+
+
+def save(rows: Iterable[dict[str, Any]], to: str, card: str) -> str:
     """
     Write a dataset and its card.
 
     Args:
-        rows (`list[dict]`):
-            The rows.
+        rows (`Iterable[dict]`):
+            The rows. They all have the same columns.
         to (`str`):
             File that ends in `.jsonl` or `.parquet`, or `hub:USER/NAME` for a private dataset on the Hub.
         card (`str`):
@@ -249,25 +132,14 @@ def save(rows: list[PairRow], to: str, card: str) -> str:
     Raises:
         RunError: If `to` is invalid or cannot be written.
     """
-    from datasets import Dataset
-
     check_target(to)
-    data = Dataset.from_list(rows)
     if to.startswith("hub:"):
-        from huggingface_hub import DatasetCard
-
-        name = to.removeprefix("hub:")
-        data.push_to_hub(name, private=True)
-        DatasetCard(card).push_to_hub(name)
-        return f"https://huggingface.co/datasets/{name}"
+        return _push(rows, to.removeprefix("hub:"), card)
     path = Path(to)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as partial:
-            if path.suffix == ".parquet":
-                data.to_parquet(str(partial))
-            else:
-                data.to_json(str(partial), force_ascii=False)
+            (_write_parquet if path.suffix == ".parquet" else _write_json_lines)(rows, partial)
         write_atomically(path.with_suffix(".card.md"), card)
     except OSError as error:
         raise RunError(
@@ -275,6 +147,35 @@ def save(rows: list[PairRow], to: str, card: str) -> str:
             "complete."
         ) from error
     return str(path)
+
+
+def _push(rows: Iterable[dict[str, Any]], name: str, card: str) -> str:
+    from datasets import Dataset
+    from huggingface_hub import DatasetCard
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pairs.parquet"
+        _write_parquet(rows, file)
+        Dataset.from_parquet(str(file), cache_dir=folder).push_to_hub(name, private=True)
+    DatasetCard(card).push_to_hub(name)
+    return f"https://huggingface.co/datasets/{name}"
+
+
+def _write_json_lines(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+
+
+def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    rows = iter(rows)
+    table = pyarrow.Table.from_pylist(list(islice(rows, _ROWS_PER_GROUP)))
+    with ParquetWriter(path, table.schema) as writer:
+        while len(table):
+            writer.write_table(table)
+            table = pyarrow.Table.from_pylist(list(islice(rows, _ROWS_PER_GROUP)), table.schema)
 
 
 def check_target(to: str) -> None:

@@ -2,16 +2,22 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
 from ..data.steps import split_steps
-from ..runs.run_directory import Log, RunDirectory, RunError
+from ..runs.log import RunError
+from ..runs.log_view import LogView
+from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .policy import Policy
 from .records import Problem, Solution, write_problem
+from .stage_directory import ResultWriter
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +47,12 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
     counts: Counter[str] = Counter()
     different = 0
     log = runner.run.log("solutions")
-    with closing(runner.results(map(task, problems), len(problems), "problems", counts)) as results:
+    tasks = runner.results(map(task, problems), len(problems), "problems", counts)
+    with ResultWriter(log) as writer, closing(tasks) as results:
         for solutions in results:
-            records = ((solution.key, _record(solution)) for solution in solutions)
-            if missing := [(key, record) for key, record in records if key not in log]:
-                log.extend(missing)
+            for solution in solutions:
+                if solution.key not in log:
+                    writer.add(solution.key, _record(solution))
             counts.update(solution.outcome for solution in solutions)
             different += len({solution.text for solution in solutions}) > 1
     if num_samples > 1 and not different:
@@ -110,31 +117,60 @@ def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
     """
     check_problems(run, problems)
     log = run.log("problems")
-    if missing := [(problem.id, write_problem(problem)) for problem in problems if problem.id not in log]:
-        log.extend(missing)
+    log.extend((problem.id, write_problem(problem)) for problem in problems if problem.id not in log)
 
 
-def read_problems_of(run: RunDirectory) -> dict[str, Problem]:
-    """Read the problems of a run, by id."""
-    return {key: Problem(key, **record) for key, record in run.log("problems").items()}
+def read_problems_of(run: RunDirectory) -> Mapping[str, Problem]:
+    """Return the problems of a run by id. They are read when they are used."""
+    return LogView(run.log("problems"), lambda key, record: Problem(key, **record))
 
 
-def read_solutions(run: RunDirectory) -> Iterator[Solution]:
-    """Read the solutions of a run."""
-    problems = read_problems_of(run)
-    log: Log = run.log("solutions")
-    for key, record in log.items():
-        yield Solution(
+def solutions_by_key(run: RunDirectory) -> Mapping[str, Solution]:
+    """Return the solutions of a run by key. They are read when they are used."""
+    # The solutions of a problem mostly follow each other
+    problem_of = lru_cache(maxsize=64)(read_problems_of(run).__getitem__)
+
+    def solution(key: str, record: dict[str, Any]) -> Solution:
+        return Solution(
             key,
-            problems[record["problem"]],
+            problem_of(record["problem"]),
             record["text"],
             record["outcome"],
             record["finish_reason"],
             record["answer"],
         )
 
+    return LogView(run.log("solutions"), solution)
 
-def wrong_solutions(run: RunDirectory) -> list[Solution]:
+
+def read_solutions(run: RunDirectory) -> Iterator[Solution]:
+    """Read the solutions of a run."""
+    return iter(solutions_by_key(run).values())
+
+
+@dataclass(frozen=True)
+class SelectedSolutions(Iterable[Solution]):
+    """
+    Some solutions of a run, read whenever they are iterated.
+
+    Args:
+        count (`int`):
+            Their number.
+        read (`Callable[[], Iterator[Solution]]`):
+            Function that reads them.
+    """
+
+    count: int
+    read: Callable[[], Iterator[Solution]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Solution]:
+        return self.read()
+
+
+def wrong_solutions(run: RunDirectory) -> SelectedSolutions:
     """
     Read the wrong solutions of a run.
 
@@ -143,21 +179,19 @@ def wrong_solutions(run: RunDirectory) -> list[Solution]:
             The run.
 
     Returns:
-        `list[Solution]`: The wrong solutions. They may be empty for a shard.
+        [`SelectedSolutions`]: The wrong solutions. There may be none in a shard.
 
     Raises:
         RunError: If there are no solutions, or none of them is wrong in a run that is not a shard.
     """
-    solutions = list(read_solutions(run))
-    counts = Counter(solution.outcome for solution in solutions)
-    wrong = [solution for solution in solutions if solution.outcome == WRONG]
-    if not solutions:
+    counts = Counter(record["outcome"] for record in run.log("solutions").values())
+    if not counts:
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-    if not wrong:
+    if not counts[WRONG]:
         if run.settings()["collect"]["shard"] == [0, 1]:
             raise RunError(no_wrong_answers(counts))
         logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have wrong solutions
-    return wrong
+    return SelectedSolutions(counts[WRONG], lambda: (s for s in read_solutions(run) if s.outcome == WRONG))
 
 
 def no_wrong_answers(counts: Mapping[str, int]) -> str:

@@ -1,18 +1,21 @@
 """Find the first wrong step of each wrong solution (Step-DPO, section 3.2, "step localization")."""
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import combinations
 from typing import Any
 
-from ..runs.run_directory import RunDirectory, RunError
+from ..runs.log import RunError
+from ..runs.log_view import LogView
+from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
 from .records import Solution, Verdict
-from .stage_directory import append_changed
+from .stage_directory import ResultWriter
 
 
 def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
@@ -39,16 +42,17 @@ def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
         return solution, (yield from judge(solution))
 
     counts: Counter[str] = Counter()
-    with closing(runner.results(map(task, solutions), len(solutions), "solutions", counts)) as results:
+    tasks = runner.results(map(task, solutions), len(solutions), "solutions", counts)
+    with ResultWriter(log) as writer, closing(tasks) as results:
         for solution, verdict in results:
-            append_changed(log, solution.key, vars(verdict))
+            writer.add(solution.key, vars(verdict))
             counts["abstained" if verdict.step is None else "located"] += 1
     if not log:
         log.extend([])  # creates the file: later stages find no verdicts rather than a missing stage
     return counts
 
 
-def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str, dict[str, Verdict]]:
+def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str, Mapping[str, Verdict]]:
     """
     Read the verdicts of a judge.
 
@@ -59,7 +63,8 @@ def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str
             Judge expression. Required if the run has verdicts of several.
 
     Returns:
-        `str`, `dict[str, Verdict]`: The judge expression in canonical spelling, and the verdicts by solution key.
+        `str`, `Mapping[str, Verdict]`: The judge expression in canonical spelling, and the verdicts by solution key,
+            which are read when they are used.
 
     Raises:
         RunError: If the run has no such verdicts, or several and `judge_name` is not given.
@@ -74,7 +79,7 @@ def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str
         name = canonical(name)
     if name not in logs:
         raise RunError(f"{run.path} holds no verdicts of {judge_name!r}, only of {', '.join(logs)}.")
-    return name, {key: Verdict(**record) for key, record in logs[name].items()}
+    return name, LogView(logs[name], lambda key, record: Verdict(**record))
 
 
 def agreement(run: RunDirectory) -> dict[tuple[str, str], dict[str, Any]]:
@@ -89,13 +94,14 @@ def agreement(run: RunDirectory) -> dict[tuple[str, str], dict[str, Any]]:
         `dict[tuple[str, str], dict]`: For each pair of judges, the number of solutions that both have located
         (`"both"`) and the number on which they name the same step (`"same"`).
     """
-    steps = {
-        name: {key: verdict.step for key, verdict in read_verdicts(run, name)[1].items() if verdict.step is not None}
-        for name in sorted(run.logs("verdicts"))
-    }
+    logs = run.logs("verdicts")
     table = {}
-    for first, second in combinations(steps, 2):
-        shared = steps[first].keys() & steps[second].keys()
-        same = sum(steps[first][key] == steps[second][key] for key in shared)
-        table[first, second] = {"both": len(shared), "same": same}
+    for first, second in combinations(sorted(logs), 2):
+        both = same = 0
+        for key, record in logs[first].items():
+            if record["step"] is not None:
+                other = logs[second].get(key, {}).get("step")
+                both += other is not None
+                same += other == record["step"]
+        table[first, second] = {"both": both, "same": same}
     return table

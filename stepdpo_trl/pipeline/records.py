@@ -1,15 +1,15 @@
 """Records that the pipeline stages exchange. Standard library only."""
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..runs.run_directory import RunError
+from .row_files import open_rows
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,68 @@ class Verdict:
 
 def text_digest(*parts: object) -> str:
     """Return a short hash of texts."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[object]) -> str:
+    """Return [`text_digest`] of many texts, without keeping them in memory."""
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(f"\0{part}".encode() if number else str(part).encode())
+    return digest.hexdigest()[:16]
 
 
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
 _IMAGE_COLUMNS = ("image", "images")
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+class ProblemFile(Sequence[Problem]):
+    """
+    Problems of a file, which are read when they are used. See [`read_problems`].
+
+    Args:
+        path (`Path`):
+            The file.
+        rows (`Sequence`):
+            Its rows, checked by [`check_rows`].
+        selected (`range`):
+            Numbers of the rows to use.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[Any], selected: range) -> None:
+        self._path, self._rows, self._selected = path, rows, selected
+
+    def __reduce__(self) -> Any:  # workers of Ray open the file again
+        return _reopen, (self._path.absolute(), self._selected)
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ProblemFile": ...
+    def __getitem__(self, index: int | slice) -> "Problem | ProblemFile":
+        if isinstance(index, slice):
+            return ProblemFile(self._path, self._rows, self._selected[index])
+        return _checked_problem(self._rows[self._selected[index]])
+
+    def __iter__(self) -> Iterator[Problem]:
+        selected = self._selected
+        return map(_checked_problem, islice(self._rows, selected.start, selected.stop, selected.step))
+
+
+def _reopen(path: Path, selected: range) -> ProblemFile:
+    return ProblemFile(path, open_rows(path), selected)
+
+
+def _checked_problem(row: Any) -> Problem:
+    problem = _problem(row)
+    assert isinstance(problem, Problem), problem
+    return problem
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> ProblemFile:
     """
     Read problems from JSON Lines or Parquet.
 
@@ -108,12 +162,14 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
             Maximum number of problems, from the beginning of the file.
 
     Returns:
-        `list[Problem]`: The problems. Without a column `id`, the id is a hash of the text.
+        [`ProblemFile`]: The problems. Without a column `id`, the id is a hash of the text.
 
     Raises:
         RunError: If the file cannot be read, or rows are invalid. The message counts them and quotes the first five.
     """
-    return problems_of(_read_rows(Path(path)), str(path), limit)
+    rows = open_rows(Path(path))
+    check_rows(rows, str(path), limit)
+    return ProblemFile(Path(path), rows, range(len(rows))[:limit])
 
 
 def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> list[Problem]:
@@ -134,6 +190,28 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
     Raises:
         RunError: If rows are invalid or have images, or there are none.
     """
+    check_rows(rows, where, limit)
+    return [_checked_problem(row) for row in rows[:limit]]
+
+
+def check_rows(rows: Sequence[Any], where: str, limit: int | None = None) -> None:
+    """
+    Check that rows are different problems; see [`read_problems`] for the columns.
+
+    Args:
+        rows (`Sequence`):
+            The rows.
+        where (`str`):
+            Origin of the rows, for error messages.
+        limit (`int`, *optional*):
+            Maximum number of problems. Later rows may be invalid, but must not have images.
+
+    Raises:
+        RunError: If rows are invalid or have images, or there are none.
+    """
+    row_numbers: dict[str, int] = {}
+    first_errors: list[str] = []
+    errors = 0
     for number, row in enumerate(rows, start=1):
         images = [name for name in _IMAGE_COLUMNS if isinstance(row, Mapping) and row.get(name)]
         if images:
@@ -141,31 +219,28 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
                 f"Row {number} of {where} has a column `{images[0]}`, but problems must be text: remove the problems "
                 "with images from the file."
             )
-    problems: dict[str, Problem] = {}
-    row_numbers: dict[str, int] = {}
-    errors = []
-    for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
+        if limit is not None and number > limit:
+            continue
         problem = _problem(row)
         if isinstance(problem, str):
-            errors.append(f"row {number}: {problem}")
-        elif problem.id in problems:
-            first = row_numbers[problem.id]
-            same = f"same text as row {first}" if row.get("id") is None else f"same id {problem.id!r} as row {first}"
-            errors.append(f"row {number}: {same}")
+            error = problem
+        elif (first := row_numbers.setdefault(problem.id, number)) < number:
+            error = f"same text as row {first}" if row.get("id") is None else f"same id {problem.id!r} as row {first}"
         else:
-            problems[problem.id] = problem
-            row_numbers[problem.id] = number
+            continue
+        errors += 1
+        if len(first_errors) < 5:
+            first_errors.append(f"row {number}: {error}")
     if errors:
         raise RunError(
-            f"{len(errors)} rows of {where} cannot be used: {'; '.join(errors[:5])}"
-            f"{' ...' if len(errors) > 5 else ''}. Fix or remove them."
+            f"{errors:,} rows of {where} cannot be used: {'; '.join(first_errors)}{' ...' if errors > 5 else ''}. Fix "
+            "or remove them."
         )
-    if not problems:
+    if not row_numbers:
         raise RunError(f"{where} has no problems. Pass a file with at least one row.")
-    return list(problems.values())
 
 
-def read_texts(path: str | Path) -> list[str]:
+def read_texts(path: str | Path) -> Iterator[str]:
     """
     Read the texts of problems. Unlike in [`read_problems`], answers are optional.
 
@@ -173,21 +248,19 @@ def read_texts(path: str | Path) -> list[str]:
         path (`str` or `Path`):
             JSON Lines or Parquet.
 
-    Returns:
-        `list[str]`: The texts.
+    Yields:
+        `str`: The texts.
 
     Raises:
         RunError: If the file cannot be read, or a row has no text.
     """
-    texts = []
-    for number, row in enumerate(_read_rows(Path(path)), start=1):
+    for number, row in enumerate(open_rows(Path(path)), start=1):
         column = next((name for name in _PROBLEM_COLUMNS if isinstance(row, Mapping) and name in row), None)
         if column is None:
             raise RunError(
                 f"Row {number} of {path} has no column `problem` (or `question`). Add it, or remove the row."
             )
-        texts.append(str(row[column]))
-    return texts
+        yield str(row[column])
 
 
 def describe_source(path: str | Path) -> dict[str, str]:
@@ -201,39 +274,13 @@ def describe_source(path: str | Path) -> dict[str, str]:
     Returns:
         `dict[str, str]`: `path`, and `sha256` of the content if the file exists.
     """
-    file = Path(path)
-    digest = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
-    return {"path": str(path), **digest}
-
-
-def _read_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, names, n=1, cutoff=0.75)
-        raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        try:
-            return list(Dataset.from_parquet(str(path)))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read as Parquet: {error}") from error
-    rows = []
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(
-                f"Line {number} of {path} is not JSON ({error}): {line[:60]!r}. Problems are read from JSON Lines, "
-                "with one object per line, or from .parquet."
-            ) from error
-    return rows
+    if not Path(path).is_file():
+        return {"path": str(path)}
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"path": str(path), "sha256": digest.hexdigest()}
 
 
 def _problem(row: Any) -> Problem | str:
@@ -268,21 +315,21 @@ def write_problem(problem: Problem) -> dict[str, Any]:
     return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution}
 
 
-def shard_of(problems: Iterable[Problem], shard: tuple[int, int]) -> list[Problem]:
+def shard_of(problems: Sequence[Problem], shard: tuple[int, int]) -> Sequence[Problem]:
     """
     Select the problems of a shard.
 
     Args:
-        problems (`Iterable[Problem]`):
+        problems (`Sequence[Problem]`):
             All problems.
         shard (`tuple[int, int]`):
             Index i of the shard, and number n of shards.
 
     Returns:
-        `list[Problem]`: Every n-th problem, starting with problem i.
+        `Sequence[Problem]`: Every n-th problem, starting with problem i.
     """
     index, count = shard
-    return [problem for number, problem in enumerate(problems) if number % count == index]
+    return problems if count == 1 else problems[index::count]
 
 
 # Counts of the pipeline stages in the order of the line, with their names there

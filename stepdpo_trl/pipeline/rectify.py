@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -10,13 +11,13 @@ from ..data.steps import Steps, split_steps
 from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
-from .collect import wrong_solutions
+from .collect import SelectedSolutions, wrong_solutions
 from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Continuation, Policy
 from .records import Solution
-from .stage_directory import append_changed
+from .stage_directory import ResultWriter
 
 
 def normalize_step(step: str) -> str:
@@ -64,7 +65,12 @@ def rectify(
     """
     found_in, verdicts = read_verdicts(runner.run, judge_name)
     log = runner.run.log(f"corrections.{found_in}{f'.by-{name}' if name else ''}")
-    solutions = [s for s in wrong_solutions(runner.run) if s.key in verdicts and verdicts[s.key].step is not None]
+    wrong = wrong_solutions(runner.run)
+
+    def located() -> Iterator[Solution]:
+        return (s for s in wrong if s.key in verdicts and verdicts[s.key].step is not None)
+
+    solutions = SelectedSolutions(sum(verdict.step is not None for verdict in verdicts.values()), located)
 
     def task(solution: Solution) -> Task[tuple[Solution, dict[str, Any]]]:
         step = verdicts[solution.key].step
@@ -104,9 +110,10 @@ def rectify(
         return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
 
     counts: Counter[str] = Counter()
-    with closing(runner.results(map(task, solutions), len(solutions), "solutions", counts)) as results:
+    tasks = runner.results(map(task, solutions), len(solutions), "solutions", counts)
+    with ResultWriter(log) as writer, closing(tasks) as results:
         for solution, record in results:
-            append_changed(log, solution.key, record)
+            writer.add(solution.key, record)
             counts["rectified" if record["found"] else "given up"] += 1
             counts["pairs"] += len(record["found"])
             counts["samples"] += record["samples"]
@@ -128,31 +135,30 @@ def _preferred_step(continuation: Continuation, wrong: Steps, number: int) -> st
     return steps.step(number)
 
 
-def current_corrections(run: RunDirectory) -> dict[str, dict[str, dict[str, Any]]]:
+def current_corrections(run: RunDirectory, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Read the corrections of a run that belong to its current verdicts.
+    Read the corrections that belong to the current verdicts of a run.
 
     A verdict may change when `localize` is run again with more rollouts. Corrections of another step are ignored.
 
     Args:
         run (`RunDirectory`):
             The run.
+        name (`str`):
+            Set of corrections.
 
-    Returns:
-        `dict[str, dict[str, dict]]`: For each set of corrections, the records by solution key.
+    Yields:
+        `tuple[str, dict]`: Key of the solution, and record.
     """
-    current = {}
-    for name, log in run.logs("corrections").items():
-        steps = _located_steps(run, name)
-        current[name] = {
-            key: record for key, record in log.items() if steps.get(key, record["step"]) == record["step"]
-        }
-    return current
+    verdicts = _verdicts_of(run, name)
+    for key, record in run.log(f"corrections.{name}").items():
+        if verdicts.get(key, record)["step"] == record["step"]:
+            yield key, record
 
 
-def outdated_corrections(run: RunDirectory, name: str) -> list[str]:
+def count_outdated(run: RunDirectory, name: str) -> int:
     """
-    List the solutions whose verdict names another step than their correction.
+    Count the solutions whose verdict names another step than their correction.
 
     Args:
         run (`RunDirectory`):
@@ -161,13 +167,14 @@ def outdated_corrections(run: RunDirectory, name: str) -> list[str]:
             Set of corrections.
 
     Returns:
-        `list[str]`: Keys of the solutions.
+        `int`: Number of solutions.
     """
-    steps = _located_steps(run, name)
-    log = run.log(f"corrections.{name}")
-    return [key for key, record in log.items() if steps.get(key) not in (None, record["step"])]
+    verdicts = _verdicts_of(run, name)
+    steps = (
+        (verdicts.get(key, record)["step"], record["step"]) for key, record in run.log(f"corrections.{name}").items()
+    )
+    return sum(now not in (None, before) for now, before in steps)
 
 
-def _located_steps(run: RunDirectory, corrections: str) -> dict[str, int | None]:
-    verdicts = run.logs("verdicts").get(corrections.partition(".by-")[0])
-    return {key: record["step"] for key, record in verdicts.items()} if verdicts is not None else {}
+def _verdicts_of(run: RunDirectory, corrections: str) -> Mapping[str, dict[str, Any]]:
+    return run.logs("verdicts").get(corrections.partition(".by-")[0]) or {}

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,8 @@ from .run_model import model_of_run, model_settings, server_settings
 from .stage_directory import StageDirectory
 
 logger = logging.getLogger(__name__)
+
+_GOLDS = 10_000  # gold answers that are checked at the same time
 
 
 @dataclass
@@ -85,12 +88,17 @@ class Session:
         Raises:
             RunError: If a gold answer cannot be parsed.
         """
-        unusable = check_golds(self.checker, [problem.answer for problem in problems])
+        named: list[str] = []
+        unusable = 0
+        remaining = iter(problems)
+        while part := list(islice(remaining, _GOLDS)):
+            found = [part[index] for index in check_golds(self.checker, [problem.answer for problem in part])]
+            named += [f"{problem.id!r}: {problem.answer!r}" for problem in found[: 5 - len(named)]]
+            unusable += len(found)
         if unusable:
-            named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
             raise RunError(
-                f"{len(unusable)} gold answers cannot be read as an answer ({'; '.join(named)}"
-                f"{' ...' if len(unusable) > 5 else ''}), so no solution can be compared with them. Fix or remove "
+                f"{unusable} gold answers cannot be read as an answer ({'; '.join(named)}"
+                f"{' ...' if unusable > 5 else ''}), so no solution can be compared with them. Fix or remove "
                 "these problems."
             )
 

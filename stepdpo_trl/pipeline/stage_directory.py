@@ -8,10 +8,12 @@ from types import TracebackType
 from typing import Any
 
 from ..data.files import write_atomically
-from ..runs.run_directory import Log, RunDirectory, RunError
+from ..runs.log import BATCH, Log, RunError
+from ..runs.run_directory import RunDirectory
 
 TIMES = "time.json"
 _SECONDS_BETWEEN_SAVES = 10.0
+_SECONDS_BETWEEN_WRITES = 1.0
 
 
 class _AnnouncedLog(Log):
@@ -99,9 +101,8 @@ class StageDirectory(RunDirectory):
                 "least the values of this run, or use another folder."
             )
 
-    def log(self, name: str) -> Log:
-        """Open the records in `name`.jsonl."""
-        return _AnnouncedLog(self.path / f"{name}.jsonl", self.write_settings, self._count_time)
+    def _open_log(self, path: Path) -> Log:
+        return _AnnouncedLog(path, self.write_settings, self._count_time)
 
     def write_settings(self) -> None:
         """Write the settings of the stage, if they are not written yet."""
@@ -145,20 +146,53 @@ def read_times(path: Path) -> dict[str, float]:
         return {}
 
 
-def append_changed(log: Log, key: str, record: Mapping[str, Any]) -> None:
+class ResultWriter:
     """
-    Append a record unless the log holds it already. The last record of a key counts.
+    Writer of the results of a stage, as a context manager.
+
+    It writes at most once per second, as each write waits for the disk. Results that a kill loses are computed again
+    from stored replies. An error or Ctrl-C loses none.
 
     Args:
         log (`Log`):
-            The log.
-        key (`str`):
-            Key of the record.
-        record (`Mapping[str, Any]`):
-            The record.
+            Log for the results.
     """
-    if key not in log or _as_json(log[key]) != _as_json(record):
-        log.append(key, record)
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._waiting: list[tuple[str, Mapping[str, Any]]] = []
+        self._written_at = 0.0
+
+    def __enter__(self) -> "ResultWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._write()
+
+    def add(self, key: str, record: Mapping[str, Any]) -> None:
+        """
+        Add a result, unless it is in the log already. The last record of a key counts.
+
+        Args:
+            key (`str`):
+                Key of the record, which must not be added twice.
+            record (`Mapping[str, Any]`):
+                The record.
+        """
+        before = self._log.get(key)
+        if before is not None and before == _as_json(record):
+            return
+        self._waiting.append((key, record))
+        if len(self._waiting) >= BATCH or time.monotonic() - self._written_at >= _SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._log.extend(self._waiting)
+            self._waiting = []
+        self._written_at = time.monotonic()
 
 
 def _as_json(record: Mapping[str, Any]) -> Any:

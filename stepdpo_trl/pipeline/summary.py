@@ -9,10 +9,10 @@ from typing import Any
 
 from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
-from .build import make_pairs
 from .build_record import BuildRecord, choose_examples
-from .collect import read_problems_of, read_solutions
+from .collect import read_problems_of
 from .localize import agreement
+from .pairs import make_pairs
 from .policy import why_no_answer
 from .rectify import current_corrections
 from .stage_directory import read_times
@@ -101,17 +101,16 @@ def _add(summary: Summary, run: RunDirectory) -> None:
     # The address of a server is nothing to publish
     summary.settings.update((name, stage) for name, stage in run.settings().items() if name != "server")
     summary.problems += len(read_problems_of(run))
-    solved, tried = set(), set()
-    checks = {key.partition("/")[2]: record for key, record in run.log("checks").items()}
-    for solution in read_solutions(run):
-        summary.outcomes[solution.outcome] += 1
-        tried.add(solution.problem.id)
-        if solution.outcome == "right":
-            solved.add(solution.problem.id)
-        if solution.outcome == "unreadable":
-            reason = why_no_answer(solution.finish_reason, solution.text)
-            summary.unreadable[reason or checks.get(solution.key, {}).get("reason", "not recorded")] += 1
-    summary.unsolved += len(tried - solved)
+    is_solved: dict[str, bool] = {}
+    checks = run.log("checks")
+    for key, solution in run.log("solutions").items():
+        outcome, problem = solution["outcome"], solution["problem"]
+        summary.outcomes[outcome] += 1
+        is_solved[problem] = is_solved.get(problem, False) or outcome == "right"
+        if outcome == "unreadable":
+            reason = why_no_answer(solution["finish_reason"], solution["text"])
+            summary.unreadable[reason or checks.get(f"policy/{key}", {}).get("reason", "not recorded")] += 1
+    summary.unsolved += sum(not solved for solved in is_solved.values())
     for judge_name, log in run.logs("verdicts").items():
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))
         places = summary.places.setdefault(judge_name, Counter())
@@ -121,15 +120,15 @@ def _add(summary: Summary, run: RunDirectory) -> None:
                 places[record["step"]] += 1
     for pair, both in agreement(run).items():
         summary.agreement.setdefault(pair, Counter()).update(both)
-    for corrections, records in current_corrections(run).items():
+    for corrections in run.logs("corrections"):
         counts = summary.corrections.setdefault(corrections, Counter(dict.fromkeys(_CORRECTIONS, 0)))
-        for record in records.values():
+        for _, record in current_corrections(run, corrections):
             found = len(record["found"])
             counts.update({"solutions": 1, "rectified": found > 0, "given up": found == 0, "pairs": found})
             counts.update(samples=record["samples"], dropped=record["dropped"])
     _add_costs(summary, run)
     if summary.corrections and not summary.examples:
-        summary.examples = choose_examples(list(make_pairs(run, next(iter(summary.corrections)))))
+        summary.examples = choose_examples(make_pairs(run, next(iter(summary.corrections))))
 
 
 def _add_costs(summary: Summary, run: RunDirectory) -> None:

@@ -1,12 +1,9 @@
-"""The folder of a run: append-only logs of records that survive a killed process, and a lock for one process."""
+"""The folder of a run: its logs, its settings, and a lock for one process."""
 
-import contextlib
-import errno
 import json
-import logging
 import os
 import platform
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -14,115 +11,8 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from ..data.files import write_atomically
-
-logger = logging.getLogger(__name__)
-
-
-class RunError(Exception):
-    """Error that the user can fix. The message says what failed and how to fix it."""
-
-
-class Log(Mapping[str, dict[str, Any]]):
-    """
-    Append-only file of keyed records, one JSON object per line. The last record of a key counts.
-
-    Args:
-        path (`Path`):
-            The file. It is created with the first record. If its last line is incomplete because a process was killed
-            while writing, the line is removed with a warning.
-
-    Raises:
-        RunError: If a complete line is not a record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._records: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            logger.warning(
-                f"{self.path} ends in the middle of a record, probably because a process was killed while writing. "
-                f"The last {len(content) - complete} bytes are removed, and their record will be computed again."
-            )
-            with self.path.open("r+b") as file:
-                file.truncate(complete)
-        for number, line in enumerate(content[:complete].splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                self._records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise RunError(
-                    f"Line {number} of {self.path} is not a record of this package ({line[:80]!r}). Restore the file, "
-                    "or remove the line to compute its record again."
-                ) from error
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._records[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def append(self, key: str, record: Mapping[str, Any]) -> None:
-        """
-        Append one record. It is on disk when this returns.
-
-        Args:
-            key (`str`):
-                Key of the record.
-            record (`Mapping[str, Any]`):
-                The record.
-
-        Raises:
-            RunError: If the record cannot be written.
-        """
-        self.extend([(key, record)])
-
-    def extend(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """
-        Append several records in one write. They are on disk when this returns.
-
-        Args:
-            records (`Iterable[tuple[str, Mapping[str, Any]]]`):
-                Keys and records.
-
-        Raises:
-            RunError: If the disk is full or the file cannot be written. The file then keeps its previous content.
-        """
-        added = [(key, dict(record)) for key, record in records]
-        lines = "".join(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n" for key, record in added)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _append(self.path, lines.encode())
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            cause = "The disk is full" if full else f"The file cannot be written ({error.strerror})"
-            raise RunError(
-                f"{cause}: {len(added)} records of {self.path} were not saved. All earlier records are safe. "
-                f"{'Free disk space' if full else 'Fix this'} and rerun the same command to resume."
-            ) from error
-        self._records.update(added)
-
-
-def _append(path: Path, content: bytes) -> None:
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            written = 0
-            while written < len(content):
-                written += file.write(content[written:])
-            os.fsync(file.fileno())
-        except BaseException:  # includes Ctrl-C, after which more records may follow
-            with contextlib.suppress(OSError):  # an incomplete line would be removed by the next reader
-                file.truncate(before)
-            raise
+from .log import Log as Log  # also imported from here
+from .log import RunError as RunError
 
 
 class RunDirectory:
@@ -158,6 +48,7 @@ class RunDirectory:
                 f"{self.path} is not the folder of a run. Start a run with `stepdpo collect --output-dir {self.path} "
                 "...`."
             )
+        self._logs: dict[str, Log] = {}
         self._owner = self.path / "owner"
         inherited = inherited and os.name == "posix"
         self._lock = self._acquire(inherited)
@@ -196,12 +87,17 @@ class RunDirectory:
             self._lock.close()
 
     def log(self, name: str) -> Log:
-        """Open the log `{name}.jsonl`."""
-        return Log(self.path / f"{name}.jsonl")
+        """Return the log `{name}.jsonl`, which is opened once."""
+        if name not in self._logs:
+            self._logs[name] = self._open_log(self.path / f"{name}.jsonl")
+        return self._logs[name]
+
+    def _open_log(self, path: Path) -> Log:
+        return Log(path)
 
     def logs(self, kind: str) -> dict[str, Log]:
         """
-        Open all logs of a kind.
+        Return all logs of a kind.
 
         Args:
             kind (`str`):
@@ -210,11 +106,11 @@ class RunDirectory:
         Returns:
             `dict[str, Log]`: The logs, by the rest of the name (such as `"arithmetic"`).
         """
-        paths = sorted(self.path.glob(f"{kind}.*.jsonl"))
-        return {path.name[len(kind) + 1 : -len(".jsonl")]: Log(path) for path in paths}
+        names = [path.name.removesuffix(".jsonl") for path in sorted(self.path.glob(f"{kind}.*.jsonl"))]
+        return {name[len(kind) + 1 :]: self.log(name) for name in names}
 
     def settings(self) -> Log:
-        """Open the log of the settings, with one record per pipeline stage."""
+        """Return the log of the settings, with one record per pipeline stage."""
         return self.log("settings")
 
     def keep_settings(self, stage: str, settings: Mapping[str, Any], may_change: Container[str] = ()) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..data.answers import AnswerChecker, Check
 from ..generation import Completion, Generator, Request, Sampling, ServerGenerator
-from .run_directory import Log
+from .log import Log
 from .scheduler import Scheduler, StreamingService
 
 T = TypeVar("T")
@@ -90,6 +90,35 @@ def run_tasks(
     return Scheduler(tasks, services, progress).run()
 
 
+def replay(task: Task[T], stored: Mapping[str, Callable[[Any], Any]]) -> T:
+    """
+    Run a task that has been completed before.
+
+    Args:
+        task (`Task`):
+            The task.
+        stored (`Mapping[str, Callable[[Any], Any]]`):
+            For each service that the task uses, a function that returns the stored reply to a request.
+
+    Returns:
+        `Any`: The result.
+    """
+    replies = None
+    try:
+        while True:
+            ask = task.send(replies)  # type: ignore[arg-type]
+            replies = {request.key: stored[ask.service](request) for request in ask.requests}
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def read_completion(log: Log, key: str) -> Completion:
+    """Read a stored completion."""
+    record = log[key]
+    return Completion(**{name: record[name] for name in Completion.__dataclass_fields__})
+
+
 def model_service(
     generator: Generator | ServerGenerator,
     sampling: Sampling,
@@ -142,8 +171,7 @@ class _RecordedCompletions:
         return {request.key: completion for request, completion in replies}
 
     def _read(self, key: str) -> Completion:
-        record = self.log[key]
-        return Completion(**{name: record[name] for name in Completion.__dataclass_fields__})
+        return read_completion(self.log, key)
 
 
 class RecordedModel(_RecordedCompletions):

@@ -11,7 +11,7 @@ import pytest
 from stepdpo_trl.data.answers import check_answer
 from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.quickstart import PAIRS_PATH, make_problems, write_solution
-from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.log import Log
 
 from ..distributed.launcher import run_script
 

@@ -17,7 +17,7 @@ pytest.importorskip("openai", reason="needs the extra openai")
 from stepdpo_trl.generation import Completion, GenerationError, ModelSpec, Request, Sampling
 from stepdpo_trl.generation.openai import OpenAIGenerator
 from stepdpo_trl.quickstart import MODEL_PATH
-from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.log import Log
 from stepdpo_trl.runs.tasks import Ask, model_service, run_tasks
 
 KEY = "sk-abcdefghijklmnop1234567890"

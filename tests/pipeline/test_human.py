@@ -10,7 +10,7 @@ import pytest
 
 from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
 from stepdpo_trl.pipeline.judges.human_page import Labeling, ToLabel, label
-from stepdpo_trl.runs.run_directory import Log
+from stepdpo_trl.runs.log import Log
 
 ITEMS = [
     ToLabel(

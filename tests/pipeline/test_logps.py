@@ -48,7 +48,7 @@ def test_values_and_memory():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
     rows = [dict(row) for row in ROWS]
     with Largest(model.config.vocab_size) as largest:
-        add_logps(rows, model, StepTokenizer(tokenizer), batch_size=4)
+        rows = list(add_logps(rows, model, StepTokenizer(tokenizer), batch_size=4))
     longest_prefix = longest_step = 0
     for row in rows:
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -90,7 +90,7 @@ def test_tokens_are_those_of_the_trainer(make_tokenizer, tmp_path, monkeypatch):
         TransformersGenerator, "load", lambda spec: generator
     )  # AutoTokenizer would load another class
     trainer = StepDPOTrainer(path, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    _score(path, rows)
+    rows = list(_score(path, rows))
     for row, ids in zip(rows, trainer.train_dataset, strict=True):
         for name in ("chosen", "rejected"):
             prefix, step = ids["prompt_ids"], ids[f"{name}_ids"]

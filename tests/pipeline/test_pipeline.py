@@ -429,7 +429,7 @@ def test_selection():
         row("c", "Step 1:", " x = 1", " x = 2"),
     ]
     kept, left_out = select_pairs(rows, problems, ["what is  B ?"], max_pairs_per_problem=2)
-    assert kept == [rows[0], rows[3], rows[5]]
+    assert list(kept) == [0, 3, 5]
     assert left_out == {"duplicate": 1, "above the limit per problem": 1, "in a test set": 1}
 
 

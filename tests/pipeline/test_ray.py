@@ -14,7 +14,7 @@ from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.ray import run_on_ray
 from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
-from stepdpo_trl.runs.run_directory import Log, RunError
+from stepdpo_trl.runs.log import Log, RunError
 
 from ..simulated import Student, draw_records
 

@@ -1,77 +1,14 @@
-"""Run folders: logs that survive a killed process, the lock, and stored settings."""
+"""Run folders: the lock, the logs, and stored settings."""
 
-import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from stepdpo_trl.runs.run_directory import Log, RunDirectory, RunError
-
-
-def test_records_are_read_back(tmp_path):
-    log = Log(tmp_path / "a.jsonl")
-    log.extend([("x", {"text": "a\u2028b\nc\r"}), ("y", {"n": 1})])
-    log.append("x", {"text": "later"})
-    again = Log(tmp_path / "a.jsonl")
-    assert dict(again) == dict(log) == {"x": {"text": "later"}, "y": {"n": 1}}
-
-
-@pytest.mark.parametrize("cut", range(1, 20))
-def test_an_incomplete_last_line_is_removed_with_a_warning(tmp_path, caplog, cut):
-    path = tmp_path / "a.jsonl"
-    Log(path).extend([("x", {"n": 1}), ("y", {"n": 2})])
-    content = path.read_bytes()
-    path.write_bytes(content[:-cut])
-    log = Log(path)
-    assert dict(log) == {"x": {"n": 1}}
-    assert "ends in the middle of a record" in caplog.text
-    log.append("y", {"n": 2})
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"n": 1}', '{"key": ["x"]}'])
-def test_a_line_that_is_not_a_record(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{line}\n{{"key": "x"}}\n')
-    with pytest.raises(RunError, match=r"Line 1 of .*a.jsonl is not a record"):
-        Log(path)
-
-
-def test_a_full_disk(tmp_path):
-    """Writes to /dev/full always fail."""
-    (tmp_path / "a.jsonl").symlink_to("/dev/full")
-    log = Log.__new__(Log)
-    log.path, log._records = tmp_path / "a.jsonl", {}
-    with pytest.raises(
-        RunError, match=r"The disk is full: 1 records .* Free disk space and rerun the same command to resume"
-    ):
-        log.append("x", {"n": 1})
-    assert dict(log) == {}
-
-
-def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
-    """A limit on the file size interrupts a write in the middle of a record."""
-    path = tmp_path / "a.jsonl"
-    code = f"""
-import resource, signal
-from stepdpo_trl.runs.run_directory import Log, RunError
-log = Log(__import__("pathlib").Path({str(path)!r}))
-log.append("x", {{"text": "a" * 100}})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
-try:
-    log.append("y", {{"text": "b" * 300}})
-except RunError as error:
-    print(error)
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "All earlier records are safe" in output
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["x"]
+from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
 
 def open_in_another_process(path):

@@ -11,7 +11,8 @@ import pytest
 from stepdpo_trl.data.answers import Check
 from stepdpo_trl.generation import Completion, Request, Sampling
 from stepdpo_trl.runs import scheduler
-from stepdpo_trl.runs.run_directory import Log, RunDirectory
+from stepdpo_trl.runs.log import Log
+from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner
 from stepdpo_trl.runs.scheduler import StreamingService
 from stepdpo_trl.runs.tasks import Ask, CheckRequest, RecordedChecks, RecordedModel, run_tasks

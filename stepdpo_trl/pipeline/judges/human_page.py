@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...data.steps import split_steps
-from ...runs.run_directory import Log, RunError
+from ...runs.log import Log, RunError
 from .human import HumanRequest
 from .human_markdown import to_markdown
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification,
 
 from ...data.prompts import PROMPT_SUFFIXES
 from ...generation import GenerationError
+from ...runs.log import Log
 from ...runs.progress import progress_bar
-from ...runs.run_directory import Log
 from .prm import PRMRequest
 
 QWEN_SEPARATOR = "<extra_0>"

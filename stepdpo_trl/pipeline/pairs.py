@@ -1,0 +1,222 @@
+"""Step pairs of a run, in the columns of Math-Step-DPO-10K. They are made from the records when they are used."""
+
+import logging
+import re
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any, overload
+
+from ..data.prompts import StepPrompt
+from ..data.schema import StepPreference
+from ..data.steps import Steps, split_steps
+from ..runs.run_directory import RunDirectory, RunError
+from .collect import solutions_by_key
+from .policy import render_template
+from .records import Problem, Solution
+from .rectify import count_outdated, current_corrections, normalize_step
+
+logger = logging.getLogger(__name__)
+
+PairRow = dict[str, Any]
+
+
+class RunPairs(Sequence[PairRow]):
+    """
+    Step pairs of a run, ordered by solution key.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+        corrections (`str`):
+            Set of corrections to use.
+    """
+
+    def __init__(self, run: RunDirectory, corrections: str) -> None:
+        self._corrections, self._log = corrections, run.log(f"corrections.{corrections}")
+        self._solutions = solutions_by_key(run)
+        self._settings = run.settings()["collect"]
+        self._prompt = StepPrompt(**self._settings["prompt"])
+        found = sorted((key, len(record["found"])) for key, record in current_corrections(run, corrections))
+        self._keys = [key for key, count in found if count]
+        self._ends = array("L", accumulate(count for _, count in found if count))  # of the pairs of each key
+        self._latest = lru_cache(maxsize=4)(self._read)  # the pairs of a solution follow each other
+
+    def _read(self, key: str) -> tuple[Solution, Steps, dict[str, Any]]:
+        solution = self._solutions[key]
+        return solution, split_steps(solution.text), self._log[key]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> PairRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PairRow]: ...
+    def __getitem__(self, index: int | slice) -> PairRow | Sequence[PairRow]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        index = range(len(self))[index]
+        place = bisect_right(self._ends, index)
+        solution, wrong, record = self._latest(self._keys[place])
+        found = record["found"][index - self._ends[place]]  # counted from the end
+        return self._row(solution, wrong, record["step"], found)
+
+    def _row(self, solution: Solution, wrong: Steps, step: int, found: Mapping[str, Any]) -> PairRow:
+        corrected = split_steps(found["text"], wrong.style)
+        return {
+            "dataset": self._settings["problems"],
+            "prompt": render_template(self._prompt.user, problem=solution.problem.problem),
+            "initial_reason_steps": wrong.prefix(step),
+            "chosen": corrected.step(step),
+            "rejected": wrong.step(step),
+            "full_chosen": found["text"][corrected.spans[step - 1].begin :],
+            "full_rejected": solution.text[wrong.spans[step - 1].begin :],
+            "answer": solution.problem.answer,
+            "step_index": step,
+            "chosen_ends_solution": len(corrected) == step and found["finish"] == "stop",
+            "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
+            "source": f"{self._corrections}:{found['key']}",
+            "problem_id": solution.problem.id,
+        }
+
+
+class SelectedPairs(Sequence[PairRow]):
+    """
+    Selected pairs of several runs.
+
+    Args:
+        runs (`Sequence[Sequence[dict]]`):
+            The pairs of each run.
+        selected (`Sequence[int]`):
+            Numbers of the selected pairs, counted over all runs.
+    """
+
+    def __init__(self, runs: Sequence[Sequence[PairRow]], selected: Sequence[int]) -> None:
+        self._runs, self._selected = runs, selected
+        self._ends = list(accumulate(map(len, runs)))
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+    @overload
+    def __getitem__(self, index: int) -> PairRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PairRow]: ...
+    def __getitem__(self, index: int | slice) -> PairRow | Sequence[PairRow]:
+        if isinstance(index, slice):
+            return SelectedPairs(self._runs, self._selected[index])
+        number = self._selected[index]
+        run = bisect_right(self._ends, number)
+        row = self._runs[run][number - self._ends[run]]  # counted from the end
+        StepPreference.from_row(row, f"pair {index}")
+        return row
+
+
+def make_pairs(run: RunDirectory, corrections: str | None = None) -> RunPairs:
+    """
+    Make the step pairs of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+        corrections (`str`, *optional*):
+            Set of corrections to use, `JUDGE` or `JUDGE.by-MODEL`. Required if the run has several.
+
+    Returns:
+        [`RunPairs`]: The pairs.
+
+    Raises:
+        RunError: If the run has no such corrections, or several and `corrections` is not given.
+    """
+    names = list(run.logs("corrections"))
+    if not names:
+        raise RunError(f"{run.path} holds no corrections yet. Run `stepdpo rectify` first.")
+    if corrections is None and len(names) > 1:
+        raise RunError(
+            f"{run.path} holds several sets of corrections: {', '.join(names)}. Choose one with --corrections."
+        )
+    corrections = names[0] if corrections is None else corrections
+    if corrections not in names:
+        raise RunError(f"{run.path} holds no corrections {corrections!r}, only {', '.join(names)}.")
+    outdated = count_outdated(run, corrections)
+    if outdated:
+        logger.warning(
+            f"{outdated} corrections in {run.path} belong to verdicts that `localize` has replaced since, and are "
+            "left out. Run `stepdpo rectify` again to correct the steps that are now located."
+        )
+    return RunPairs(run, corrections)
+
+
+def normalize_problem(text: str) -> str:
+    """Normalize a problem for comparison: keep letters, digits and operators only."""
+    return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
+
+
+def select_pairs(
+    rows: Iterable[PairRow],
+    problems: Mapping[str, Problem],
+    excluded: Iterable[str] = (),
+    max_pairs_per_problem: int | None = None,
+) -> tuple[Sequence[int], Counter[str]]:
+    """
+    Drop test problems, duplicates, and pairs above the limit per problem.
+
+    Args:
+        rows (`Iterable[dict]`):
+            The pairs.
+        problems (`Mapping[str, Problem]`):
+            Problems of the pairs, by id.
+        excluded (`Iterable[str]`, *optional*):
+            Problems of test sets. They are compared by their letters, digits and operators.
+        max_pairs_per_problem (`int`, *optional*):
+            Maximum number of pairs per problem. Pairs with different wrong steps are kept first.
+
+    Returns:
+        `Sequence[int]`, `Counter[str]`: Numbers of the pairs that are kept, in their order, and the number of dropped
+            ones per reason.
+    """
+    tests = {_digest(normalize_problem(problem)) for problem in excluded}
+    in_tests = lru_cache(maxsize=64)(lambda name: _digest(normalize_problem(problems[name].problem)) in tests)
+    left_out: Counter[str] = Counter()
+    # Digests instead of texts, which might not fit into memory
+    numbers, ranks, identities, owners = array("L"), array("L"), [], []
+    errors: Counter[bytes] = Counter()
+    for number, row in enumerate(rows):
+        error = _digest(row["prompt"], row["initial_reason_steps"], row["rejected"])
+        errors[error] += 1
+        if tests and in_tests(row["problem_id"]):
+            left_out["in a test set"] += 1
+            continue
+        numbers.append(number)
+        ranks.append(errors[error])
+        steps = (normalize_step(row[column]) for column in ("initial_reason_steps", "chosen", "rejected"))
+        identities.append(_digest(row["prompt"], *steps))
+        owners.append(row["problem_id"])
+    del errors
+    kept = array("L")
+    seen = set()
+    of_problem: Counter[str] = Counter()
+    for place in sorted(range(len(numbers)), key=ranks.__getitem__):  # different errors first
+        if identities[place] in seen:
+            left_out["duplicate"] += 1
+        elif max_pairs_per_problem is not None and of_problem[owners[place]] >= max_pairs_per_problem:
+            left_out["above the limit per problem"] += 1
+        else:
+            seen.add(identities[place])
+            of_problem[owners[place]] += 1
+            kept.append(numbers[place])
+    return kept, left_out
+
+
+def _digest(*texts: str) -> bytes:
+    return blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
