@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..data.checkers import MATH, Checker
 from ..evaluation.problems import NUM_ARITHMETIC_PROBLEMS, PROBLEM_SETS
 from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
@@ -10,7 +11,7 @@ from ..runs.run_directory import RunError
 TRAINING_SETS = ("gsm8k", "arithmetic")
 
 
-def load_training_problems(name: str, limit: int | None = None) -> list[Problem]:
+def load_training_problems(name: str, limit: int | None = None, checker: Checker = MATH) -> list[Problem]:
     """
     Load problems to make step pairs from.
 
@@ -22,6 +23,8 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
             A name in `TRAINING_SETS`, or a file as for [`~stepdpo_trl.pipeline.records.read_problems`].
         limit (`int`, *optional*):
             Number of problems to load, from the first.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `list[Problem]`: The problems.
@@ -42,7 +45,7 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
                 f"The dataset 'openai/gsm8k' cannot be loaded ({type(error).__name__}: {error}). Without a network, "
                 "pass a file: --problems FILE.jsonl with `problem` and `answer`."
             ) from error
-        return problems_of(rows, name, limit)
+        return problems_of(rows, name, limit, checker)
     if name in PROBLEM_SETS:
         raise RunError(
             f"--problems {name} is a test set: a model trained on its problems cannot be evaluated on it. Use one of "
@@ -53,4 +56,4 @@ def load_training_problems(name: str, limit: int | None = None) -> list[Problem]
             f"--problems {name!r} is neither a file nor a known dataset. Use one of {', '.join(TRAINING_SETS)}, or a "
             ".jsonl or .parquet file."
         )
-    return read_problems(name, limit)
+    return read_problems(name, limit, checker)

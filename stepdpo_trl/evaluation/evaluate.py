@@ -10,14 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH, Checker
 from ..data.files import write_atomically
 from ..data.prompts import StepPrompt
+from ..data.steps import split_steps
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, text_digest
-from ..pipeline.session import Session, model_file_name
+from ..pipeline.session import Session, model_file_name, task_settings
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, Task, model_service
@@ -40,6 +42,8 @@ def evaluate(
     sampling: Sampling,
     num_samples: int = 1,
     seed: int = 0,
+    checker: Checker = MATH,
+    steps: str | None = None,
 ) -> dict[str, Any]:
     """
     Measure the accuracy of one model, or of two models and their difference.
@@ -63,6 +67,11 @@ def evaluate(
             Number of solutions per problem. The i-th sample of a problem has the same seed for both models.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
+        steps (`str`, *optional*):
+            How solutions are split into steps, see [`~stepdpo_trl.data.steps.split_steps`]. If passed, `records.jsonl`
+            contains the number of steps of each solution.
 
     Returns:
         `dict[str, Any]`: The content of `results.json`.
@@ -84,9 +93,10 @@ def evaluate(
         "sampling": asdict(sampling),
         "num_samples": num_samples,
         "seed": seed,
+        **task_settings(checker, steps),
     }
     with open_evaluation(path, settings) as run:
-        session.check_golds(problems)
+        session.check_golds(problems, checker)
 
         @cache
         def keep() -> None:
@@ -95,14 +105,14 @@ def evaluate(
 
         answers = []
         for model in models:
-            answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed))
+            answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed, checker))
             session.release(model)
         names = _names(models)
         results = {**settings, "results": [measure_accuracy(*pair) for pair in zip(names, answers, strict=True)]}
         if len(models) == 2:
             results["difference"] = compare(answers[0], answers[1], seed)
         rows = [
-            _record(problem, dict(zip(names, answered, strict=True)))
+            _record(problem, dict(zip(names, answered, strict=True)), steps)
             for problem, *answered in zip(problems, *answers, strict=True)
         ]
         write_atomically(path / "records.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -204,18 +214,20 @@ def _answer(
     sampling: Sampling,
     num_samples: int,
     seed: int,
+    checker: Checker,
 ) -> list[ProblemAnswers]:
     """Sample solutions of all problems from one model, into files that are named after the model."""
     name = answers_name(model)
     generator = session.generator(model)
     runner = TaskRunner(run, f"eval {name}")
     runner.services["model"] = model_service(generator, sampling, run.log(f"answers.{name}"), runner.name, keep)
-    runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"))
+    runner.services["check"] = RecordedChecks(session.checker, run.log(f"checks.{name}"), checker)
     policy = Policy("model", prompt, generator.render, seed)
 
     def task(problem: Problem) -> Task[tuple[str, ProblemAnswers]]:
         sampled = yield from policy.sample(problem, prompt.response_prefix, range(num_samples))
-        majority = yield from vote(sampled)
+        # The function of a user returns no answers to vote on
+        majority = None if checker.custom and num_samples > 1 else (yield from vote(sampled, checker))
         return problem.id, ProblemAnswers(sampled, majority)
 
     counts: Counter[str] = Counter()
@@ -231,13 +243,19 @@ def _answer(
     return [answers[problem.id] for problem in problems]
 
 
-def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:
+def _record(problem: Problem, answers: Mapping[str, ProblemAnswers], steps: str | None) -> dict[str, Any]:
     """Return the row of `records.jsonl` for a problem: the problem and the solutions of each model."""
     models = {
         name: {
-            **({"majority": asdict(answered.majority)} if len(answered.samples) > 1 else {}),
+            **({"majority": asdict(answered.majority)} if answered.majority and len(answered.samples) > 1 else {}),
             "samples": [
-                {"outcome": s.check.outcome, "answer": s.check.answer, "reason": s.check.reason, "text": s.text}
+                {
+                    "outcome": s.check.outcome,
+                    "answer": s.check.answer,
+                    "reason": s.check.reason,
+                    "text": s.text,
+                    **({"steps": len(split_steps(s.text, steps))} if steps else {}),
+                }
                 for s in answered.samples
             ],
         }

@@ -37,8 +37,9 @@ def measure_accuracy(model: str, answers: Sequence[ProblemAnswers]) -> dict[str,
         "accuracy": math.fsum(shares) / len(shares),
         "interval": clustered(shares, num_samples),
     }
-    if num_samples > 1:
-        outcomes = _count_outcomes([answered.majority.outcome for answered in answers])
+    majorities = [answered.majority.outcome for answered in answers if answered.majority is not None]
+    if num_samples > 1 and majorities:
+        outcomes = _count_outcomes(majorities)
         majority = Accuracy(outcomes[RIGHT], len(answers))
         measured["majority"] = {"problems": outcomes, "accuracy": majority.value, "interval": majority.interval}
     return measured
@@ -58,24 +59,23 @@ def compare(first: Sequence[ProblemAnswers], second: Sequence[ProblemAnswers], s
 
     Returns:
         `dict[str, Any]`: Accuracy of the first model minus that of the second, its bootstrap interval, and McNemar's
-        test on the problems that each model solves (with several samples, by majority vote).
+        test on the problems that each model solves (with several samples, by majority vote; not without one).
     """
     differences = [_share_right(one) - _share_right(other) for one, other in zip(first, second, strict=True)]
     solved = Counter(
         (one.majority.outcome == RIGHT, other.majority.outcome == RIGHT)
         for one, other in zip(first, second, strict=True)
+        if one.majority is not None and other.majority is not None
     )
-    discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
-    return {
+    difference: dict[str, Any] = {
         "accuracy": math.fsum(differences) / len(differences),
         "interval": bootstrap(differences, seed),
-        "mcnemar": {
-            "both": solved[True, True],
-            **discordant,
-            "neither": solved[False, False],
-            "p": mcnemar(**discordant),
-        },
     }
+    if solved:
+        discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
+        both, neither = solved[True, True], solved[False, False]
+        difference["mcnemar"] = {"both": both, **discordant, "neither": neither, "p": mcnemar(**discordant)}
+    return difference
 
 
 def _share_right(answers: ProblemAnswers) -> float:
@@ -117,6 +117,8 @@ def table(results: dict[str, Any]) -> str:
     for measured in results["results"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in measured["unreadable"].items())
         lines += [f"Unreadable, {measured['model']}: {reasons}"] if reasons else []
+    if num_samples > 1 and not any("majority" in measured for measured in results["results"]):
+        lines.append(f"No majority vote: the checker {results['checker']!r} returns no answers to vote on.")
     if "difference" in results:
         lines += ["", *_difference(results)]
     return "\n".join(lines)
@@ -124,7 +126,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _difference(results: dict[str, Any]) -> list[str]:
     first, second = (measured["model"] for measured in results["results"])
-    difference, test = results["difference"], results["difference"]["mcnemar"]
+    difference, test = results["difference"], results["difference"].get("mcnemar")
     points, interval = 100 * difference["accuracy"], difference["interval"]
     shown = f"{points:+.1f} percentage points (no interval: the same difference on every problem)"
     if interval:
@@ -132,8 +134,11 @@ def _difference(results: dict[str, Any]) -> list[str]:
         shown = f"{show(points, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
     solved = "Solved by majority vote" if results["num_samples"] > 1 else "Solved"
     title = f"{first} minus {second}:"
+    lines = [f"{title} {shown}" if len(title) + len(shown) < 80 else f"{title}\n  {shown}"]
+    if test is None:
+        return lines
     return [
-        f"{title} {shown}" if len(title) + len(shown) < 80 else f"{title}\n  {shown}",
+        *lines,
         f"McNemar's exact test: p = {test['p']:.2g}",
         f"{solved}: both {test['both']}, first only {test['only_first']}, second only {test['only_second']}, "
         f"neither {test['neither']}",

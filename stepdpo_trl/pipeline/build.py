@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.answers import WRONG
 from ..data.files import replacing, write_atomically
 from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
@@ -14,7 +15,7 @@ from ..data.steps import split_steps
 from ..runs.run_directory import RunDirectory, RunError
 from .collect import read_problems_of, read_solutions
 from .policy import render_template
-from .records import Problem, read_texts
+from .records import Problem, is_of, read_texts
 from .rectify import current_corrections, normalize_step, outdated_corrections
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,22 @@ def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[Pa
             f"{len(outdated)} corrections in {run.path} belong to verdicts that `localize` has replaced since, and "
             "are left out. Run `stepdpo rectify` again to correct the steps that are now located."
         )
+    solutions = {solution.key: solution for solution in read_solutions(run)}
+    current = {
+        key: record
+        for key, record in records[corrections].items()
+        if solutions[key].outcome == WRONG and is_of(solutions[key], record.get("solution"))
+    }
+    if len(current) < len(records[corrections]):
+        logger.warning(
+            f"{len(records[corrections]) - len(current)} corrections in {run.path} belong to solutions that `collect` "
+            "has replaced since, and are left out. Run `stepdpo localize` and `stepdpo rectify` again."
+        )
     settings = run.settings()["collect"]
     prompt = StepPrompt(**settings["prompt"])
-    solutions = {solution.key: solution for solution in read_solutions(run)}
-    for key, record in sorted(records[corrections].items()):
+    for key, record in sorted(current.items()):
         solution = solutions[key]
-        wrong = split_steps(solution.text)
+        wrong = split_steps(solution.text, solution.style)
         step = record["step"]
         prefix, wrong_span = wrong.prefix(step), wrong.spans[step - 1]
         for found in record["found"]:

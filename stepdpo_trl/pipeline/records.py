@@ -3,19 +3,20 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH, Checker
 from ..runs.run_directory import RunError
 
 
 @dataclass(frozen=True)
 class Problem:
     """
-    Problem with a known answer.
+    Problem whose solutions can be checked.
 
     Args:
         id (`str`):
@@ -23,15 +24,24 @@ class Problem:
         problem (`str`):
             Text of the problem.
         answer (`str`):
-            Gold final answer.
+            Gold final answer. May be empty with a checker that does not read it.
         solution (`str`, *optional*, defaults to `""`):
             Gold solution, shown to judges.
+        row (`dict`, *optional*):
+            The row of the file, for a checker that reads other columns.
     """
 
     id: str
     problem: str
     answer: str
     solution: str = ""
+    row: dict[str, Any] | None = field(default=None, repr=False, hash=False)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what a checker receives: the row of the file, or one with the columns of this class."""
+        if self.row is not None:
+            return self.row
+        return {"id": self.id, "problem": self.problem, "answer": self.answer, "solution": self.solution}
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,14 @@ class Verdict:
             Name of the judge.
         evidence (`dict`):
             Evidence for the verdict.
+        solution (`str`, *optional*):
+            Digest of the solution's text. Runs of earlier releases lack it.
     """
 
     step: int | None
     judge: str
     evidence: dict[str, Any]
+    solution: str | None = None
 
 
 def text_digest(*parts: object) -> str:
@@ -90,22 +103,30 @@ def text_digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
+def is_of(solution: Solution, digest: str | None) -> bool:
+    """Return whether a record belongs to the text of a solution, given its digest (`None` in old runs)."""
+    return digest is None or digest == text_digest(solution.text)
+
+
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
 _IMAGE_COLUMNS = ("image", "images")
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
+def read_problems(path: str | Path, limit: int | None = None, checker: Checker = MATH) -> list[Problem]:
     """
     Read problems from JSON Lines or Parquet.
 
     Rows have `problem` (or `question`, or `prompt`) and `answer`, and optionally `solution` and `id`. An `answer` that
-    contains `####`, as in GSM8K, is a solution followed by the final answer.
+    contains `####`, as in GSM8K, is a solution followed by the final answer. For a checker of the user, `answer` is
+    optional too, and rows keep all their columns.
 
     Args:
         path (`str` or `Path`):
             The file.
         limit (`int`, *optional*):
             Maximum number of problems, from the beginning of the file.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `list[Problem]`: The problems. Without a column `id`, the id is a hash of the text.
@@ -113,10 +134,10 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[Problem]:
     Raises:
         RunError: If the file cannot be read, or rows are invalid. The message counts them and quotes the first five.
     """
-    return problems_of(_read_rows(Path(path)), str(path), limit)
+    return problems_of(_read_rows(Path(path)), str(path), limit, checker)
 
 
-def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> list[Problem]:
+def problems_of(rows: Sequence[Any], where: str, limit: int | None = None, checker: Checker = MATH) -> list[Problem]:
     """
     Convert rows to problems; see [`read_problems`] for the columns.
 
@@ -127,6 +148,8 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
             Origin of the rows, for error messages.
         limit (`int`, *optional*):
             Maximum number of problems.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `list[Problem]`: The problems.
@@ -145,7 +168,7 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
     row_numbers: dict[str, int] = {}
     errors = []
     for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
-        problem = _problem(row)
+        problem = _problem(row, checker.custom)
         if isinstance(problem, str):
             errors.append(f"row {number}: {problem}")
         elif problem.id in problems:
@@ -236,7 +259,7 @@ def _read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _problem(row: Any) -> Problem | str:
+def _problem(row: Any, any_answer: bool) -> Problem | str:
     """Convert a row to a problem, or return the reason why it is invalid."""
     if not isinstance(row, Mapping):
         return f"{row!r:.40} is not an object"
@@ -248,24 +271,31 @@ def _problem(row: Any) -> Problem | str:
         return f"`{column}` is {'not text' if text and not isinstance(text, str) else 'empty'} ({text!r:.40})"
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
+    if any_answer and not isinstance(answer, str):
+        answer = ""
+    if not isinstance(answer, str) or not (answer.strip() or any_answer):
         return f"no `answer` ({text[:40]!r})"
     if "####" in answer:
         reasoning, _, answer = answer.rpartition("####")
         solution = solution or reasoning.strip()
-    if not answer.strip():
+    if not answer.strip() and not any_answer:
         return f"no final answer after `####` ({text[:40]!r})"
     try:
         name = text_digest(text) if row.get("id") is None else str(row["id"])
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
         return f"contains text that cannot be encoded ({error.reason}: {error.object[error.start]!r})"
-    return Problem(name, text.strip(), answer.strip(), solution)
+    try:
+        kept = json.loads(json.dumps(row)) if any_answer else None
+    except (TypeError, ValueError) as error:
+        return f"a column cannot be stored as JSON ({error}; {text[:40]!r})"
+    return Problem(name, text.strip(), answer.strip(), solution, kept)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:
     """Return the record of a problem. Its key is the id."""
-    return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution}
+    row = {} if problem.row is None else {"row": problem.row}
+    return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution, **row}
 
 
 def shard_of(problems: Iterable[Problem], shard: tuple[int, int]) -> list[Problem]:

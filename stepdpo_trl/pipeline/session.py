@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
+from ..data.checkers import MATH, Checker, resolve_checker
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, make_generator
 from ..runs.run_directory import RunDirectory, RunError
@@ -19,7 +20,7 @@ from ..runs.tasks import RecordedChecks, model_service
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
-from .judge_options import JudgeOptions, check_rectify
+from .judge_options import DEFAULT_CHECK, JudgeOptions, check_rectify, default_check
 from .judges.arithmetic import arithmetic_judge
 from .judges.expressions import canonical, combine, parse_judges
 from .judges.human import human_judge
@@ -50,7 +51,7 @@ class Session:
         generators (`dict[ModelSpec, Generator]`, *optional*):
             Models that are already loaded. Others are loaded when they are first used.
         checker (`AnswerChecker`, *optional*):
-            Answer checker.
+            Processes that check solutions.
     """
 
     generators: dict[ModelSpec, Generator | ServerGenerator] = field(default_factory=dict)
@@ -75,14 +76,20 @@ class Session:
         self.generators.pop(spec, None)
         gc.collect()
 
-    def check_golds(self, problems: Sequence[Problem]) -> None:
+    def check_golds(self, problems: Sequence[Problem], checker: Checker = MATH) -> None:
         """
         Check that solutions can be compared with the gold answers.
 
         Raises:
-            RunError: If a gold answer cannot be parsed.
+            RunError: If a gold answer cannot be parsed, or is not a letter.
         """
-        unusable = check_golds(self.checker, [problem.answer for problem in problems])
+        unusable = check_golds(self.checker, [problem.answer for problem in problems], checker)
+        if unusable and checker.name == "choice":
+            first = problems[unusable[0]]
+            raise RunError(
+                f"{len(unusable)} gold answers are not one of the letters A to E, such as {first.answer!r} of the "
+                f"problem {first.id!r}. Write them as letters (0 is A), or use another --checker."
+            )
         if unusable:
             named = [f"{problems[index].id!r}: {problems[index].answer!r}" for index in unusable[:5]]
             raise RunError(
@@ -103,6 +110,8 @@ class Session:
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
         source: Mapping[str, Any] | None = None,
+        checker: Checker = MATH,
+        steps: str | None = None,
     ) -> Counter[str]:
         """
         Sample solutions and check their answers; see [`~stepdpo_trl.pipeline.collect.collect`].
@@ -128,11 +137,16 @@ class Session:
                 Index of the shard and number of shards.
             source (`Mapping[str, Any]`, *optional*):
                 Path and hash of the problems, as returned by [`~stepdpo_trl.pipeline.records.describe_source`].
+            checker (`Checker`, *optional*, defaults to `MATH`):
+                The checker of the solutions. If the code of a user's function has changed since an earlier call, all
+                solutions are checked again.
+            steps (`str`, *optional*):
+                How solutions are split into steps, see [`~stepdpo_trl.data.steps.split_steps`].
 
         Returns:
             `Counter[str]`: Number of solutions per outcome.
         """
-        self.check_golds(problems)
+        self.check_golds(problems, checker)
         mine = shard_of(problems, shard)
         settings = {
             "problems": name,
@@ -142,6 +156,7 @@ class Session:
             "seed": seed,
             "model": {f.name: getattr(model, f.name) for f in fields(model) if f.name not in _OPERATIONAL},
             "shard": list(shard),
+            **task_settings(checker, steps),
         }
         with StageDirectory(path, create=True) as run:
 
@@ -150,13 +165,15 @@ class Session:
                     run.settings().append("source", source)
                 if model.base_url is not None and run.settings().get("server") != _server_of(model):
                     run.settings().append("server", _server_of(model))
+                if checker.custom and run.settings().get("checker") != asdict(checker):
+                    run.settings().append("checker", asdict(checker))
                 collecting.keep_problems(run, mine)
 
             run.start_stage("collect", settings, ("num_samples",), write_problems)
             collecting.check_problems(run, mine)
-            runner = self._runner(run, f"collect {num_samples}")
+            runner = self._runner(run, f"collect {num_samples}", checker)
             policy = self._policy(runner, model, settings)
-            counts = collecting.collect(runner, policy, mine, num_samples)
+            counts = collecting.collect(runner, policy, mine, num_samples, steps)
             run.write_settings()
             if not counts["wrong"]:
                 logger.warning(collecting.no_wrong_answers(counts))
@@ -186,6 +203,7 @@ class Session:
         names = [name for group in groups for name in group]
         options.check(names)
         with StageDirectory(path) as run:
+            options.check(names, checker_of(run))
             run.start_stage(*_localize_stage(judge_name, options))
             runner = self._runner(run, f"localize {judge_name}")
             judges = {name: self._judge(name, runner, options, model) for name in names}
@@ -217,7 +235,7 @@ class Session:
             max_attempts (`int`, *optional*, defaults to `20`):
                 Maximum number of samples per wrong solution. A later call may increase it.
             check (`str`, *optional*):
-                Judge expression that checks the preferred steps.
+                Judge expression that checks the preferred steps. `DEFAULT_CHECK` for the default of the checker.
             options ([`JudgeOptions`], *optional*):
                 Options of the judges in `check`.
             rectifier (`ModelSpec`, *optional*):
@@ -229,10 +247,13 @@ class Session:
             `Counter[str]`: Counts, as returned by [`~stepdpo_trl.pipeline.rectify.rectify`].
         """
         options = options or JudgeOptions()
-        groups = check_rectify(check, options, num_corrections, max_attempts)
-        names = [name for group in groups for name in group]
+        check_rectify(check, options, num_corrections, max_attempts)
         name = model_file_name(rectifier.model) if rectifier else None
         with StageDirectory(path) as run:
+            checker = checker_of(run)
+            check = default_check(checker) if check == DEFAULT_CHECK else check
+            groups = check_rectify(check, options, num_corrections, max_attempts, checker)
+            names = [name for group in groups for name in group]
             found_in, _ = localizing.read_verdicts(run, judge_name)
             stage = _rectify_stage(found_in, num_corrections, max_attempts, check, options, rectifier)
             run.start_stage(*stage)
@@ -240,12 +261,15 @@ class Session:
             service = f"rectifier-{name}" if name else "policy"
             policy = self._policy(runner, rectifier or self._model_of(run, model), service=service)
             judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
-            counts = rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge)
+            # In code, upper case, spaces and `*` make a difference
+            same = {"normalize": str.rstrip} if checker.custom else {}
+            counts = rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge, **same)
             run.write_settings()
             return counts
 
-    def _runner(self, run: RunDirectory, name: str) -> TaskRunner:
-        return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
+    def _runner(self, run: RunDirectory, name: str, checker: Checker | None = None) -> TaskRunner:
+        checks = RecordedChecks(self.checker, run.log("checks"), checker or checker_of(run))
+        return TaskRunner(run, name, {"check": checks})
 
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
         """Return the model that wrote the solutions, at the same server, with the fields that have changed since."""
@@ -307,6 +331,42 @@ class Session:
         return human_judge
 
 
+def task_settings(checker: Checker, steps: str | None = None) -> dict[str, Any]:
+    """Return the settings of a run that are not those of mathematics. Runs of earlier releases have none."""
+    named = {} if checker == MATH else {"checker": checker.name}
+    return {**named, "steps": steps} if steps else named
+
+
+def checker_of(run: RunDirectory) -> Checker:
+    """
+    Return the checker of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `Checker`: The checker that `collect` used.
+
+    Raises:
+        RunError: If its code has changed since.
+        CheckerError: If it does not exist anymore.
+    """
+    settings = run.settings()
+    name = settings.get("collect", {}).get("checker", MATH.name)
+    if "checker" not in settings:
+        return Checker(name)
+    used = Checker(**settings["checker"])
+    checker = resolve_checker(used.spelling)
+    if checker.digest != used.digest:
+        raise RunError(
+            f"The code of the checker {name!r} has changed since the solutions in {run.path} were checked. Run "
+            f"`stepdpo collect` again with --checker {used.spelling}: it checks the stored solutions again, without "
+            "sampling."
+        )
+    return checker
+
+
 def _server_of(model: ModelSpec) -> dict[str, Any]:
     server = {name: getattr(model, name) for name in _SERVER}
     if model.api_key_env not in os.environ:  # may be a key that was passed by mistake
@@ -339,6 +399,8 @@ def check_settings(
         return
     judge_name = canonical(judge_name)
     with StageDirectory(path) as run:
+        if check == DEFAULT_CHECK:
+            check = default_check(Checker(run.settings().get("collect", {}).get("checker", MATH.name)))
         run.check_stage(*_localize_stage(judge_name, options))
         run.check_stage(*_rectify_stage(judge_name, num_corrections, max_attempts, check, options, rectifier))
 

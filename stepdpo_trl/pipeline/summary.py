@@ -96,8 +96,9 @@ def summarize(paths: Sequence[Path]) -> Summary:
 
 
 def _add(summary: Summary, run: RunDirectory) -> None:
-    # The address of a server is nothing to publish
-    summary.settings.update((name, stage) for name, stage in run.settings().items() if name != "server")
+    # The address of a server and the folder of a checker are nothing to publish
+    settings = run.settings().items()
+    summary.settings.update((name, stage) for name, stage in settings if name not in ("server", "checker"))
     summary.problems += len(read_problems_of(run))
     solved, tried = set(), set()
     checks = {key.partition("/")[2]: record for key, record in run.log("checks").items()}

@@ -66,6 +66,9 @@ class StreamingService:
     def interrupt(self) -> None:
         """Complete the requests in flight as fast as possible, since the user stops the run."""
 
+    def report(self) -> None:
+        """Log what the user should know at the end of a stage."""
+
 
 class Workers:
     """
