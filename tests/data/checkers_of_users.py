@@ -73,3 +73,11 @@ def with_more(problem, solution, strict=False):
 
 
 not_a_function = 5
+
+
+def starts_and_hangs(problem, solution):
+    subprocess.Popen(
+        [sys.executable, "-c", f"import time; time.sleep(100)  # {problem['mark']}"], start_new_session=True
+    )
+    while True:
+        time.sleep(1)
