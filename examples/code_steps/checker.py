@@ -1,7 +1,7 @@
 """
 Checker of Python functions: runs their unit tests in a separate process with limits.
 
-The environment variable ALLOW_CODE_EXECUTION=1, which `run.py --allow-code-execution` sets, is required. README.md
+The environment variable ALLOW_CODE_EXECUTION=1, which `execute.py --allow-code-execution` sets, is required. README.md
 says what the limits do not protect against.
 """
 
@@ -22,7 +22,7 @@ _BLOCK = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.S | re.M)
 if os.environ.get("ALLOW_CODE_EXECUTION") != "1":
     raise RuntimeError(
         "this checker runs code that a model has written; read examples/code_steps/README.md, then use "
-        "`python examples/code_steps/run.py --allow-code-execution`"
+        "`python examples/code_steps/execute.py --allow-code-execution`"
     )
 
 # Reads code, tests and a token from stdin, and prints the token after the last test. Code that exits early, or prints

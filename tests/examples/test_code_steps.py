@@ -130,13 +130,13 @@ def test_without_permission_nothing_runs(monkeypatch, capsys):
     monkeypatch.delenv("ALLOW_CODE_EXECUTION", raising=False)
     with pytest.raises(CheckerError, match="runs code that a model has written; read"):
         resolve_checker(f"{FOLDER / 'checker.py'}:passes")
-    refused = subprocess.run([sys.executable, FOLDER / "run.py", "data"], capture_output=True, text=True)
+    refused = subprocess.run([sys.executable, FOLDER / "execute.py", "data"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert "then pass --allow-code-execution" in refused.stderr
 
 
 def test_run_adds_the_options_of_the_example(monkeypatch, capsys, allowed):
-    complete = load("run").complete
+    complete = load("execute").complete
     words = complete(["data", "--model", "M", "--output-dir", "run", "--output-file", "p.jsonl", "--limit", "7"])
     from stepdpo_trl.cli.main import main
 
@@ -166,7 +166,7 @@ class Coder(Student):
 def test_pairs_of_a_simulated_model(tmp_path, allowed):
     """The rejected step is the wrong line, and the preferred step the right one."""
     checker = resolve_checker(f"{FOLDER / 'checker.py'}:passes")
-    steps = load("run").OPTIONS["--steps"]
+    steps = load("execute").OPTIONS["--steps"]
     problems = read_problems(FOLDER / "problems.jsonl", 2, checker)
     model, prompt = ModelSpec("coder"), StepPrompt("{{ problem }}", "```python\n")
     arguments = (tmp_path, problems, "code", model, prompt, Sampling(), 1)

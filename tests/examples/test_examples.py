@@ -112,3 +112,14 @@ def test_benchmark_scheduler():
     assert [stage for stage, _, _ in found] == ["collect", "localize rollout", "rectify"]
     assert found[0][1] == "20"
     assert all(int(answers) > 10 and 0 < float(busy) <= 100 for _, answers, busy in found)
+
+
+def test_benchmark_checker():
+    done = run_script(
+        EXAMPLES / "benchmark_checker.py", "--checks", 40, "--processes", 1, "--checkers", "math", "function"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, *rows = done.stdout.splitlines()
+    assert head.split()[:3] == ["checker", "processes", "checks"]
+    assert [row.split()[:3] for row in rows] == [["math", "1", "40"], ["function", "1", "40"]]
+    assert all(float(row.split()[4].replace(",", "")) > 0 for row in rows)

@@ -1,7 +1,7 @@
 """
 Run a `stepdpo` command with the checker of this folder, which executes code that a model has written.
 
-    python examples/code_steps/run.py --allow-code-execution data --model MODEL --output-dir run \\
+    python examples/code_steps/execute.py --allow-code-execution data --model MODEL --output-dir run \\
         --output-file pairs.jsonl
 
 Options of `stepdpo` that are not passed are those of the example: its problems, prompt, checker and steps.
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if ALLOW not in arguments:
         sys.exit(
-            f"run.py: error: the checker runs code that a model has written. Read {HERE / 'README.md'}, then pass "
+            f"execute.py: error: the checker runs code that a model has written. Read {HERE / 'README.md'}, then pass "
             f"{ALLOW}."
         )
     os.environ["ALLOW_CODE_EXECUTION"] = "1"
