@@ -115,9 +115,8 @@ def test_benchmark_scheduler():
 
 
 def test_benchmark_checker():
-    done = run_script(
-        EXAMPLES / "benchmark_checker.py", "--checks", 40, "--processes", 1, "--checkers", "math", "function"
-    )
+    options = ["--checks", 40, "--processes", 1, "--checkers", "math", "function"]
+    done = run_script(EXAMPLES / "benchmark_checker.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = done.stdout.splitlines()
     assert head.split()[:3] == ["checker", "processes", "checks"]
