@@ -55,6 +55,11 @@ class Check:
     failed: bool = False
 
 
+def cause_of(reason: str | None) -> str:
+    """Return the part of a reason that solutions with the same problem share."""
+    return (reason or "not recorded").partition(":")[0]
+
+
 class CheckingStoppedError(Exception):
     """Raised when checking is stopped before all solutions are checked."""
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.answers import RIGHT, UNREADABLE, WRONG, cause_of
 from .majority import ProblemAnswers
 from .statistics import Accuracy, bootstrap, clustered, mcnemar, show
 
@@ -30,10 +30,11 @@ def measure_accuracy(model: str, answers: Sequence[ProblemAnswers]) -> dict[str,
     num_samples = len(answers[0].samples)
     checks = [sample.check for answered in answers for sample in answered.samples]
     shares = [_share_right(answered) for answered in answers]
+    causes = Counter(cause_of(check.reason) for check in checks if check.outcome == UNREADABLE)
     measured: dict[str, Any] = {
         "model": model,
         "solutions": _count_outcomes([check.outcome for check in checks]),
-        "unreadable": dict(Counter(check.reason for check in checks if check.outcome == UNREADABLE).most_common()),
+        "unreadable": dict(causes.most_common()),
         "accuracy": math.fsum(shares) / len(shares),
         "interval": clustered(shares, num_samples),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.answers import cause_of
 from ..runs.run_directory import RunDirectory
 from .build import make_pairs
 from .build_record import BuildRecord, choose_examples
@@ -109,7 +110,7 @@ def _add(summary: Summary, run: RunDirectory) -> None:
             solved.add(solution.problem.id)
         if solution.outcome == "unreadable":
             reason = why_no_answer(solution.finish_reason, solution.text)
-            summary.unreadable[reason or checks.get(solution.key, {}).get("reason", "not recorded")] += 1
+            summary.unreadable[reason or cause_of(checks.get(solution.key, {}).get("reason"))] += 1
     summary.unsolved += len(tried - solved)
     for judge_name, log in run.logs("verdicts").items():
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))

@@ -19,7 +19,7 @@ from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from ..data.answers import AnswerChecker, Check
+from ..data.answers import AnswerChecker, Check, cause_of
 from ..data.checkers import MATH, Checker
 from ..generation import Completion, Generator, Request, Sampling, ServerGenerator
 from .run_directory import Log
@@ -312,9 +312,8 @@ class RecordedChecks(StreamingService):
 
     def _count(self, request: CheckRequest, check: Check) -> None:
         if check.failed:
-            reason = str(check.reason)
-            self._failures[reason.partition(":")[0]] += 1
-            self._example = self._example or f"{request.key}: {reason}"
+            self._failures[cause_of(check.reason)] += 1
+            self._example = self._example or f"{request.key}: {check.reason}"
 
     def _record(self, request: CheckRequest, check: Check) -> dict[str, Any]:
         failed = {"failed": True} if check.failed else {}
