@@ -429,6 +429,19 @@ def test_judges_that_make_no_sense(tmp_path, monkeypatch, capsys, options, messa
     assert message in capsys.readouterr().err
 
 
+def test_the_loop_passes_both_options_to_its_stages(tmp_path, monkeypatch, checker):
+    ran = []
+    monkeypatch.setattr("stepdpo_trl.cli.loop._run", lambda folder, argv: ran.append(argv))
+    monkeypatch.setattr(
+        "stepdpo_trl.cli.loop.run_loop", lambda out, model, stages, make_pairs, *_: make_pairs(1, model, out)
+    )
+    task = ["--checker", checker.spelling, "--steps", "line"]
+    words = ["--model", "m", "--problems", "p.jsonl", "--output-dir", str(tmp_path / "loop"), "--stages", "1"]
+    assert main(["loop", *words, *task, "--", "--use_cpu", "true", "--bf16", "false"]) == 0
+    assert ran[0][0] == "data"
+    assert " ".join(task) in " ".join(ran[0])
+
+
 def test_missing_answers_are_accepted_by_functions_only(checker):
     with pytest.raises(RunError, match="no `answer`"):
         problems_of(rows(2), "rows", checker=resolve_checker("exact"))
