@@ -24,8 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 STEPS = 5
 FILLER = "We write this down, check it once more, and keep the result in mind for the steps that follow it. "
@@ -57,14 +58,14 @@ class Server:
         """Return a prompt."""
         return user + response_prefix
 
-    def complete(self, request, sampling):
+    def complete(self, request: Any, sampling: Any) -> Any:
         """Answer a request."""
         from stepdpo_trl.generation import Completion
 
         text = write_steps(random.Random(request.seed), request.prompt.count("Step ") - 1)
         return Completion(text, "stop", 100, len(text) // 4)
 
-    def accept(self, replies):
+    def accept(self, replies: Iterable[Any]) -> list:
         """Return all replies."""
         return list(replies)
 
@@ -85,11 +86,11 @@ class LocalModel:
 class Checker:
     """Answer checker that compares numbers."""
 
-    def check(self, answers: Iterable[tuple[str, str]]) -> list:
+    def check(self, solutions: Iterable[tuple[Mapping[str, Any], str]], checker: Any = None, stop: Any = None) -> list:
         """Check the final answers of solutions."""
         from stepdpo_trl.data.answers import RIGHT, UNREADABLE, WRONG, Check
 
-        found = ((gold, re.search(r"\\boxed\{(\d+)\}", text)) for gold, text in answers)
+        found = ((problem["answer"], re.search(r"\\boxed\{(\d+)\}", text)) for problem, text in solutions)
         return [
             Check(RIGHT if match[1] == gold else WRONG, match[1]) if match else Check(UNREADABLE, None, "no answer")
             for gold, match in found
@@ -125,9 +126,9 @@ class Benchmark:
         self.answers, self.num_problems, self.num_samples = answers, problems, answers // problems
         self.model = ModelSpec("simulated", "openai", "http://localhost:1/v1")
         self.prompt, self.sampling = StepPrompt("{{ problem }}", "Step 1:"), Sampling()
-        self.session = Session({self.model: Server()}, Checker())
+        self.session = Session({self.model: cast(Any, Server())}, cast(Any, Checker()))
 
-    def problems(self):
+    def problems(self) -> Sequence[Any]:
         """Read the problems."""
         from stepdpo_trl.pipeline.records import read_problems
 
@@ -137,6 +138,7 @@ class Benchmark:
         """Write the records of `collect`: those of the first problem by the pipeline, the others like them."""
         from stepdpo_trl.pipeline.records import write_problem
         from stepdpo_trl.runs.run_directory import RunDirectory
+        from stepdpo_trl.runs.tasks import CheckRequest, RecordedChecks
 
         write_problems(self.file, self.num_problems)
         problems = self.problems()
@@ -153,13 +155,15 @@ class Benchmark:
             files[name].write(json.dumps({"key": key, **record}) + "\n")
 
         prefix = first["solutions"][0].split("/")[1]
+        checks = RecordedChecks(self.session.checker, cast(Any, {}))
         for number, problem in enumerate(problems):
             write("problems", problem.id, write_problem(problem))
             for sample in range(self.num_samples):
                 key, text = f"{problem.id}/{prefix}/{sample}", write_steps(random.Random(number * 1000 + sample), 0)
-                (check,) = Checker().check([("42", text)])
+                request = CheckRequest(f"policy/{key}", {"answer": "42"}, f"Step 1:{text}")
+                (check,) = checks.work([request])
                 write("generations.policy", key, {**first["generations.policy"][1], "text": text})
-                write("checks", f"policy/{key}", vars(check))
+                write("checks", request.key, checks.record(request, check))
                 changed = {"problem": problem.id, "outcome": check.outcome, "answer": check.answer, "steps": STEPS}
                 write("solutions", key, {**first["solutions"][1], **changed, "text": f"Step 1:{text}"})
         for file in files.values():
@@ -208,7 +212,7 @@ class Benchmark:
 
     def collect_locally(self) -> dict:
         """Resume `collect` with a model in this process."""
-        self.session.generators[self.model] = LocalModel()
+        self.session.generators[self.model] = cast(Any, LocalModel())
         return self.collect()
 
     def localize(self, judge: str) -> dict:

@@ -7,8 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH, Checker, resolve_checker
 from ..data.files import write_atomically
+from ..data.steps import check_style
 from ..generation import ModelSpec, Sampling
+from ..pipeline.judge_options import DEFAULT_CHECK
 from ..pipeline.judges.expressions import parse_judges
 from ..pipeline.policy import resolve_step_prompt
 from ..pipeline.records import Problem, count_line, describe_source, read_texts
@@ -68,7 +71,7 @@ def _each(args: argparse.Namespace, path: str, stage: str, work: Callable[[Any, 
 
 
 def _collect_work(
-    args: argparse.Namespace, problems: Sequence[Problem]
+    args: argparse.Namespace, problems: Sequence[Problem], checker: Checker
 ) -> Callable[[Any, Path, tuple[int, int]], Any]:
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
     if not args.temperature and args.num_samples > 1:
@@ -79,10 +82,12 @@ def _collect_work(
     prompt = resolve_step_prompt(text_of(args.prompt), args.response_prefix)
     model = model_spec(args)
     name, samples, seed = Path(args.problems).stem, args.num_samples, args.seed
-    source = describe_source(args.problems)
+    source, steps = describe_source(args.problems), check_style(args.steps)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
-        return session.collect(folder, problems, name, model, prompt, sampling, samples, seed, shard, source)
+        return session.collect(
+            folder, problems, name, model, prompt, sampling, samples, seed, shard, source, checker, steps
+        )
 
     return work
 
@@ -107,15 +112,19 @@ def _judges(args: argparse.Namespace) -> Any:
 
 
 def _names(expression: str) -> list[str]:
-    """Return the judges of an expression. `none`, which `--check` accepts, has none."""
-    return [] if expression == "none" else [name for group in parse_judges(expression) for name in group]
+    """Return the judges of an expression. `none` and the default, which `--check` accepts, have none."""
+    return (
+        [] if expression in ("none", DEFAULT_CHECK) else [name for group in parse_judges(expression) for name in group]
+    )
 
 
-def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
+def _localize_work(
+    args: argparse.Namespace, changes: dict[str, Any], checker: Checker = MATH
+) -> Callable[[Any, Path, tuple[int, int]], Any]:
     judge_name, options = args.judge, _judges(args)
     if "human" in judge_name and args.engine == "ray":
         raise RunError("Judge 'human' needs a person at this machine. Use --engine local.")
-    options.check(_names(judge_name))
+    options.check(_names(judge_name), checker)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
         return session.localize(folder, judge_name, options, changes)
@@ -123,14 +132,16 @@ def _localize_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callabl
     return work
 
 
-def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable[[Any, Path, tuple[int, int]], Any]:
+def _rectify_work(
+    args: argparse.Namespace, changes: dict[str, Any], checker: Checker = MATH
+) -> Callable[[Any, Path, tuple[int, int]], Any]:
     from ..pipeline.judge_options import check_rectify
 
     judge_name, options = args.judge, _judges(args)
     num_corrections, max_attempts = args.num_corrections, args.max_attempts
     check = None if args.check == "none" else args.check
     rectifier = model_spec(args, "rectifier_", "--rectifier")
-    check_rectify(check, options, num_corrections, max_attempts)
+    check_rectify(check, options, num_corrections, max_attempts, checker)
 
     def work(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
         return session.rectify(folder, judge_name, num_corrections, max_attempts, check, options, rectifier, changes)
@@ -139,8 +150,9 @@ def _rectify_work(args: argparse.Namespace, changes: dict[str, Any]) -> Callable
 
 
 def _collect(args: argparse.Namespace) -> None:
-    problems = load_training_problems(args.problems, args.limit)
-    work = _collect_work(args, problems)
+    checker = resolve_checker(args.checker)
+    problems = load_training_problems(args.problems, args.limit, checker)
+    work = _collect_work(args, problems, checker)
     if args.dry_run:
         _print_estimate(args, args.output_dir, ["collect"], len(problems))
         return
@@ -232,8 +244,13 @@ def _data(args: argparse.Namespace) -> None:
     changes = {
         name: value for name, value in model_changes(args).items() if name not in ("model", "backend", "tokenizer")
     }
-    problems = load_training_problems(args.problems, args.limit)
-    stages = [_collect_work(args, problems), _localize_work(args, changes), _rectify_work(args, changes)]
+    checker = resolve_checker(args.checker)
+    problems = load_training_problems(args.problems, args.limit, checker)
+    stages = [
+        _collect_work(args, problems, checker),
+        _localize_work(args, changes, checker),
+        _rectify_work(args, changes, checker),
+    ]
     corrections = corrections_name(args.judge, model_spec(args, "rectifier_", "--rectifier"))
     _check_corrections(args.corrections, corrections, _paths(args, args.output_dir))
     _judges(args).check_used(_names(args.judge) + _names(args.check))

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from ..data.prompts import STEP_PROMPTS
+from ..pipeline.judge_options import DEFAULT_CHECK
 from ..pipeline.judges.expressions import JUDGES
 from .console import log_options
 from .options import (
@@ -15,6 +16,7 @@ from .options import (
     model_options,
     positive,
     sampling_options,
+    task_options,
 )
 from .problems import TRAINING_SETS
 
@@ -178,7 +180,7 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
         "--problems",
         required=True,
         metavar="SET",
-        help="A .jsonl or .parquet file with the columns problem and answer, or the training split of "
+        help="A .jsonl or .parquet file with the columns problem and answer (see --checker), or the training split of "
         f"{' or '.join(TRAINING_SETS)}.",
     )
     group.add_argument("--limit", type=positive, metavar="N", help="Use the first N problems only.")
@@ -193,6 +195,7 @@ def _collect_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Text that every solution starts with, such as 'Step 1:'. (default: that of the named prompt)",
     )
+    task_options(group)
     sampling_options(parser, SAMPLING, num_samples=2, help_only=False)
 
 
@@ -258,9 +261,10 @@ def _rectify_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--check",
         type=judge_expression,
-        default="arithmetic",
+        default=DEFAULT_CHECK,
         metavar="JUDGES",
-        help="Judges that must not reject a preferred step: arithmetic, llm, prm, a combination, or none.",
+        help="Judges that must not reject a preferred step: arithmetic, llm, prm, a combination, or none. (default: "
+        "arithmetic with --checker math, otherwise none)",
     )
     model_options(
         parser,

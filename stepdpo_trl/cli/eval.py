@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH, resolve_checker
 from ..data.prompts import STEP_PROMPTS
+from ..data.steps import AUTO, check_style
 from ..evaluation.problems import PROBLEM_SETS, load_problems
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import adapter_base
@@ -21,6 +23,7 @@ from .options import (
     positive,
     sampling_options,
     share_options,
+    task_options,
     text_of,
 )
 
@@ -60,7 +63,8 @@ def add_eval_command(commands: Any) -> None:
     what.add_argument(
         "--problems",
         metavar="SET",
-        help=f"One of {sets} (their test splits), or a .jsonl or .parquet file with the columns problem and answer.",
+        help=f"One of {sets} (their test splits), or a .jsonl or .parquet file with the columns problem and answer "
+        "(see --checker).",
     )
     what.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="h4, gsm8k, math, or any tasks of lm-evaluation-harness."
@@ -102,6 +106,7 @@ def add_eval_command(commands: Any) -> None:
         metavar="TEXT",
         help="Text that every solution starts with, such as 'Step 1:'. (default: that of the named prompt)",
     )
+    task_options(group)
     sampling_options(parser, DEFAULTS, num_samples=1, help_only=True)
     log_and_dry_run_options(parser)
 
@@ -133,6 +138,7 @@ def _on_base(spec: ModelSpec | None) -> ModelSpec | None:
 def _eval_tasks(args: argparse.Namespace, model: ModelSpec, other: ModelSpec | None) -> None:
     given = [name for name in (*DEFAULTS, "response_prefix") if getattr(args, name) is not None]
     given += ["baseline"] if other else []
+    given += [name for name, value in (("checker", MATH.name), ("steps", AUTO)) if getattr(args, name) != value]
     if given:
         named = ", ".join("--" + name.replace("_", "-") for name in given)
         raise RunError(
@@ -166,12 +172,14 @@ def _eval_problems(args: argparse.Namespace, models: list[ModelSpec]) -> None:
 
     num_samples, seed = options["num_samples"], options["seed"]
     check_comparison(models, sampling, num_samples)
-    problems = load_problems(args.problems, args.limit)
+    checker, steps = resolve_checker(args.checker), check_style(args.steps)
+    problems = load_problems(args.problems, args.limit, checker)
     if args.dry_run:
         names = [model.adapter or model.model for model in models]
         print(estimate_eval(len(problems), num_samples, names, sampling.max_new_tokens) + show_servers(models))
         return
     name = args.problems if args.problems in PROBLEM_SETS else Path(args.problems).stem
+    path = Path(args.output_dir)
     with Session() as session:
-        results = evaluate(session, Path(args.output_dir), name, problems, models, prompt, sampling, num_samples, seed)
+        results = evaluate(session, path, name, problems, models, prompt, sampling, num_samples, seed, checker, steps)
     print(f"{table(results)}\n\nResults and records: {args.output_dir}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH
+from ..data.steps import AUTO, STYLES
 from ..generation import BACKENDS, ModelSpec
 from ..generation.addresses import check_address
 from ..runs.run_directory import RunError
@@ -216,6 +218,25 @@ def sampling_options(
     add("top_k", "Number of most likely tokens to sample from; 0 for all.", defaults["top_k"], type=int)
     add("max_new_tokens", "Maximum number of tokens of a solution.", defaults["max_new_tokens"], type=int, metavar="N")
     add("seed", "Random seed.", defaults["seed"], type=int)
+
+
+def task_options(group: Any) -> None:
+    """Add the options that say what a solution is: how it is checked and split into steps."""
+    group.add_argument(
+        "--checker",
+        default=MATH.name,
+        metavar="CHECKER",
+        help="math, exact (text) or choice (A to E) compare the final answer with the column answer. FILE.py:FUNCTION "
+        "or package.module:FUNCTION is a function (problem: dict, solution: str) -> bool | None that receives the row "
+        "and returns None for unreadable solutions.",
+    )
+    group.add_argument(
+        "--steps",
+        default=AUTO,
+        metavar="STEPS",
+        help=f"How solutions are split: {', '.join(STYLES)}, or a regular expression of the text that starts a step. "
+        f"{AUTO} takes the first of these that finds two steps.",
+    )
 
 
 def address(text: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.checkers import MATH, Checker
 from ..evaluation.problems import NUM_ARITHMETIC_PROBLEMS, PROBLEM_SETS
 from ..pipeline.records import Problem, problems_of, read_problems, text_digest
 from ..quickstart.arithmetic import make_problems, write_solution
@@ -11,7 +12,7 @@ from ..runs.run_directory import RunError
 TRAINING_SETS = ("gsm8k", "arithmetic")
 
 
-def load_training_problems(name: str, limit: int | None = None) -> Sequence[Problem]:
+def load_training_problems(name: str, limit: int | None = None, checker: Checker = MATH) -> Sequence[Problem]:
     """
     Load problems to make step pairs from.
 
@@ -23,6 +24,8 @@ def load_training_problems(name: str, limit: int | None = None) -> Sequence[Prob
             A name in `TRAINING_SETS`, or a file as for [`~stepdpo_trl.pipeline.records.read_problems`].
         limit (`int`, *optional*):
             Number of problems to load, from the first.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `Sequence[Problem]`: The problems.
@@ -43,7 +46,7 @@ def load_training_problems(name: str, limit: int | None = None) -> Sequence[Prob
                 f"The dataset 'openai/gsm8k' cannot be loaded ({type(error).__name__}: {error}). Without a network, "
                 "pass a file: --problems FILE.jsonl with `problem` and `answer`."
             ) from error
-        return problems_of(rows, name, limit)
+        return problems_of(rows, name, limit, checker)
     if name in PROBLEM_SETS:
         raise RunError(
             f"--problems {name} is a test set: a model trained on its problems cannot be evaluated on it. Use one of "
@@ -54,4 +57,4 @@ def load_training_problems(name: str, limit: int | None = None) -> Sequence[Prob
             f"--problems {name!r} is neither a file nor a known dataset. Use one of {', '.join(TRAINING_SETS)}, or a "
             ".jsonl or .parquet file."
         )
-    return read_problems(name, limit)
+    return read_problems(name, limit, checker)

@@ -6,6 +6,10 @@ Steps are spans of the original text, so that prefixes and steps are exact subst
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+
+AUTO = "auto"  # the name of automatic detection on the command line
 
 # "Step 3:", "**Step 3:**", "### Step 3.", "Step 3 -" at the start of a line. The label ends before the space
 _LABEL = re.compile(
@@ -46,7 +50,7 @@ class Steps:
         spans (`tuple[StepSpan, ...]`):
             The steps, in order. At least one, unless the text is blank.
         style (`str`):
-            Style of the steps, a key of [`STYLES`].
+            Style of the steps: a key of [`STYLES`], or a regular expression.
     """
 
     text: str
@@ -79,9 +83,9 @@ def split_steps(text: str, style: str | None = None) -> Steps:
             The solution, from the start of the assistant turn.
         style (`str`, *optional*):
             Style of the steps: `"label"` ("Step 1:" at the start of a line, also as a heading or in bold), `"number"`
-            ("1." at the start of a line), `"paragraph"` (separated by blank lines) or `"line"`. Defaults to the first
-            of these styles that finds at least two steps; a single step is enough for `"label"`. If no style fits, the
-            whole text is one step.
+            ("1." at the start of a line), `"paragraph"` (separated by blank lines), `"line"`, or a regular expression,
+            see [`check_style`]. Defaults to the first of the named styles that finds at least two steps; a single step
+            is enough for `"label"`. If the style does not fit, the whole text is one step.
 
     Returns:
         `Steps`: The solution with its steps.
@@ -89,17 +93,55 @@ def split_steps(text: str, style: str | None = None) -> Steps:
     Raises:
         ValueError: If the style is unknown.
     """
-    if style is not None and style not in STYLES:
-        raise ValueError(f"`style={style!r}` is unknown. Choose one of {sorted(STYLES)}.")
+    if style is not None:
+        marks = STYLES[style](text) if style in STYLES else _matches(text, style)
+        return Steps(text, _spans(text, marks) or _spans(text, [(0, 0)]), style)
     first = _LABEL.search(text)
     from_one = _FIRST_LABEL.search(text) or (first and first[1] == "1")
-    for name in [style] if style else STYLES:
-        if name == "label" and not style and not from_one:  # the text before "Step 3" may contain steps too
+    for name in STYLES:
+        if name == "label" and not from_one:  # the text before "Step 3" may contain steps too
             continue
         spans = _spans(text, STYLES[name](text))
-        if style or len(spans) > 1 or (name == "label" and spans):
+        if len(spans) > 1 or (name == "label" and spans):
             return Steps(text, spans, name)
     return Steps(text, _spans(text, [(0, 0)]), "paragraph")
+
+
+def check_style(style: str) -> str | None:
+    r"""
+    Check how solutions are to be split into steps.
+
+    Args:
+        style (`str`):
+            `"auto"`, a key of [`STYLES`], or a regular expression. A step starts after each match, which is a label
+            such as "Step 3:" and belongs to the prefix. A match may be empty, as those of `^(?=def )`. `^` and `$`
+            match at lines.
+
+    Returns:
+        `str` or `None`: The style for [`split_steps`]. `None` for `"auto"`.
+
+    Raises:
+        ValueError: If the style looks like a name but is unknown, or the regular expression is invalid or matches
+            the empty string.
+    """
+    if style == AUTO or style in STYLES:
+        return None if style == AUTO else style
+    if re.fullmatch(r"[\w-]*", style):
+        nearest = get_close_matches(style.lower(), [AUTO, *STYLES], n=1, cutoff=0)[0]
+        raise ValueError(
+            f"--steps {style!r} is not known. Did you mean {nearest!r}? Use {', '.join([AUTO, *STYLES])}, or a "
+            "regular expression of the text that starts a step, such as '^Thought [0-9]+:'."
+        )
+    try:
+        empty = _compile(style).search("")
+    except re.error as error:
+        raise ValueError(f"--steps {style!r} is not a valid regular expression: {error}.") from error
+    if empty:
+        raise ValueError(
+            f"--steps {style!r} matches the empty string, so a step would start anywhere. Use a regular expression of "
+            "the text that starts a step."
+        )
+    return style
 
 
 Mark = tuple[int, int]  # start and end of a label
@@ -110,6 +152,16 @@ def _spans(text: str, marks: list[Mark]) -> tuple[StepSpan, ...]:
     ends = [*(start for start, _ in marks[1:]), len(text)][: len(marks)]
     stripped = ((begin, len(text[begin:end].rstrip())) for (_, begin), end in zip(marks, ends, strict=True))
     return tuple(StepSpan(begin, begin + length) for begin, length in stripped if length)
+
+
+@lru_cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.M)
+
+
+def _matches(text: str, pattern: str) -> list[Mark]:
+    check_style(pattern)
+    return [match.span() for match in _compile(pattern).finditer(text)]
 
 
 def _labels(text: str) -> list[Mark]:

@@ -9,15 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..data.checkers import MATH, Checker
 from ..data.files import replacing, write_atomically
 from ..data.prompts import StepPrompt
+from ..data.steps import split_steps
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..generation.vllm_arguments import answer_arguments
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, digest_of
-from ..pipeline.session import Session, model_file_name
+from ..pipeline.session import Session, model_file_name, task_settings
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, Task, model_service, read_completion, replay
@@ -40,6 +42,8 @@ def evaluate(
     sampling: Sampling,
     num_samples: int = 1,
     seed: int = 0,
+    checker: Checker = MATH,
+    steps: str | None = None,
 ) -> dict[str, Any]:
     """
     Measure the accuracy of one model, or of two models and their difference.
@@ -63,6 +67,11 @@ def evaluate(
             Number of solutions per problem. The i-th sample of a problem has the same seed for both models.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling and of the bootstrap.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
+        steps (`str`, *optional*):
+            How solutions are split into steps, see [`~stepdpo_trl.data.steps.split_steps`]. If passed, `records.jsonl`
+            contains the number of steps of each solution.
 
     Returns:
         `dict[str, Any]`: The content of `results.json`.
@@ -86,9 +95,10 @@ def evaluate(
         "sampling": asdict(sampling),
         "num_samples": num_samples,
         "seed": seed,
+        **task_settings(checker, steps),
     }
     with open_evaluation(path, settings) as run:
-        session.check_golds(problems)
+        session.check_golds(problems, checker)
 
         @cache
         def keep() -> None:
@@ -97,7 +107,7 @@ def evaluate(
 
         answers = []
         for model in models:
-            answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed))
+            answers.append(_answer(session, run, keep, model, problems, prompt, sampling, num_samples, seed, checker))
             session.release(model)
         names = _names(models)
         tallies, readers = zip(*answers, strict=True)
@@ -107,7 +117,7 @@ def evaluate(
             results["difference"] = compare(tallies[0], tallies[1], seed)
         with replacing(path / "records.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
             for problem in problems:
-                row = _record(problem, {name: read(problem) for name, read in zip(names, readers, strict=True)})
+                row = _record(problem, {name: read(problem) for name, read in zip(names, readers, strict=True)}, steps)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         write_atomically(path / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
@@ -210,6 +220,7 @@ def _answer(
     sampling: Sampling,
     num_samples: int,
     seed: int,
+    checker: Checker,
 ) -> tuple[Tally, Callable[[Problem], ProblemAnswers]]:
     """
     Sample solutions of all problems from one model, into files that are named after the model.
@@ -219,13 +230,15 @@ def _answer(
     name = answers_name(model)
     generator = session.generator(model, run.path)
     runner = TaskRunner(run, f"eval {name}")
-    log, checks = run.log(f"answers.{name}"), RecordedChecks(session.checker, run.log(f"checks.{name}"))
+    log = run.log(f"answers.{name}")
+    checks = RecordedChecks(session.checker, run.log(f"checks.{name}"), checker)
     runner.services.update(model=model_service(generator, sampling, log, runner.name, keep), check=checks)
     sampling_policy = Policy("model", prompt, generator.render, seed)
 
     def task(problem: Problem, policy: Policy) -> Task[ProblemAnswers]:
         sampled = yield from policy.sample(problem, prompt.response_prefix, range(num_samples))
-        majority = yield from vote(sampled)
+        # The function of a user returns no answers to vote on
+        majority = None if checker.custom and num_samples > 1 else (yield from vote(sampled, checker))
         return ProblemAnswers(sampled, majority)
 
     tally = Tally()
@@ -240,13 +253,19 @@ def _answer(
     return tally, lambda problem: replay(task(problem, reading_policy), stored)
 
 
-def _record(problem: Problem, answers: Mapping[str, ProblemAnswers]) -> dict[str, Any]:
+def _record(problem: Problem, answers: Mapping[str, ProblemAnswers], steps: str | None) -> dict[str, Any]:
     """Return the row of `records.jsonl` for a problem: the problem and the solutions of each model."""
     models = {
         name: {
-            **({"majority": asdict(answered.majority)} if len(answered.samples) > 1 else {}),
+            **({"majority": asdict(answered.majority)} if answered.majority and len(answered.samples) > 1 else {}),
             "samples": [
-                {"outcome": s.check.outcome, "answer": s.check.answer, "reason": s.check.reason, "text": s.text}
+                {
+                    "outcome": s.check.outcome,
+                    "answer": s.check.answer,
+                    "reason": s.check.reason,
+                    "text": s.text,
+                    **({"steps": len(split_steps(s.text, steps))} if steps else {}),
+                }
                 for s in answered.samples
             ],
         }

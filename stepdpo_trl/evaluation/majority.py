@@ -9,6 +9,7 @@ from itertools import combinations
 
 from ..data.answer_rules import normalize
 from ..data.answers import RIGHT, UNREADABLE, Check
+from ..data.checkers import MATH, Checker
 from ..pipeline.policy import Continuation
 from ..pipeline.records import text_digest
 from ..runs.tasks import Ask, CheckRequest, Task
@@ -43,24 +44,26 @@ class ProblemAnswers:
     Args:
         samples (`list[Continuation]`):
             The sampled solutions.
-        majority (`Vote`):
-            Their majority vote.
+        majority (`Vote`, *optional*):
+            Their majority vote. `None` if their checker finds no answers.
     """
 
     samples: list[Continuation]
-    majority: Vote
+    majority: Vote | None
 
 
-def vote(samples: Sequence[Continuation]) -> Task[Vote]:
+def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]:
     """
     Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
-    Two answers count as the same if both are right, or if the answer checker says that they are equal. Samples without
-    a readable answer have no vote.
+    Two answers count as the same if both are right, or if they are equal: according to the answer checker in
+    mathematics, otherwise as text. Samples without a readable answer have no vote.
 
     Args:
         samples (`Sequence[Continuation]`):
             The sampled solutions of a problem, with checked answers.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `Vote`: The winning answer.
@@ -68,9 +71,11 @@ def vote(samples: Sequence[Continuation]) -> Task[Vote]:
     checks = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
     if not checks:
         return Vote(UNREADABLE)
-    keys = [None if check.outcome == RIGHT else _key(check.answer or "") for check in checks]
-    first_equal = yield from _first_equal([key for key in dict.fromkeys(keys) if key is not None])
-    groups = [None if key is None else first_equal[key] for key in keys]
+    groups: list[Key | None] = [None if check.outcome == RIGHT else check.answer or "" for check in checks]
+    if checker == MATH:
+        keys = [None if group is None else _key(str(group)) for group in groups]
+        first_equal = yield from _first_equal([key for key in dict.fromkeys(keys) if key is not None])
+        groups = [None if key is None else first_equal[key] for key in keys]
     winner, votes = Counter(groups).most_common(1)[0]
     check = checks[groups.index(winner)]
     return Vote(check.outcome, check.answer, votes)
@@ -85,7 +90,8 @@ def _first_equal(keys: Sequence[Key]) -> Task[dict[Key, Key]]:
     """Map each answer to the first answer that is equal to it."""
     pairs = [pair for pair in combinations(keys, 2) if any(isinstance(key, str) for key in pair)]
     requests = {
-        pair: CheckRequest(f"same/{text_digest(*pair)}", str(pair[0]), f"\\boxed{{{pair[1]}}}") for pair in pairs
+        pair: CheckRequest(f"same/{text_digest(*pair)}", {"answer": str(pair[0])}, f"\\boxed{{{pair[1]}}}")
+        for pair in pairs
     }
     checks: Mapping[str, Check] = (yield Ask("check", tuple(requests.values()))) if pairs else {}
     equal = {pair for pair, request in requests.items() if checks[request.key].outcome == RIGHT}

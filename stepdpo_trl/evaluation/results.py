@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.answers import RIGHT, UNREADABLE, WRONG, cause_of
 from .majority import ProblemAnswers
 from .statistics import Accuracy, bootstrap, clustered, mcnemar, show
 
@@ -26,7 +26,7 @@ class Tally:
         shares (`list[float]`):
             Share of right solutions of each problem.
         majority (`list[str]`):
-            Outcome of the majority vote on each problem.
+            Outcome of the majority vote on each problem. Empty if their checker finds no answers.
         varied (`bool`):
             Whether the samples of a problem have different texts.
     """
@@ -41,9 +41,10 @@ class Tally:
         """Add the answers to the next problem."""
         checks = [sample.check for sample in answers.samples]
         self.outcomes.update(check.outcome for check in checks)
-        self.reasons.update(str(check.reason) for check in checks if check.outcome == UNREADABLE)
+        self.reasons.update(cause_of(check.reason) for check in checks if check.outcome == UNREADABLE)
         self.shares.append(sum(check.outcome == RIGHT for check in checks) / len(checks))
-        self.majority.append(answers.majority.outcome)
+        if answers.majority is not None:
+            self.majority.append(answers.majority.outcome)
         self.varied = self.varied or len({sample.text for sample in answers.samples}) > 1
 
 
@@ -71,7 +72,7 @@ def measure_accuracy(model: str, answers: Tally, num_samples: int) -> dict[str, 
         "accuracy": math.fsum(shares) / len(shares),
         "interval": clustered(shares, num_samples),
     }
-    if num_samples > 1:
+    if num_samples > 1 and answers.majority:
         outcomes = _count_outcomes(Counter(answers.majority))
         majority = Accuracy(outcomes[RIGHT], len(shares))
         measured["majority"] = {"problems": outcomes, "accuracy": majority.value, "interval": majority.interval}
@@ -92,23 +93,21 @@ def compare(first: Tally, second: Tally, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: Accuracy of the first model minus that of the second, its bootstrap interval, and McNemar's
-        test on the problems that each model solves (with several samples, by majority vote).
+        test on the problems that each model solves (with several samples, by majority vote; not without one).
     """
     differences = [one - other for one, other in zip(first.shares, second.shares, strict=True)]
     solved = Counter(
         (one == RIGHT, other == RIGHT) for one, other in zip(first.majority, second.majority, strict=True)
     )
-    discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
-    return {
+    difference: dict[str, Any] = {
         "accuracy": math.fsum(differences) / len(differences),
         "interval": bootstrap(differences, seed),
-        "mcnemar": {
-            "both": solved[True, True],
-            **discordant,
-            "neither": solved[False, False],
-            "p": mcnemar(**discordant),
-        },
     }
+    if solved:
+        discordant = {"only_first": solved[True, False], "only_second": solved[False, True]}
+        both, neither = solved[True, True], solved[False, False]
+        difference["mcnemar"] = {"both": both, **discordant, "neither": neither, "p": mcnemar(**discordant)}
+    return difference
 
 
 def _count_outcomes(outcomes: Counter[str]) -> dict[str, int]:
@@ -146,6 +145,8 @@ def table(results: dict[str, Any]) -> str:
     for measured in results["results"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in measured["unreadable"].items())
         lines += [f"Unreadable, {measured['model']}: {reasons}"] if reasons else []
+    if num_samples > 1 and not any("majority" in measured for measured in results["results"]):
+        lines.append(f"No majority vote: the checker {results['checker']!r} returns no answers to vote on.")
     if "difference" in results:
         lines += ["", *_difference(results)]
     return "\n".join(lines)
@@ -153,7 +154,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _difference(results: dict[str, Any]) -> list[str]:
     first, second = (measured["model"] for measured in results["results"])
-    difference, test = results["difference"], results["difference"]["mcnemar"]
+    difference, test = results["difference"], results["difference"].get("mcnemar")
     points, interval = 100 * difference["accuracy"], difference["interval"]
     shown = f"{points:+.1f} percentage points (no interval: the same difference on every problem)"
     if interval:
@@ -161,8 +162,11 @@ def _difference(results: dict[str, Any]) -> list[str]:
         shown = f"{show(points, (100 * low, 100 * high), '+.1f')} percentage points (paired bootstrap)"
     solved = "Solved by majority vote" if results["num_samples"] > 1 else "Solved"
     title = f"{first} minus {second}:"
+    lines = [f"{title} {shown}" if len(title) + len(shown) < 80 else f"{title}\n  {shown}"]
+    if test is None:
+        return lines
     return [
-        f"{title} {shown}" if len(title) + len(shown) < 80 else f"{title}\n  {shown}",
+        *lines,
         f"McNemar's exact test: p = {test['p']:.2g}",
         f"{solved}: both {test['both']}, first only {test['only_first']}, second only {test['only_second']}, "
         f"neither {test['neither']}",

@@ -22,7 +22,12 @@ from .stage_directory import ResultWriter
 logger = logging.getLogger(__name__)
 
 
-def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num_samples: int) -> Counter[str]:
+SOLUTIONS_BEFORE_CHECK = 32  # of --steps
+
+
+def collect(
+    runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num_samples: int, style: str | None = None
+) -> Counter[str]:
     """
     Sample solutions of each problem and check their answers.
 
@@ -35,29 +40,49 @@ def collect(runner: TaskRunner, policy: Policy, problems: Sequence[Problem], num
             The problems.
         num_samples (`int`):
             Solutions per problem.
+        style (`str`, *optional*):
+            How solutions are split into steps, see [`~stepdpo_trl.data.steps.split_steps`].
 
     Returns:
         `Counter[str]`: Number of solutions per outcome.
+
+    Raises:
+        RunError: If `style` splits none of the first solutions.
     """
 
     def task(problem: Problem) -> Task[list[Solution]]:
         sampled = yield from policy.sample(problem, policy.prompt.response_prefix, range(num_samples))
-        return [Solution(s.key, problem, s.text, s.check.outcome, s.finish_reason, s.check.answer) for s in sampled]
+        return [
+            Solution(s.key, problem, s.text, s.check.outcome, s.finish_reason, s.check.answer, style) for s in sampled
+        ]
 
     counts: Counter[str] = Counter()
-    different = 0
+    different = split = 0
     log = runner.run.log("solutions")
     tasks = runner.results(map(task, problems), len(problems), "problems", counts)
     with ResultWriter(log) as writer, closing(tasks) as results:
         for solutions in results:
-            for solution in solutions:
-                if solution.key not in log:
-                    writer.add(solution.key, _record(solution))
+            records = [(solution.key, _record(solution)) for solution in solutions]
+            for key, record in records:
+                writer.add(key, record)
             counts.update(solution.outcome for solution in solutions)
+            split += sum(record["steps"] > 1 for _, record in records)
+            if style is not None and not split and counts.total() >= SOLUTIONS_BEFORE_CHECK:
+                raise RunError(not_split(style, counts.total()))
             different += len({solution.text for solution in solutions}) > 1
+    if style is not None and not split and counts:
+        raise RunError(not_split(style, counts.total()))
     if num_samples > 1 and not different:
         logger.warning(not_sampled(num_samples))
     return counts
+
+
+def not_split(style: str, solutions: int) -> str:
+    """Return the error for solutions in which no step was found."""
+    return (
+        f"--steps {style!r} splits none of the first {solutions} solutions into several steps. Read one with `stepdpo "
+        "inspect`, and use other --steps with another --output-dir."
+    )
 
 
 def not_sampled(num_samples: int) -> str:
@@ -69,13 +94,13 @@ def not_sampled(num_samples: int) -> str:
     )
 
 
-def _record(solution: Solution) -> dict[str, object]:
+def _record(solution: Solution) -> dict[str, Any]:
     return {
         "problem": solution.problem.id,
         "outcome": solution.outcome,
         "answer": solution.answer,
         "finish_reason": solution.finish_reason,
-        "steps": len(split_steps(solution.text)),
+        "steps": len(split_steps(solution.text, solution.style)),
         "text": solution.text,
     }
 
@@ -129,6 +154,7 @@ def solutions_by_key(run: RunDirectory) -> Mapping[str, Solution]:
     """Return the solutions of a run by key. They are read when they are used."""
     # The solutions of a problem mostly follow each other
     problem_of = lru_cache(maxsize=64)(read_problems_of(run).__getitem__)
+    style = run.settings().get("collect", {}).get("steps")
 
     def solution(key: str, record: dict[str, Any]) -> Solution:
         return Solution(
@@ -138,6 +164,7 @@ def solutions_by_key(run: RunDirectory) -> Mapping[str, Solution]:
             record["outcome"],
             record["finish_reason"],
             record["answer"],
+            style,
         )
 
     return LogView(run.log("solutions"), solution)
@@ -205,8 +232,8 @@ def no_wrong_answers(counts: Mapping[str, int]) -> str:
     if counts[UNREADABLE] > counts[RIGHT]:
         return (
             f"No wrong answers, but {counts[UNREADABLE]} unreadable and {counts[RIGHT]} right ones. Unreadable "
-            "solutions cannot be used. Use a --prompt that asks for the answer in \\boxed{}, or increase "
-            "--max-new-tokens."
+            "solutions cannot be used. `stepdpo report` counts the reasons. Use a --prompt that asks for the answer "
+            "as the --checker reads it, such as in \\boxed{}, or increase --max-new-tokens."
         )
     return (
         f"No wrong answers among {sum(counts.values())} solutions, so there is nothing to learn from. Use harder "

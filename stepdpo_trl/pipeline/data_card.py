@@ -35,7 +35,8 @@ def write_card(summary: Summary, build: BuildRecord, license: str | None = None)
     table = "\n".join(
         f"| {stage} | {what.replace('|', ' ')} | {count:,} |" for stage, what, count in rows_of(summary, build)
     )
-    return f"""{_metadata(build.pairs, license, [model, *rectifiers])}
+    subject = [] if collect.get("checker") else ["math"]
+    return f"""{_metadata(build.pairs, license, [model, *rectifiers], subject)}
 # Step pairs
 
 {build.pairs:,} step pairs in the columns of `xinlai/Math-Step-DPO-10K`, made with `stepdpo_trl` as described in
@@ -89,12 +90,12 @@ def write_import_card(name: str, counts: Mapping[str, int], rows: int) -> str:
     """
     table = "\n".join(f"| {what} | {count:,} |" for what, count in counts.items())
     return (
-        f"{_metadata(rows, None, [])}\n# From {name}\n\n{rows:,} rows, converted with `stepdpo_trl` "
+        f"{_metadata(rows, None, [], ['math'])}\n# From {name}\n\n{rows:,} rows, converted with `stepdpo_trl` "
         f"{__version__}.\n\n| what | count |\n|---|---:|\n{table}\n"
     )
 
 
-def _metadata(rows: int, license: str | None, models: list[str]) -> str:
+def _metadata(rows: int, license: str | None, models: list[str], subject: list[str]) -> str:
     from huggingface_hub import DatasetCardData
 
     # Only ids of the Hub are valid here: neither folders nor names on a server
@@ -104,7 +105,7 @@ def _metadata(rows: int, license: str | None, models: list[str]) -> str:
         license=license,
         task_categories=["text-generation"],
         size_categories=[next((name for bound, name in _SIZES.items() if rows < bound), "10M<n<100M")],
-        tags=["step-dpo", "dpo", "preference", "math", "trl", "stepdpo_trl"],
+        tags=["step-dpo", "dpo", "preference", *subject, "trl", "stepdpo_trl"],
         base_model=ids or None,
     )
     return f"---\n{data.to_yaml()}\n---"

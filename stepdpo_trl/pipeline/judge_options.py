@@ -4,10 +4,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..data.checkers import MATH, Checker
 from ..generation import ModelSpec, Sampling
 from ..runs.run_directory import RunError
 from .judges.expressions import parse_judges
 from .judges.llm import check_judge_prompt
+
+DEFAULT_CHECK = "default"  # see `default_check`
 
 # Command-line option and judge of each field
 _OPTIONS = {
@@ -63,13 +66,23 @@ class JudgeOptions:
     trust_remote_code: bool = False
     port: int | None = None
 
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, names: Sequence[str], checker: Checker = MATH) -> None:
         """
-        Check that the options are complete for the given judges.
+        Check that the options are complete for the given judges, and that the judges fit the checker of the solutions.
 
         Raises:
-            RunError: If a judge lacks an option or an option is out of range.
+            RunError: If a judge lacks an option, an option is out of range, or a judge is for mathematics only.
         """
+        if "arithmetic" in names and checker != MATH:
+            raise RunError(
+                f"The judge 'arithmetic' looks for false equations in mathematics, but --checker is {checker.name!r}. "
+                "Use another judge, such as rollout (for --check: none)."
+            )
+        if "llm" in names and checker != MATH and self.prompt is None:
+            raise RunError(
+                f"The built-in prompt of the judge 'llm' is about mathematics, but --checker is {checker.name!r}. "
+                "Pass --judge-prompt with a template for these problems."
+            )
         if "llm" in names and self.model is None:
             raise RunError(
                 "Judge 'llm' needs a model. Pass --judge-model NAME, with --judge-base-url URL if it is on a server."
@@ -122,8 +135,13 @@ class JudgeOptions:
         return self.sampling or Sampling(0.0 if self.votes == 1 else 0.7, 0.95, max_new_tokens=1024)
 
 
+def default_check(checker: Checker) -> str | None:
+    """Return the judge that checks preferred steps by default: `arithmetic` for mathematics, otherwise none."""
+    return "arithmetic" if checker == MATH else None
+
+
 def check_rectify(
-    check: str | None, options: JudgeOptions, num_corrections: int, max_attempts: int
+    check: str | None, options: JudgeOptions, num_corrections: int, max_attempts: int, checker: Checker = MATH
 ) -> list[list[str]]:
     """
     Check the options of `rectify`.
@@ -137,6 +155,8 @@ def check_rectify(
             Preferred steps per wrong solution.
         max_attempts (`int`):
             Maximum number of samples per wrong solution.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            Checker of the solutions.
 
     Returns:
         `list[list[str]]`: The judges of the preferred steps, as returned by
@@ -145,14 +165,14 @@ def check_rectify(
     Raises:
         RunError: If an option cannot be used.
     """
-    groups = parse_judges(check) if check else []
+    groups = parse_judges(check) if check and check != DEFAULT_CHECK else []
     names = [name for group in groups for name in group]
     if set(names) & {"rollout", "human"}:
         raise RunError(
             f"--check {check!r} contains a judge of wrong solutions only. Use arithmetic, llm, prm, or a "
             "combination of them."
         )
-    options.check(names)
+    options.check(names, checker)
     if num_corrections < 1 or max_attempts < num_corrections:
         raise RunError(
             f"num_corrections={num_corrections} must be at least 1 and at most max_attempts={max_attempts}."

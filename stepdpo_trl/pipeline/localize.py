@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
-from .records import Solution, Verdict
+from .records import Solution, Verdict, text_digest
 from .stage_directory import ResultWriter
 
 
@@ -39,7 +40,8 @@ def localize(runner: TaskRunner, judge: Judge, judge_name: str) -> Counter[str]:
     log = runner.run.log(f"verdicts.{judge_name}")
 
     def task(solution: Solution) -> Task[tuple[Solution, Verdict]]:
-        return solution, (yield from judge(solution))
+        verdict = yield from judge(solution)
+        return solution, replace(verdict, solution=text_digest(solution.text))
 
     counts: Counter[str] = Counter()
     tasks = runner.results(map(task, solutions), len(solutions), "solutions", counts)

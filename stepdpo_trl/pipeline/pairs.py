@@ -11,13 +11,14 @@ from hashlib import blake2b
 from itertools import accumulate
 from typing import Any, overload
 
+from ..data.answers import WRONG
 from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
 from ..data.steps import Steps, split_steps
 from ..runs.run_directory import RunDirectory, RunError
 from .collect import solutions_by_key
 from .policy import render_template
-from .records import Problem, Solution
+from .records import Problem, Solution, is_of
 from .rectify import count_outdated, current_corrections, normalize_step
 
 logger = logging.getLogger(__name__)
@@ -41,14 +42,22 @@ class RunPairs(Sequence[PairRow]):
         self._solutions = solutions_by_key(run)
         self._settings = run.settings()["collect"]
         self._prompt = StepPrompt(**self._settings["prompt"])
-        found = sorted((key, len(record["found"])) for key, record in current_corrections(run, corrections))
+        found = []
+        self.replaced = 0  # corrections of solutions that have been replaced since
+        for key, record in current_corrections(run, corrections):
+            solution = self._solutions[key]
+            if solution.outcome == WRONG and is_of(solution, record.get("solution")):
+                found.append((key, len(record["found"])))
+            else:
+                self.replaced += 1
+        found.sort()
         self._keys = [key for key, count in found if count]
         self._ends = array("L", accumulate(count for _, count in found if count))  # of the pairs of each key
         self._latest = lru_cache(maxsize=4)(self._read)  # the pairs of a solution follow each other
 
     def _read(self, key: str) -> tuple[Solution, Steps, dict[str, Any]]:
         solution = self._solutions[key]
-        return solution, split_steps(solution.text), self._log[key]
+        return solution, split_steps(solution.text, solution.style), self._log[key]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -154,7 +163,13 @@ def make_pairs(run: RunDirectory, corrections: str | None = None) -> RunPairs:
             f"{outdated} corrections in {run.path} belong to verdicts that `localize` has replaced since, and are "
             "left out. Run `stepdpo rectify` again to correct the steps that are now located."
         )
-    return RunPairs(run, corrections)
+    pairs = RunPairs(run, corrections)
+    if pairs.replaced:
+        logger.warning(
+            f"{pairs.replaced} corrections in {run.path} belong to solutions that `collect` has replaced since, "
+            "and are left out. Run `stepdpo localize` and `stepdpo rectify` again."
+        )
+    return pairs
 
 
 def normalize_problem(text: str) -> str:

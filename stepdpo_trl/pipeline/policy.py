@@ -143,7 +143,7 @@ class Policy:
         completions: Mapping[str, Completion] = yield Ask(self.service, requests)
         solutions = {key: prefix + completions[key].text for key in keys}
         checks: Mapping[str, Check] = yield Ask(
-            "check", tuple(CheckRequest(f"{self.service}/{key}", problem.answer, solutions[key]) for key in keys)
+            "check", tuple(CheckRequest(f"{self.service}/{key}", problem.as_row(), solutions[key]) for key in keys)
         )
         return [
             Continuation(key, solutions[key], completions[key].finish_reason, self._check(checks, key, completions))

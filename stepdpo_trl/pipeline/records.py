@@ -1,13 +1,15 @@
 """Records that the pipeline stages exchange. Standard library only."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, overload
 
+from ..data.checkers import MATH, Checker
 from ..runs.run_directory import RunError
 from .row_files import open_rows
 
@@ -15,7 +17,7 @@ from .row_files import open_rows
 @dataclass(frozen=True)
 class Problem:
     """
-    Problem with a known answer.
+    Problem whose solutions can be checked.
 
     Args:
         id (`str`):
@@ -23,15 +25,24 @@ class Problem:
         problem (`str`):
             Text of the problem.
         answer (`str`):
-            Gold final answer.
+            Gold final answer. May be empty with a checker that does not read it.
         solution (`str`, *optional*, defaults to `""`):
             Gold solution, shown to judges.
+        row (`dict`, *optional*):
+            The row of the file, for a checker that reads other columns.
     """
 
     id: str
     problem: str
     answer: str
     solution: str = ""
+    row: dict[str, Any] | None = field(default=None, repr=False, hash=False)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what a checker receives: the row of the file, or one with the columns of this class."""
+        if self.row is not None:
+            return self.row
+        return {"id": self.id, "problem": self.problem, "answer": self.answer, "solution": self.solution}
 
 
 @dataclass(frozen=True)
@@ -78,11 +89,14 @@ class Verdict:
             Name of the judge.
         evidence (`dict`):
             Evidence for the verdict.
+        solution (`str`, *optional*):
+            Digest of the solution's text. Runs of earlier releases lack it.
     """
 
     step: int | None
     judge: str
     evidence: dict[str, Any]
+    solution: str | None = None
 
 
 def text_digest(*parts: object) -> str:
@@ -96,6 +110,11 @@ def digest_of(parts: Iterable[object]) -> str:
     for number, part in enumerate(parts):
         digest.update(f"\0{part}".encode() if number else str(part).encode())
     return digest.hexdigest()[:16]
+
+
+def is_of(solution: Solution, digest: str | None) -> bool:
+    """Return whether a record belongs to the text of a solution, given its digest (`None` in old runs)."""
+    return digest is None or digest == text_digest(solution.text)
 
 
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
@@ -113,13 +132,15 @@ class ProblemFile(Sequence[Problem]):
             Its rows, checked by [`check_rows`].
         selected (`range`):
             Numbers of the rows to use.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
     """
 
-    def __init__(self, path: Path, rows: Sequence[Any], selected: range) -> None:
-        self._path, self._rows, self._selected = path, rows, selected
+    def __init__(self, path: Path, rows: Sequence[Any], selected: range, checker: Checker = MATH) -> None:
+        self._path, self._rows, self._selected, self._checker = path, rows, selected, checker
 
     def __reduce__(self) -> Any:  # workers of Ray open the file again
-        return _reopen, (self._path.absolute(), self._selected)
+        return _reopen, (self._path.absolute(), self._selected, self._checker)
 
     def __len__(self) -> int:
         return len(self._selected)
@@ -130,36 +151,40 @@ class ProblemFile(Sequence[Problem]):
     def __getitem__(self, index: slice) -> "ProblemFile": ...
     def __getitem__(self, index: int | slice) -> "Problem | ProblemFile":
         if isinstance(index, slice):
-            return ProblemFile(self._path, self._rows, self._selected[index])
-        return _checked_problem(self._rows[self._selected[index]])
+            return ProblemFile(self._path, self._rows, self._selected[index], self._checker)
+        return _checked_problem(self._rows[self._selected[index]], self._checker)
 
     def __iter__(self) -> Iterator[Problem]:
         selected = self._selected
-        return map(_checked_problem, islice(self._rows, selected.start, selected.stop, selected.step))
+        rows = islice(self._rows, selected.start, selected.stop, selected.step)
+        return (_checked_problem(row, self._checker) for row in rows)
 
 
-def _reopen(path: Path, selected: range) -> ProblemFile:
-    return ProblemFile(path, open_rows(path), selected)
+def _reopen(path: Path, selected: range, checker: Checker) -> ProblemFile:
+    return ProblemFile(path, open_rows(path), selected, checker)
 
 
-def _checked_problem(row: Any) -> Problem:
-    problem = _problem(row)
+def _checked_problem(row: Any, checker: Checker) -> Problem:
+    problem = _problem(row, checker.custom)
     assert isinstance(problem, Problem), problem
     return problem
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> ProblemFile:
+def read_problems(path: str | Path, limit: int | None = None, checker: Checker = MATH) -> ProblemFile:
     """
     Read problems from JSON Lines or Parquet.
 
     Rows have `problem` (or `question`, or `prompt`) and `answer`, and optionally `solution` and `id`. An `answer` that
-    contains `####`, as in GSM8K, is a solution followed by the final answer.
+    contains `####`, as in GSM8K, is a solution followed by the final answer. For a checker of the user, `answer` is
+    optional too, and rows keep all their columns.
 
     Args:
         path (`str` or `Path`):
             The file.
         limit (`int`, *optional*):
             Maximum number of problems, from the beginning of the file.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         [`ProblemFile`]: The problems. Without a column `id`, the id is a hash of the text.
@@ -168,11 +193,11 @@ def read_problems(path: str | Path, limit: int | None = None) -> ProblemFile:
         RunError: If the file cannot be read, or rows are invalid. The message counts them and quotes the first five.
     """
     rows = open_rows(Path(path))
-    check_rows(rows, str(path), limit)
-    return ProblemFile(Path(path), rows, range(len(rows))[:limit])
+    check_rows(rows, str(path), limit, checker)
+    return ProblemFile(Path(path), rows, range(len(rows))[:limit], checker)
 
 
-def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> list[Problem]:
+def problems_of(rows: Sequence[Any], where: str, limit: int | None = None, checker: Checker = MATH) -> list[Problem]:
     """
     Convert rows to problems; see [`read_problems`] for the columns.
 
@@ -183,6 +208,8 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
             Origin of the rows, for error messages.
         limit (`int`, *optional*):
             Maximum number of problems.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Returns:
         `list[Problem]`: The problems.
@@ -190,11 +217,11 @@ def problems_of(rows: Sequence[Any], where: str, limit: int | None = None) -> li
     Raises:
         RunError: If rows are invalid or have images, or there are none.
     """
-    check_rows(rows, where, limit)
-    return [_checked_problem(row) for row in rows[:limit]]
+    check_rows(rows, where, limit, checker)
+    return [_checked_problem(row, checker) for row in rows[:limit]]
 
 
-def check_rows(rows: Sequence[Any], where: str, limit: int | None = None) -> None:
+def check_rows(rows: Sequence[Any], where: str, limit: int | None = None, checker: Checker = MATH) -> None:
     """
     Check that rows are different problems; see [`read_problems`] for the columns.
 
@@ -205,6 +232,8 @@ def check_rows(rows: Sequence[Any], where: str, limit: int | None = None) -> Non
             Origin of the rows, for error messages.
         limit (`int`, *optional*):
             Maximum number of problems. Later rows may be invalid, but must not have images.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker of the solutions.
 
     Raises:
         RunError: If rows are invalid or have images, or there are none.
@@ -221,7 +250,7 @@ def check_rows(rows: Sequence[Any], where: str, limit: int | None = None) -> Non
             )
         if limit is not None and number > limit:
             continue
-        problem = _problem(row)
+        problem = _problem(row, checker.custom)
         if isinstance(problem, str):
             error = problem
         elif (first := row_numbers.setdefault(problem.id, number)) < number:
@@ -283,7 +312,7 @@ def describe_source(path: str | Path) -> dict[str, str]:
     return {"path": str(path), "sha256": digest.hexdigest()}
 
 
-def _problem(row: Any) -> Problem | str:
+def _problem(row: Any, any_answer: bool) -> Problem | str:
     """Convert a row to a problem, or return the reason why it is invalid."""
     if not isinstance(row, Mapping):
         return f"{row!r:.40} is not an object"
@@ -295,24 +324,31 @@ def _problem(row: Any) -> Problem | str:
         return f"`{column}` is {'not text' if text and not isinstance(text, str) else 'empty'} ({text!r:.40})"
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = str(answer)
-    if not isinstance(answer, str) or not answer.strip():
+    if any_answer and not isinstance(answer, str):
+        answer = ""
+    if not isinstance(answer, str) or not (answer.strip() or any_answer):
         return f"no `answer` ({text[:40]!r})"
     if "####" in answer:
         reasoning, _, answer = answer.rpartition("####")
         solution = solution or reasoning.strip()
-    if not answer.strip():
+    if not answer.strip() and not any_answer:
         return f"no final answer after `####` ({text[:40]!r})"
     try:
         name = text_digest(text) if row.get("id") is None else str(row["id"])
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
         return f"contains text that cannot be encoded ({error.reason}: {error.object[error.start]!r})"
-    return Problem(name, text.strip(), answer.strip(), solution)
+    try:
+        kept = json.loads(json.dumps(row)) if any_answer else None
+    except (TypeError, ValueError) as error:
+        return f"a column cannot be stored as JSON ({error}; {text[:40]!r})"
+    return Problem(name, text.strip(), answer.strip(), solution, kept)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:
     """Return the record of a problem. Its key is the id."""
-    return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution}
+    row = {} if problem.row is None else {"row": problem.row}
+    return {"problem": problem.problem, "answer": problem.answer, "solution": problem.solution, **row}
 
 
 def shard_of(problems: Sequence[Problem], shard: tuple[int, int]) -> Sequence[Problem]:

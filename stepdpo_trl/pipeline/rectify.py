@@ -1,8 +1,9 @@
 """Sample preferred steps for the first wrong steps (Step-DPO, section 3.2, "rectification")."""
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -16,8 +17,10 @@ from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Continuation, Policy
-from .records import Solution
+from .records import Solution, is_of, text_digest
 from .stage_directory import ResultWriter
+
+logger = logging.getLogger(__name__)
 
 
 def normalize_step(step: str) -> str:
@@ -33,6 +36,7 @@ def rectify(
     num_corrections: int = 1,
     max_attempts: int = 20,
     judge: Judge | None = None,
+    normalize: Callable[[str], str] = normalize_step,
 ) -> Counter[str]:
     """
     Sample continuations of the last right prefix, in rounds, until enough of them are right.
@@ -58,6 +62,8 @@ def rectify(
             Maximum number of samples per wrong solution.
         judge (`Judge`, *optional*):
             Judge of the preferred steps. A step that it finds wrong, or cannot decide on, is dropped.
+        normalize (`Callable[[str], str]`, *optional*, defaults to `normalize_step`):
+            Function that returns the same for steps that do not differ.
 
     Returns:
         `Counter[str]`: Number of solutions with a preferred step (`"rectified"`) and without (`"given up"`), of
@@ -70,24 +76,33 @@ def rectify(
     def located() -> Iterator[Solution]:
         return (s for s in wrong if s.key in verdicts and verdicts[s.key].step is not None)
 
-    solutions = SelectedSolutions(sum(verdict.step is not None for verdict in verdicts.values()), located)
+    def current() -> Iterator[Solution]:
+        return (s for s in located() if is_of(s, verdicts[s.key].solution))
+
+    counted = Counter(is_of(s, verdicts[s.key].solution) for s in located())
+    if counted[False]:
+        logger.warning(
+            f"{counted[False]} verdicts in {runner.run.path} belong to solutions that `collect` has replaced since, "
+            "and are left out. Run `stepdpo localize` again."
+        )
+    solutions = SelectedSolutions(counted[True], current)
 
     def task(solution: Solution) -> Task[tuple[Solution, dict[str, Any]]]:
         step = verdicts[solution.key].step
         assert step is not None
         found: list[dict[str, Any]] = []
         tried = dropped = 0
-        steps = split_steps(solution.text)
-        seen = {normalize_step(steps.step(step))}
+        steps = split_steps(solution.text, solution.style)
+        seen = {normalize(steps.step(step))}
         while len(found) < num_corrections and tried < max_attempts:
             numbers = range(tried, min(max_attempts, max(1, 2 * tried)))
             sampled = yield from policy.sample(solution.problem, steps.prefix(step), numbers)
             tried += len(sampled)
             for continuation in sampled:
                 corrected = _preferred_step(continuation, steps, step)
-                if len(found) == num_corrections or corrected is None or normalize_step(corrected) in seen:
+                if len(found) == num_corrections or corrected is None or normalize(corrected) in seen:
                     continue
-                seen.add(normalize_step(corrected))
+                seen.add(normalize(corrected))
                 evidence: dict[str, Any] = {}
                 if judge is not None:
                     # Only errors up to this step count: later steps are not part of the pair
@@ -107,7 +122,8 @@ def rectify(
                         "check": evidence,
                     }
                 )
-        return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found}
+        digest = text_digest(solution.text)
+        return solution, {"step": step, "samples": tried, "dropped": dropped, "found": found, "solution": digest}
 
     counts: Counter[str] = Counter()
     tasks = runner.results(map(task, solutions), len(solutions), "solutions", counts)

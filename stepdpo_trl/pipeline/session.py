@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
+from ..data.checkers import MATH, Checker, resolve_checker
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, StartedServers, make_generator
 from ..runs.run_directory import RunDirectory, RunError
@@ -19,7 +20,7 @@ from ..runs.tasks import RecordedChecks, model_service
 from . import collect as collecting
 from . import localize as localizing
 from . import rectify as rectifying
-from .judge_options import JudgeOptions, check_rectify
+from .judge_options import DEFAULT_CHECK, JudgeOptions, check_rectify, default_check
 from .judges.arithmetic import arithmetic_judge
 from .judges.expressions import canonical, combine, parse_judges
 from .judges.human import human_judge
@@ -49,7 +50,7 @@ class Session:
         generators (`dict[ModelSpec, Generator]`, *optional*):
             Models that are already loaded. Others are loaded when they are first used.
         checker (`AnswerChecker`, *optional*):
-            Answer checker.
+            Processes that check solutions.
     """
 
     generators: dict[ModelSpec, Generator | ServerGenerator] = field(default_factory=dict)
@@ -81,20 +82,25 @@ class Session:
         del generator
         gc.collect()
 
-    def check_golds(self, problems: Sequence[Problem]) -> None:
+    def check_golds(self, problems: Sequence[Problem], checker: Checker = MATH) -> None:
         """
         Check that solutions can be compared with the gold answers.
 
         Raises:
-            RunError: If a gold answer cannot be parsed.
+            RunError: If a gold answer cannot be parsed, or is not a letter.
         """
         named: list[str] = []
         unusable = 0
         remaining = iter(problems)
         while part := list(islice(remaining, _GOLDS)):
-            found = [part[index] for index in check_golds(self.checker, [problem.answer for problem in part])]
+            found = [part[index] for index in check_golds(self.checker, [problem.answer for problem in part], checker)]
             named += [f"{problem.id!r}: {problem.answer!r}" for problem in found[: 5 - len(named)]]
             unusable += len(found)
+        if unusable and checker.name == "choice":
+            raise RunError(
+                f"{unusable} gold answers are not one of the letters A to E ({'; '.join(named)}"
+                f"{' ...' if unusable > 5 else ''}). Write them as letters (0 is A), or use another --checker."
+            )
         if unusable:
             raise RunError(
                 f"{unusable} gold answers cannot be read as an answer ({'; '.join(named)}"
@@ -114,6 +120,8 @@ class Session:
         seed: int = 0,
         shard: tuple[int, int] = (0, 1),
         source: Mapping[str, Any] | None = None,
+        checker: Checker = MATH,
+        steps: str | None = None,
     ) -> Counter[str]:
         """
         Sample solutions and check their answers; see [`~stepdpo_trl.pipeline.collect.collect`].
@@ -139,11 +147,16 @@ class Session:
                 Index of the shard and number of shards.
             source (`Mapping[str, Any]`, *optional*):
                 Path and hash of the problems, as returned by [`~stepdpo_trl.pipeline.records.describe_source`].
+            checker (`Checker`, *optional*, defaults to `MATH`):
+                The checker of the solutions. If the code of a user's function has changed since an earlier call, all
+                solutions are checked again.
+            steps (`str`, *optional*):
+                How solutions are split into steps, see [`~stepdpo_trl.data.steps.split_steps`].
 
         Returns:
             `Counter[str]`: Number of solutions per outcome.
         """
-        self.check_golds(problems)
+        self.check_golds(problems, checker)
         mine = shard_of(problems, shard)
         settings = {
             "problems": name,
@@ -153,6 +166,7 @@ class Session:
             "seed": seed,
             "model": model_settings(model),
             "shard": list(shard),
+            **task_settings(checker, steps),
         }
         with StageDirectory(path, create=True) as run:
 
@@ -162,14 +176,16 @@ class Session:
                 server = server_settings(model)
                 if server is not None and run.settings().get("server") != server:
                     run.settings().append("server", server)
+                if checker.custom and run.settings().get("checker") != asdict(checker):
+                    run.settings().append("checker", asdict(checker))
                 collecting.keep_problems(run, mine)
 
             run.start_stage("collect", settings, ("num_samples",), write_problems)
             collecting.check_problems(run, mine)
-            runner = self._runner(run, f"collect {num_samples}")
+            runner = self._runner(run, f"collect {num_samples}", checker)
             policy = self._policy(runner, model, settings)
             self._stop_unused(runner)
-            counts = collecting.collect(runner, policy, mine, num_samples)
+            counts = collecting.collect(runner, policy, mine, num_samples, steps)
             run.write_settings()
             if not counts["wrong"]:
                 logger.warning(collecting.no_wrong_answers(counts))
@@ -199,6 +215,7 @@ class Session:
         names = [name for group in groups for name in group]
         options.check(names)
         with StageDirectory(path) as run:
+            options.check(names, checker_of(run))
             run.start_stage(*_localize_stage(judge_name, options))
             runner = self._runner(run, f"localize {judge_name}")
             judges = {name: self._judge(name, runner, options, model) for name in names}
@@ -231,7 +248,7 @@ class Session:
             max_attempts (`int`, *optional*, defaults to `20`):
                 Maximum number of samples per wrong solution. A later call may increase it.
             check (`str`, *optional*):
-                Judge expression that checks the preferred steps.
+                Judge expression that checks the preferred steps. `DEFAULT_CHECK` for the default of the checker.
             options ([`JudgeOptions`], *optional*):
                 Options of the judges in `check`.
             rectifier (`ModelSpec`, *optional*):
@@ -243,10 +260,13 @@ class Session:
             `Counter[str]`: Counts, as returned by [`~stepdpo_trl.pipeline.rectify.rectify`].
         """
         options = options or JudgeOptions()
-        groups = check_rectify(check, options, num_corrections, max_attempts)
-        names = [name for group in groups for name in group]
+        check_rectify(check, options, num_corrections, max_attempts)
         name = model_file_name(rectifier.model) if rectifier else None
         with StageDirectory(path) as run:
+            checker = checker_of(run)
+            check = default_check(checker) if check == DEFAULT_CHECK else check
+            groups = check_rectify(check, options, num_corrections, max_attempts, checker)
+            names = [name for group in groups for name in group]
             found_in, _ = localizing.read_verdicts(run, judge_name)
             stage = _rectify_stage(found_in, num_corrections, max_attempts, check, options, rectifier)
             run.start_stage(*stage)
@@ -255,12 +275,15 @@ class Session:
             policy = self._policy(runner, rectifier or model_of_run(run, model), service=service)
             judge = combine(groups, {n: self._judge(n, runner, options, model) for n in names}) if names else None
             self._stop_unused(runner)
-            counts = rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge)
+            # In code, upper case, spaces and `*` make a difference
+            same = {"normalize": str.rstrip} if checker.custom else {}
+            counts = rectifying.rectify(runner, policy, judge_name, name, num_corrections, max_attempts, judge, **same)
             run.write_settings()
             return counts
 
-    def _runner(self, run: RunDirectory, name: str) -> TaskRunner:
-        return TaskRunner(run, name, {"check": RecordedChecks(self.checker, run.log("checks"))})
+    def _runner(self, run: RunDirectory, name: str, checker: Checker | None = None) -> TaskRunner:
+        checks = RecordedChecks(self.checker, run.log("checks"), checker or checker_of(run))
+        return TaskRunner(run, name, {"check": checks})
 
     def _stop_unused(self, runner: TaskRunner) -> None:
         """Stop the servers of models that the stage does not use, since they occupy the GPUs."""
@@ -310,6 +333,42 @@ class Session:
         return human_judge
 
 
+def task_settings(checker: Checker, steps: str | None = None) -> dict[str, Any]:
+    """Return the settings of a run that are not those of mathematics. Runs of earlier releases have none."""
+    named = {} if checker == MATH else {"checker": checker.name}
+    return {**named, "steps": steps} if steps else named
+
+
+def checker_of(run: RunDirectory) -> Checker:
+    """
+    Return the checker of a run.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `Checker`: The checker that `collect` used.
+
+    Raises:
+        RunError: If its code has changed since.
+        CheckerError: If it does not exist anymore.
+    """
+    settings = run.settings()
+    name = settings.get("collect", {}).get("checker", MATH.name)
+    if "checker" not in settings:
+        return Checker(name)
+    used = Checker(**settings["checker"])
+    checker = resolve_checker(used.spelling)
+    if checker.digest != used.digest:
+        raise RunError(
+            f"The code of the checker {name!r} has changed since the solutions in {run.path} were checked. Run "
+            f"`stepdpo collect` again with --checker {used.spelling}: it checks the stored solutions again, without "
+            "sampling."
+        )
+    return checker
+
+
 def check_settings(
     path: Path,
     judge_name: str,
@@ -335,6 +394,8 @@ def check_settings(
         return
     judge_name = canonical(judge_name)
     with StageDirectory(path) as run:
+        if check == DEFAULT_CHECK:
+            check = default_check(Checker(run.settings().get("collect", {}).get("checker", MATH.name)))
         run.check_stage(*_localize_stage(judge_name, options))
         run.check_stage(*_rectify_stage(judge_name, num_corrections, max_attempts, check, options, rectifier))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.answers import cause_of
 from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
 from .build_record import BuildRecord, choose_examples
@@ -98,8 +99,9 @@ def summarize(paths: Sequence[Path]) -> Summary:
 
 
 def _add(summary: Summary, run: RunDirectory) -> None:
-    # The address of a server is nothing to publish
-    summary.settings.update((name, stage) for name, stage in run.settings().items() if name != "server")
+    # The address of a server and the folder of a checker are nothing to publish
+    settings = run.settings().items()
+    summary.settings.update((name, stage) for name, stage in settings if name not in ("server", "checker"))
     summary.problems += len(read_problems_of(run))
     is_solved: dict[str, bool] = {}
     checks = run.log("checks")
@@ -109,7 +111,7 @@ def _add(summary: Summary, run: RunDirectory) -> None:
         is_solved[problem] = is_solved.get(problem, False) or outcome == "right"
         if outcome == "unreadable":
             reason = why_no_answer(solution["finish_reason"], solution["text"])
-            summary.unreadable[reason or checks.get(f"policy/{key}", {}).get("reason", "not recorded")] += 1
+            summary.unreadable[reason or cause_of(checks.get(f"policy/{key}", {}).get("reason"))] += 1
     summary.unsolved += sum(not solved for solved in is_solved.values())
     for judge_name, log in run.logs("verdicts").items():
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))

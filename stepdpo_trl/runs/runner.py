@@ -67,3 +67,6 @@ class TaskRunner:
 
             yield from run_tasks(tasks, self.services, progress)
             bar.set_postfix(dict(counts))
+        for service in self.services.values():
+            if isinstance(service, StreamingService):
+                service.report()

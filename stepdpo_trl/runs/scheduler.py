@@ -73,6 +73,9 @@ class StreamingService:
     def abandon(self) -> None:
         """End the requests in flight at once. Their replies are not needed any more."""
 
+    def report(self) -> None:
+        """Log what the user should know at the end of a stage."""
+
 
 class Workers:
     """

@@ -10,15 +10,22 @@ ones are requested.
 """
 
 import hashlib
+import json
+import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from ..data.answers import AnswerChecker, Check
+from ..data.answers import AnswerChecker, Check, cause_of
+from ..data.checkers import MATH, Checker
 from ..generation import Completion, Generator, Request, Sampling, ServerGenerator
 from .log import Log
 from .scheduler import Scheduler, StreamingService
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -261,19 +268,19 @@ class RecordedServer(_RecordedCompletions, StreamingService):
 @dataclass(frozen=True)
 class CheckRequest:
     """
-    A solution to compare with a gold answer.
+    A solution to check.
 
     Args:
         key (`str`):
             Unique name within the run.
-        gold (`str`):
-            The gold answer.
+        problem (`Mapping[str, Any]`):
+            The problem, as a row with the columns that the checker reads.
         text (`str`):
             The solution.
     """
 
     key: str
-    gold: str
+    problem: Mapping[str, Any]
     text: str
 
 
@@ -281,32 +288,76 @@ class RecordedChecks(StreamingService):
     """
     Service of the answer checker. Outcomes are stored, since checks can be slow and time-outs not reproducible.
 
+    An outcome is stored with a digest of checker, problem and solution, and counts for these only: if a solution, the
+    gold answer or the code of a checker changes, the solution is checked again.
+
     Args:
-        checker (`AnswerChecker`):
-            The answer checker.
+        pool (`AnswerChecker`):
+            The processes that check.
         log (`Log`):
             Log for the outcomes.
+        checker (`Checker`, *optional*, defaults to `MATH`):
+            The checker.
     """
 
     # One thread keeps the outcomes in the order of the requests. The checker itself uses several processes.
     threads = 1
     chunk = 256
 
-    def __init__(self, checker: AnswerChecker, log: Log) -> None:
-        self.checker, self.log = checker, log
+    def __init__(self, pool: AnswerChecker, log: Log, checker: Checker = MATH) -> None:
+        self.pool, self.log, self.checker = pool, log, checker
+        self._failures: Counter[str] = Counter()
+        self._example = ""
+        self._stop = threading.Event()
 
     def stored(self, request: CheckRequest) -> Check | None:
-        """Return the outcome of an earlier check."""
-        return Check(**self.log[request.key]) if request.key in self.log else None
+        """Return the outcome of an earlier check of the same solution."""
+        record = self.log.get(request.key)
+        if record is None or record.get("digest") != self._digest(request):
+            return None
+        check = Check(**{name: value for name, value in record.items() if name != "digest"})
+        self._count(request, check)
+        return check
 
     def work(self, requests: Sequence[CheckRequest]) -> list[Check]:
         """Check solutions."""
-        return self.checker.check((request.gold, request.text) for request in requests)
+        return self.pool.check([(request.problem, request.text) for request in requests], self.checker, self._stop)
 
     def keep(self, replies: Sequence[tuple[CheckRequest, Check]]) -> dict[str, Check]:
         """Store outcomes."""
-        self.log.extend((request.key, vars(check)) for request, check in replies)
+        self.log.extend((request.key, self.record(request, check)) for request, check in replies)
+        for request, check in replies:
+            self._count(request, check)
         return {request.key: check for request, check in replies}
+
+    def interrupt(self) -> None:
+        """Stop checking. The solutions are checked when the run resumes."""
+        self._stop.set()
+
+    def report(self) -> None:
+        """Warn about checks that failed."""
+        if self._failures:
+            counts = ", ".join(f"{count:,} times {reason}" for reason, count in self._failures.most_common())
+            logger.warning(
+                f"The checker {self.checker.name!r} failed on {self._failures.total():,} solutions, which count as "
+                f"unreadable: {counts}. Example: {self._example}"
+            )
+
+    def _count(self, request: CheckRequest, check: Check) -> None:
+        if check.failed:
+            self._failures[cause_of(check.reason)] += 1
+            self._example = self._example or f"{request.key}: {check.reason}"
+
+    def record(self, request: CheckRequest, check: Check) -> dict[str, Any]:
+        """Return the record of an outcome."""
+        failed = {"failed": True} if check.failed else {}
+        kept = {"outcome": check.outcome, "answer": check.answer, "reason": check.reason, **failed}
+        return {**kept, "digest": self._digest(request)}
+
+    def _digest(self, request: CheckRequest) -> str:
+        read = request.problem if self.checker.custom else request.problem["answer"]
+        checked = [self.checker.name, self.checker.digest, read, request.text]
+        return hashlib.sha256(json.dumps(checked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def seed_of(seed: int, key: str) -> int:

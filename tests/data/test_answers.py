@@ -35,13 +35,13 @@ def checker():
 def test_outcomes(checker, gold, text, outcome, answer):
     check = check_answer(gold, text)
     assert (check.outcome, check.answer) == (outcome, answer)
-    assert checker.check([(gold, text)]) == [check]
+    assert checker.check([({"answer": gold}, text)]) == [check]
     assert (check.reason is not None) == (outcome == "unreadable")
 
 
 def test_labeled_pairs(checker):
     """Grades match the manual labels, and answers that cannot be compared are unreadable rather than wrong."""
-    checks = checker.check((pair["gold"], pair["solution"]) for pair in PAIRS)
+    checks = checker.check(({"answer": pair["gold"]}, pair["solution"]) for pair in PAIRS)
     graded = [(pair, check) for pair, check in zip(PAIRS, checks, strict=True) if check.outcome != "unreadable"]
     unreadable = [pair for pair, check in zip(PAIRS, checks, strict=True) if check.outcome == "unreadable"]
     assert not any(pair["right"] for pair in unreadable)
@@ -54,9 +54,9 @@ def test_hanging_answers():
     """Checks that hang are killed after the time limit and count as unreadable. All other answers are checked."""
     hanging = json.loads((HERE / "hanging_answers.json").read_text(encoding="utf-8"))[:4]
     with AnswerChecker(2, time_limit=1.5) as checker:
-        checker.check([("1", r"\boxed{1}")] * 4)  # start the workers
-        answers = [(case["gold"], case["solution"]) for case in hanging]
-        mixed = [pair for answer in answers for pair in (answer, ("2", r"\boxed{2}"))]
+        checker.check([({"answer": "1"}, r"\boxed{1}")] * 4)  # start the workers
+        answers = [({"answer": case["gold"]}, case["solution"]) for case in hanging]
+        mixed = [pair for answer in answers for pair in (answer, ({"answer": "2"}, r"\boxed{2}"))]
         start = time.perf_counter()
         checks = checker.check(mixed)
     assert checks[1::2] == [Check("right", "2")] * len(hanging)

@@ -92,5 +92,5 @@ def test_continuations_keep_the_steps_of_their_prefix(texts):
 
 
 def test_unknown_style():
-    with pytest.raises(ValueError, match="Choose one of"):
+    with pytest.raises(ValueError, match="Did you mean 'line'"):
         split_steps("a", "lines")

@@ -89,7 +89,7 @@ def test_bootstrap():
 def test_majority(given, expected, checker):
     class Service:
         def answer(self, requests):
-            return {r.key: checker.check([(r.gold, r.text)])[0] for r in requests}
+            return {r.key: checker.check([(r.problem, r.text)])[0] for r in requests}
 
     samples = [Continuation("", "", "stop", Check(*text.split(" ", 1))) for text in given]
     assert list(run_tasks([vote(samples)], {"check": Service()})) == [Vote(*expected)]

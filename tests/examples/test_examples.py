@@ -135,3 +135,13 @@ def test_ideal_client_of_benchmark_pipeline():
     results = client.run_tasks(map(task, "abc"), {"policy": None})
     assert list(results) == [["A0", "A1"], ["B0", "B1"], ["C0", "C1"]]
     assert client.busy() == pytest.approx(13 / (2 * 7))
+
+
+def test_benchmark_checker():
+    options = ["--checks", 40, "--processes", 1, "--checkers", "math", "function"]
+    done = run_script(EXAMPLES / "benchmark_checker.py", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, *rows = done.stdout.splitlines()
+    assert head.split()[:3] == ["checker", "processes", "checks"]
+    assert [row.split()[:3] for row in rows] == [["math", "1", "40"], ["function", "1", "40"]]
+    assert all(float(row.split()[4].replace(",", "")) > 0 for row in rows)

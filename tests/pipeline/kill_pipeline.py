@@ -37,8 +37,8 @@ class InProcessChecker:
     def __exit__(self, *args):
         pass
 
-    def check(self, answers):
-        return [check_answer(*pair) for pair in answers]
+    def check(self, solutions, checker=None, stop=None):
+        return [check_answer(problem["answer"], text) for problem, text in solutions]
 
 
 def run(path, **options):

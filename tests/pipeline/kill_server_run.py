@@ -29,8 +29,8 @@ STAGES = ("collect", "localize", "rectify")
 class Checker:
     """Answer checker without worker processes, which a forked process cannot have."""
 
-    def check(self, answers):
-        return [check_answer(*pair) for pair in answers]
+    def check(self, solutions, checker=None, stop=None):
+        return [check_answer(problem["answer"], text) for problem, text in solutions]
 
 
 def run(path, generator, sizes):

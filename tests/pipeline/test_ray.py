@@ -55,16 +55,21 @@ def test_shards_on_ray(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_on_ray(tmp_path, capfd):
-    """Two shards give the same solutions and the same error message as a single process."""
-    problems = [{"problem": problem.text, "answer": problem.answer} for problem in make_problems(6, "pairs")]
+    """Two shards give the same solutions and the same error message as a single process, with the user's checker."""
+    code = "def check(problem, solution):\n    return None if 'boxed' not in solution else problem['odd']\n"
+    (tmp_path / "own.py").write_text(code)
+    problems = [{"problem": one.text, "odd": n % 2 == 1} for n, one in enumerate(make_problems(6, "pairs"))]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     model = ["--model", str(MODEL_PATH), "--prompt", "plain", "--max-new-tokens", "160"]
-    collect = ["collect", *model, "--problems", str(tmp_path / "problems.jsonl")]
+    task = ["--checker", f"{tmp_path / 'own.py'}:check", "--steps", "label"]
+    collect = ["collect", *model, "--problems", str(tmp_path / "problems.jsonl"), *task]
     ray = ["--engine", "ray", "--shards", "2"]
     assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray]) == 0
     assert main([*collect, "--output-dir", str(tmp_path / "whole")]) == 0
     parts = [Log(folder / "solutions.jsonl") for folder, _ in shards(tmp_path / "parts")]
     assert [len(part) for part in parts] == [6, 6]
+    for part, outcome in zip(parts, ("wrong", "right"), strict=True):  # the second shard has the odd numbers
+        assert {record["outcome"] for record in part.values()} <= {outcome, "unreadable"}
     assert {**parts[0], **parts[1]} == dict(Log(tmp_path / "whole" / "solutions.jsonl"))
     capfd.readouterr()
     assert main([*collect, "--output-dir", str(tmp_path / "parts"), *ray, "--seed", "1"]) == 2

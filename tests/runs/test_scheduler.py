@@ -146,15 +146,15 @@ def test_a_checker_that_is_slow_does_not_delay_the_model(tmp_path):
     model_done = threading.Event()
 
     class Checker:
-        def check(self, answers):
+        def check(self, solutions, checker, stop):
             assert model_done.wait(10)
-            return [Check("right") for _ in answers]
+            return [Check("right") for _ in solutions]
 
     model = Service(lambda key: model_done.set() if key == "39" else None, threads=1)
 
     def task(number):
         yield Ask("s", (Item(str(number)),))
-        checks = yield Ask("check", (CheckRequest(f"c{number}", "", ""),))
+        checks = yield Ask("check", (CheckRequest(f"c{number}", {"answer": ""}, ""),))
         return checks[f"c{number}"].outcome
 
     services = {"s": model, "check": RecordedChecks(Checker(), Log(tmp_path / "checks.jsonl"))}
