@@ -211,11 +211,12 @@ def solve(
     solutions = []
     for start in range(0, len(problems), 250):
         part = problems[start : start + 250]
-        inputs = make_inputs(processor, part, [""] * len(part))
+        # With the label of the first step, because a token spans the line break before it
+        inputs = make_inputs(processor, part, [prefix_of([])] * len(part))
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
         ids = model.generate(**inputs, max_new_tokens=32, **sampling)[:, inputs["input_ids"].shape[1] :]
         for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True):
-            found = STEPS.fullmatch(text)
+            found = STEPS.fullmatch(prefix_of([]) + text)
             solutions.append(list(found.groups()) if found else [])
     return solutions
 
