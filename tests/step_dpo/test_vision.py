@@ -66,7 +66,9 @@ def inference_inputs(name, row):
 
 def encode(name="llava", row=None, **options):
     processor = processor_named(name)
-    encoder = make_step_tokenizer(processor, StepDPOConfig(tempfile.gettempdir(), bf16=False, **{"max_length": None, **options}), images=True)
+    encoder = make_step_tokenizer(
+        processor, StepDPOConfig(tempfile.gettempdir(), bf16=False, **{"max_length": None, **options}), images=True
+    )
     return encoder(ROW if row is None else row, "row 0")
 
 
