@@ -266,6 +266,21 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
             logger.info(f"FSDP2 would round log-probabilities to {policy.output_dtype}. They are kept in float32.")
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """
+        Compute the loss, with the weight of the output head gathered under FSDP2.
+
+        `DPOTrainer` reads this weight without calling the head. Where the head is sharded on its own, as Accelerate
+        does for vision-language models, its gradient would not be averaged over the processes.
+        """
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import FSDPModule
+
+            head = decoder(model).get_output_embeddings()
+            if isinstance(head, FSDPModule):
+                head.unshard()
+        return super()._compute_loss(model, inputs, return_outputs)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,

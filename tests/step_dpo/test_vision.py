@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
@@ -19,6 +19,7 @@ from stepdpo_trl import SDPOCallback, StepDPOConfig, measure_gamma
 from stepdpo_trl.step_dpo.dataset import make_step_tokenizer
 from stepdpo_trl.step_dpo.vision import VisionStepCollator, shorter_prefixes
 
+from ..distributed.vision import MODES as DISTRIBUTED_MODES
 from ..distributed.vision import OPTIONS, mixed_rows
 from ..reference_dpo import step_dpo_loss
 from ..tiny import CHATML, byte_level_tokenizer, plain_rows, step_rows, tiny_model
@@ -759,19 +760,51 @@ def test_plain_vision_pairs_are_trained_as_by_dpo_trainer(name, config_cls):
 # -------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_equal_one(strategy, tmp_path):
-    model, single, several = (str(tmp_path / name) for name in ("model", "single", "several"))
+def trained_model(model, folder, lora):
+    """Load the weights written by `save_model` as a user would."""
+    base = LlavaForConditionalGeneration.from_pretrained(model if lora else folder, dtype=torch.float32)
+    return dict((PeftModel.from_pretrained(base, folder) if lora else base).named_parameters())
+
+
+@pytest.fixture(scope="module")
+def single_process(tmp_path_factory):
+    """Folders of a model and of pairs, and trainers and folders of the runs on one process, by mode."""
+    model, pairs, runs = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("pairs")), {}
+    Dataset.from_list(mixed_rows()).save_to_disk(pairs)
     model_named("llava", 1).save_pretrained(model)
     processor_named("llava").save_pretrained(model)
-    launch_strategy("vision.py", strategy, model, several)
-    trainer = make_trainer(model, single, mixed_rows(), shared_prefix="off", **OPTIONS)
-    trainer.train()
-    trainer.save_model()
-    assert read_report(tmp_path / "several", strategy)["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5)
-    one, two = (
-        dict(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
-        for folder in (single, several)
-    )
-    assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
+    for mode, options in DISTRIBUTED_MODES.items():
+        folder = str(tmp_path_factory.mktemp(mode))
+        options = {name: value for name, value in options.items() if name == "peft_config"}
+        trainer = make_trainer(model, folder, mixed_rows(), shared_prefix="off", **OPTIONS, **options)
+        trainer.train()
+        trainer.save_model()
+        runs[mode] = trainer, folder
+    return model, pairs, runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "modes"),
+    [
+        ("ddp", ["shared"]),
+        ("zero3", ["shared", "padded", "lora"]),
+        ("fsdp2", ["shared"]),
+        pytest.param("ddp", ["padded", "lora"], marks=pytest.mark.long),
+        pytest.param("zero2", ["shared", "padded", "lora"], marks=pytest.mark.long),
+        pytest.param("fsdp2", ["padded", "lora"], marks=pytest.mark.long),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_two_processes_equal_one(strategy, modes, single_process, tmp_path):
+    model, pairs, runs = single_process
+    # CLIP's default list contains a class that only its text model has
+    layers = ("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,CLIPEncoderLayer")
+    options = layers if strategy == "fsdp2" else ()
+    launch_strategy("vision.py", strategy, model, pairs, tmp_path, *modes, options=options)
+    for mode in modes:
+        trainer, folder = runs[mode]
+        report = read_report(tmp_path / mode, strategy)
+        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), mode
+        one, two = (trained_model(model, path, mode == "lora") for path in (folder, str(tmp_path / mode)))
+        assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
