@@ -262,6 +262,6 @@ def test_row_with_images(vision_script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("lengths", "settings"), [("varied", "recommended"), ("four-per-problem", "same")])
 def test_rows_with_images_and_memory(vision_script, lengths, settings, tmp_path):
     stock, own = check_row(vision_script, lengths, settings, False, tmp_path)
-    assert 0 < own
+    assert own > 0
     if settings == "same":
         assert own < stock
