@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STEPS = re.compile(r"Step 1:(.*)\nStep 2:(.*)\nStep 3:(.*)")
+STEPS = re.compile(r"Step 1:( \S.*)\nStep 2:( \S.*)\nStep 3:( \S.*)")
 
 
 @dataclass(frozen=True)
