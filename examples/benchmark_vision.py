@@ -1,24 +1,29 @@
 """
-Throughput of trl.DPOTrainer and StepDPOTrainer on preference pairs with images, alternating in one process.
+Throughput of trl.DPOTrainer and StepDPOTrainer on step pairs with images, alternating in one process.
 
     python examples/benchmark_vision.py                            # 3 million parameters, for a CPU
     python examples/benchmark_vision.py --all --json vision.json   # all rows of the table in shared_prefix/README.md
 
 The model has the architecture of Qwen2.5-VL and random weights. A pair has one image of about 600 tokens, a prefix of
-about 150 and two steps of about 60, all of random words and pixels. Both trainers train on the same pairs in the
-Trainer's own loop: in each round one step of warm-up, then --steps steps, which are timed as a whole (image
-processing, policy and reference forward, backward, optimizer). Before that, one step on two pairs must result in the
-same loss, log-probabilities and gradient norm.
+about 150 and two steps of about 60, all of random words and pixels. DPOTrainer does not train step pairs, so it
+receives prompt and prefix as one prompt, which results in the same tokens. In each round, the trainers take turns to
+train on the same new pairs in the Trainer's own loop: one step of warm-up, then --steps steps, which are timed as a
+whole (image processing, policy and reference forward, backward, optimizer). Before that, one step on two pairs must
+result in the same loss, log-probabilities and gradient norm.
 
 --lengths: "varied" (images of 408 to 792 tokens, texts log-normal with a coefficient of variation of 0.5), "equal"
 (no padding to save), or "four-per-problem" (varied, four pairs of each problem and its image in a batch).
---settings: "same" (DPOTrainer's defaults on both sides) or "recommended" (StepDPOTrainer with reference scores
-computed in advance and without gradient checkpointing, DPOTrainer with its defaults).
+--settings: "same" (DPOTrainer's defaults on both sides) or "recommended" (StepDPOTrainer with precomputed reference
+scores and without gradient checkpointing, DPOTrainer with its defaults). Precomputing is not timed.
+--peft: train LoRA of rank 16 on the language model, as in recipes/qwen2_5_vl_7b.yaml, instead of all weights.
 
-The speedup is that of the time that passes on a GPU, and that of processor time on a CPU, because other processes can
-slow down one of the trainers more than the other. Positions are the tokens that the policy embeds, including padding.
-Unique tokens are the nodes of a trie of each batch. Vision-tower runs count the images that the tower encodes.
-The peak memory is that of the tensors that one step allocates.
+The speedup is that of the time that passes on a GPU, and that of processor time on one thread of a CPU, because other
+processes can slow down one of the trainers more than the other. Positions are the tokens that the policy embeds,
+including padding. Unique tokens are the nodes of a trie of each batch. Vision-tower runs count the images that the
+tower encodes in a forward pass of the policy. The peak memory is that of the tensors that one step allocates.
+
+The proportions of the model are those of 7B: the tower computes a third as much per image token as the language
+model. TRL's head scores every position on a CPU, but only the steps on a GPU, so the vocabulary is small.
 """
 
 import argparse
@@ -38,6 +43,7 @@ warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
+import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
@@ -57,9 +63,17 @@ from stepdpo_trl import StepDPOConfig, StepDPOTrainer  # noqa: E402
 
 NAMES = ("DPOTrainer", "StepDPOTrainer")
 PATCH = 28  # side of the pixels of one token
+WIDTH, HEIGHTS = 24, (17, 33)  # of images, in tokens
 PLACEHOLDER = "<|vision_start|> <|image_pad|> <|vision_end|>"
-VOCABULARY = 2000
-TABLE = [("varied", "same"), ("varied", "recommended"), ("equal", "same"), ("four-per-problem", "same")]
+VOCABULARY = 1000
+# Lengths, settings, and whether to train LoRA
+TABLE = [
+    ("varied", "same", False),
+    ("varied", "recommended", False),
+    ("varied", "recommended", True),
+    ("equal", "same", False),
+    ("four-per-problem", "same", False),
+]
 FORMATS = {
     "pairs_per_second": ("pairs per second", "{:.2f}"),
     "pairs_per_processor_second": ("pairs per second of processor time", "{:.2f}"),
@@ -94,7 +108,7 @@ def make_model(processor: ImageTextProcessor) -> Any:
         "vocab_size": len(processor.tokenizer),
         "hidden_size": 192,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 6,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
@@ -129,35 +143,39 @@ def draw_pairs(lengths: str, number: int, seed: int) -> list[dict[str, Any]]:
             Random seed.
 
     Returns:
-        `list[dict]`: Pairs with `images`, `prompt`, `chosen` and `rejected`.
+        `list[dict]`: Step pairs with `images`. Those of a problem share the beginning of their prefixes.
     """
     writer = Writer(VOCABULARY, seed)
 
-    def length(median: int) -> int:
-        return median if lengths == "equal" else writer.length(median)
+    def words(median: int) -> str:
+        return writer.words(median if lengths == "equal" else writer.length(median))
 
     pairs: list[dict[str, Any]] = []
     while len(pairs) < number:
-        width, height = 24, 25 if lengths == "equal" else int(writer.rng.integers(17, 34))
-        pixels = writer.rng.integers(0, 256, (height * PATCH, width * PATCH, 3), dtype=np.uint8)
-        image, problem = Image.fromarray(pixels), writer.words(length(150))
+        least, most = HEIGHTS
+        height = (least + most) // 2 if lengths == "equal" else int(writer.rng.integers(least, most + 1))
+        pixels = writer.rng.integers(0, 256, (height * PATCH, WIDTH * PATCH, 3), dtype=np.uint8)
+        image, prompt = Image.fromarray(pixels), PLACEHOLDER + words(60)
         for _ in range(4 if lengths == "four-per-problem" else 1):
-            steps = {name: writer.words(length(60)) for name in ("chosen", "rejected")}
-            pairs.append({"images": [image], "prompt": PLACEHOLDER + problem, **steps})
+            steps = {name: words(60) for name in ("chosen", "rejected")}
+            pairs.append({"images": [image], "prompt": prompt, "initial_reason_steps": words(90), **steps})
     return pairs[:number]
 
 
+def as_prompt(pair: dict[str, Any]) -> dict[str, Any]:
+    """Return a step pair as the ordinary pair that DPOTrainer trains, with the same tokens."""
+    prefix = pair["initial_reason_steps"]
+    return {name: pair[name] for name in ("images", "chosen", "rejected")} | {"prompt": pair["prompt"] + prefix}
+
+
 def token_names(pair: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the tokens of a pair, with the tokens of its image named after the image."""
+    """Return the tokens of a pair as a collator receives it, with the tokens of its image named after the image."""
     (image,) = pair["images"]
     tokens = image.width * image.height // PATCH**2
-    start, _, *words = pair["prompt"].split()
+    start, _, *words = pair.get("prompt_text", pair.get("prompt")).split()
     placeholders = [(image.tobytes()[:64], i) for i in range(tokens)]
-    return {
-        "prompt_ids": [start, *placeholders, *words],
-        "chosen_ids": pair["chosen"].split(),
-        "rejected_ids": pair["rejected"].split(),
-    }
+    steps = {f"{name}_ids": pair.get(f"{name}_ids") or pair[name].split() for name in ("chosen", "rejected")}
+    return {"prompt_ids": [start, *placeholders, *words], **steps}
 
 
 class ProcessorStopwatch(Stopwatch):
@@ -180,35 +198,36 @@ class Side:
 
     Args:
         trainer (`DPOTrainer`):
-            The trainer.
+            The trainer, with all pairs as its train dataset.
         steps (`int`):
             Number of timed steps of a turn.
     """
 
     def __init__(self, trainer: Any, steps: int) -> None:
-        self.trainer = trainer
+        self.trainer, self.pairs = trainer, trainer.train_dataset
         self.stopwatch = ProcessorStopwatch(steps)
         self.recorder = trainer.data_collator = Recorder(trainer.data_collator)
         self.encoded: list[int] = []  # images of each run of the policy's tower
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.stopwatch)
         trainer.model.get_input_embeddings().register_forward_hook(self.stopwatch.count_positions)
-        trainer.model.model.visual.register_forward_pre_hook(self._count_images, with_kwargs=True)
+        model = trainer.model.get_base_model() if isinstance(trainer.model, peft.PeftModel) else trainer.model
+        model.model.visual.register_forward_pre_hook(self._count_images, with_kwargs=True)
 
     def _count_images(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self.encoded.append(len(kwargs["grid_thw"]))
 
-    def train(self, pairs: datasets.Dataset) -> None:
-        """Train on pairs."""
-        self.trainer.train_dataset = pairs
+    def train(self, rows: range) -> None:
+        """Train on some of the pairs."""
+        self.trainer.train_dataset = self.pairs.select(rows)
         for records in (self.recorder.batches, self.recorder.seconds, self.encoded):
             records.clear()
         self.trainer.train()
 
-    def measure(self, pairs: datasets.Dataset) -> dict[str, float]:
+    def measure(self, rows: range) -> dict[str, float]:
         """Train for one turn and return its figures."""
-        self.train(pairs)
+        self.train(rows)
         steps = self.stopwatch.steps
         batches = self.recorder.batches[1 : 1 + steps]
         named = [[token_names(pair) for pair in batch] for batch in batches]
@@ -220,9 +239,9 @@ class Side:
             "tower_runs_per_image": sum(self.encoded[1 : 1 + steps]) / sum(images),
         }
 
-    def peak_memory(self, pairs: datasets.Dataset) -> float:
+    def peak_memory(self, rows: range) -> float:
         """Return the peak of the tensors that a step allocates, in GiB."""
-        batch = self.trainer._prepare_inputs(self.recorder.collator(list(pairs)))
+        batch = self.trainer._prepare_inputs(self.recorder.collator(list(self.pairs.select(rows))))
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU, *[activity.CUDA] * CUDA]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -237,23 +256,8 @@ class Side:
         return float(np.cumsum(changes).max()) / 2**30
 
 
-class ScoredCollator:
-    """Collator that adds the reference scores of pairs, which are computed in advance."""
-
-    def __init__(self, trainer: Any, pairs: list[dict[str, Any]]) -> None:
-        self.collator, self.scores = trainer.data_collator, {}
-        for pair in pairs:
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, trainer.data_collator([dict(pair)]))
-            self.scores[pair["chosen"]] = (chosen.item(), rejected.item())
-
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate pairs into a batch."""
-        scores = torch.tensor([self.scores[pair["chosen"]] for pair in pairs])
-        return {**self.collator(pairs), "ref_chosen_logps": scores[:, 0], "ref_rejected_logps": scores[:, 1]}
-
-
 def make_sides(pairs: list[dict[str, Any]], lengths: str, settings: str, args: argparse.Namespace) -> list[Side]:
-    """Create DPOTrainer and StepDPOTrainer with the same weights."""
+    """Create DPOTrainer and StepDPOTrainer with the same weights and pairs."""
     transformers.set_seed(args.seed)
     processor = make_processor()
     base = make_model(processor)
@@ -274,50 +278,52 @@ def make_sides(pairs: list[dict[str, Any]], lengths: str, settings: str, args: a
     }
     own: dict[str, Any] = {"shared_prefix": "on", "group_by_prompt": lengths == "four-per-problem"}
     if settings == "recommended":
-        own["gradient_checkpointing"] = False
+        own |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
     sides = []
-    for kind, config in (
-        (trl.DPOTrainer, trl.DPOConfig(args.output_dir, **common)),
-        (StepDPOTrainer, StepDPOConfig(args.output_dir, **common, **own)),
+    for kind, config, rows in (
+        (trl.DPOTrainer, trl.DPOConfig(args.output_dir, **common), map(as_prompt, pairs)),
+        (StepDPOTrainer, StepDPOConfig(args.output_dir, **common, **own), pairs),
     ):
+        transformers.set_seed(args.seed)  # same adapter for both
         trainer = kind(
             model=copy.deepcopy(base),
-            ref_model=share_weights(base),
+            ref_model=None if args.peft or config.precompute_ref_log_probs else share_weights(base),
             args=config,
-            train_dataset=datasets.Dataset.from_list(pairs[:2]),
+            train_dataset=datasets.Dataset.from_list(list(rows)),
             processing_class=processor,
+            peft_config=peft.LoraConfig(r=16, target_modules=".*language_model.*_proj") if args.peft else None,
         )
-        if kind is StepDPOTrainer and settings == "recommended":
-            trainer.data_collator = ScoredCollator(trainer, pairs)
-            trainer.precompute_ref_logps, trainer.ref_model = True, None
         sides.append(Side(trainer, args.steps))
     return sides
+
+
+def check_first_step(sides: list[Side]) -> dict[str, float]:
+    """Train both sides on two pairs, and return the relative differences of what they log."""
+    for side in sides:
+        side.train(range(2))
+    stock, own = (side.trainer.state.log_history[0] for side in sides)
+    differences = {name: abs(own[name] - stock[name]) / abs(stock[name]) for name in CHECKED}
+    print("    relative differences of the first step: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
+    if not all(difference <= (5e-2 if CUDA else 1e-3) for difference in differences.values()):
+        raise SystemExit("The two trainers do not compute the same.")
+    return differences
 
 
 def run_row(lengths: str, settings: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one row of the table and print it."""
     turn = (args.steps + 2) * args.batch_size  # with a step of warm-up, and the batch that is collated ahead
     pairs = draw_pairs(lengths, turn * args.rounds, args.seed)
-    print(f"\n{lengths}, settings: {settings}", flush=True)
+    print(f"\n{lengths}, settings: {settings}{', LoRA' if args.peft else ''}", flush=True)
     sides = make_sides(pairs, lengths, settings, args)
     print(
         f"    {sides[0].trainer.model.num_parameters():,} parameters, batches of {args.batch_size} pairs", flush=True
     )
-    dataset = datasets.Dataset.from_list(pairs)
-    differences = {}
-    for side in sides:
-        side.train(dataset.select(range(2)))
-    first, second = (side.trainer.state.log_history[0] for side in sides)
-    for name in CHECKED:
-        differences[name] = abs(second[name] - first[name]) / abs(first[name])
-    print("    relative differences of the first step: " + ", ".join(f"{k} {v:.1e}" for k, v in differences.items()))
-    if not all(difference <= (5e-2 if CUDA else 1e-3) for difference in differences.values()):
-        raise SystemExit("The two trainers do not compute the same.")
+    differences = check_first_step(sides)
     turns: list[list[dict[str, float]]] = [[], []]
-    for start in range(0, len(dataset), turn):
+    for start in range(0, len(pairs), turn):
         for side, own in zip(sides, turns, strict=True):
-            own.append(side.measure(dataset.select(range(start, start + turn))))
-    memory = [side.peak_memory(dataset.select(range(args.batch_size))) for side in sides]
+            own.append(side.measure(range(start, start + turn)))
+    memory = [side.peak_memory(range(args.batch_size)) for side in sides]
     medians = [
         {name: statistics.median(one[name] for one in own) for name in own[0]} | {"peak_memory_gib": peak}
         for own, peak in zip(turns, memory, strict=True)
@@ -329,7 +335,13 @@ def run_row(lengths: str, settings: str, args: argparse.Namespace) -> dict[str, 
     for name, (title, style) in FORMATS.items():
         print(f"    {title:<36}" + "".join(f"{style.format(own[name]):>16}" for own in medians))
     print(f"    speedup {speedup:.2f} ({min(quotients):.2f} to {max(quotients):.2f} of a round)", flush=True)
-    row = {"lengths": lengths, "settings": settings, "first_step_differences": differences, "speedup": speedup}
+    row = {
+        "lengths": lengths,
+        "settings": settings,
+        "peft": args.peft,
+        "first_step_differences": differences,
+        "speedup": speedup,
+    }
     return {**row, "quotients": quotients, **dict(zip(NAMES, medians, strict=True))}
 
 
@@ -340,6 +352,7 @@ def main() -> None:
     )
     parser.add_argument("--lengths", choices=["varied", "equal", "four-per-problem"], default="varied")
     parser.add_argument("--settings", choices=["same", "recommended"], default="same")
+    parser.add_argument("--peft", action="store_true", help="train LoRA on the language model")
     parser.add_argument("--all", action="store_true", help="measure all rows of the table")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer (%(default)s)")
@@ -349,9 +362,13 @@ def main() -> None:
     args = parser.parse_args()
     datasets.disable_progress_bars()
     start = time.perf_counter()
-    rows = TABLE if args.all else [(args.lengths, args.settings)]
+    if not CUDA:
+        torch.set_num_threads(1)  # processor time would count the waiting of several threads
+    rows = TABLE if args.all else [(args.lengths, args.settings, args.peft)]
+    results = []
     with tempfile.TemporaryDirectory() as args.output_dir:
-        results = [run_row(lengths, settings, args) for lengths, settings in rows]
+        for lengths, settings, args.peft in rows:
+            results.append(run_row(lengths, settings, args))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nTook {time.perf_counter() - start:.0f} s.")

@@ -60,7 +60,9 @@ def find_step_images(train_row: dict[str, Any], eval_dataset: Any) -> bool:
     return any(is_step_data(row) and has_images(row) for row in rows)
 
 
-def check_images(where: str, row: dict[str, Any], processing_class: Any, trainer_has_images: bool) -> None:
+def check_images(
+    where: str, row: dict[str, Any], processing_class: Any, trainer_has_steps: bool, trainer_has_images: bool
+) -> None:
     """
     Check that a trainer of step pairs can use the images of a dataset.
 
@@ -71,6 +73,8 @@ def check_images(where: str, row: dict[str, Any], processing_class: Any, trainer
             First row of the dataset.
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Tokenizer or processor of the policy.
+        trainer_has_steps (`bool`):
+            Whether the trainer was created for step pairs.
         trainer_has_images (`bool`):
             Whether the trainer was created for step pairs with images.
 
@@ -80,7 +84,7 @@ def check_images(where: str, row: dict[str, Any], processing_class: Any, trainer
     if not has_images(row):
         return
     if not is_step_data(row):
-        if not trainer_has_images:  # as in `DPOTrainer`
+        if not trainer_has_steps:  # as in `DPOTrainer`
             return
         raise ValueError(
             f"The {where} has ordinary preference pairs with images, but the train dataset has `{PREFIX_COLUMN}`. "

@@ -12,7 +12,7 @@ from .. import __version__
 from ..data.schema import has_images
 from .config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
-from .vision import VisionStepTokenizer
+from .vision import VisionStepTokenizer, image_placeholder
 
 logger = get_logger(__name__)
 
@@ -42,6 +42,7 @@ def make_step_tokenizer(
         "tokenizer": tokenizer,
         "chat_template": chat_template,
         "multimodal": multimodal,
+        "placeholder": image_placeholder(processing_class) if multimodal else None,
         "max_length": args.max_length,
         **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
     }

@@ -14,7 +14,7 @@ class PromptGroupSampler(Sampler[int]):
 
     Args:
         prompts (`Sequence`):
-            Prompt of each row, as text or messages.
+            Prompt of each row, as text or messages, or as a tuple with a digest of its images.
         seed (`int`):
             Random seed. The order depends only on the seed and the epoch, so it is the same in all processes and in a
             resumed run.

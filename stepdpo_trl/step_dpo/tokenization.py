@@ -31,6 +31,8 @@ class StepTokenizer(PromptRenderer):
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
             How to handle longer rows: `"truncate"` truncates the prefix from the left, `"drop"` marks the row as
             overlong, `"error"` raises an error. Steps are never truncated.
+        placeholder (`str`, *optional*):
+            Text that stands for an image. Texts of rows without images must not contain it.
 
     Raises:
         ValueError: If an option has an invalid value.
@@ -38,6 +40,7 @@ class StepTokenizer(PromptRenderer):
 
     max_length: int | None = None
     overlong_prefix: str = "truncate"
+    placeholder: str | None = None
 
     def __post_init__(self) -> None:
         check_token_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
@@ -106,6 +109,12 @@ class StepTokenizer(PromptRenderer):
         row = row or {}
         messages, prefix = self.split_prompt(prompt, prefix, where)
         text = self.render(messages, prefix, where, row)
+        if self.placeholder is not None and self.placeholder in text:
+            raise ValueError(
+                f"{where} has no images, but its prompt contains the image placeholder {self.placeholder!r}. Add its "
+                "images in a column `images` (a list), or remove the placeholder."
+            )
+        self.check_steps(steps, where)
         text_ids = self._encode(text)
         prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
         step_ids = self._encode_steps_after(text, text_ids, messages, steps, where, row)
@@ -116,6 +125,15 @@ class StepTokenizer(PromptRenderer):
             # Many models depend on BOS
             prefix_ids = [first, *kept[1:]] if first == self.tokenizer.bos_token_id and len(kept) > 1 else kept
         return prefix_ids, step_ids, overlong
+
+    def check_steps(self, steps: Mapping[str, tuple[str, bool]], where: str) -> None:
+        """Check that no step contains the placeholder of an image."""
+        for name, (step, _) in steps.items():
+            if self.placeholder is not None and self.placeholder in step:
+                raise ValueError(
+                    f"`{name}` of {where} contains the image placeholder {self.placeholder!r}, but steps cannot have "
+                    "images. Remove it from the step."
+                )
 
     def _encode_steps_after(
         self,

@@ -42,7 +42,7 @@ from .checks import (
 from .config import StepDPOConfig
 from .dataset import get_first_row, make_step_tokenizer, prepare_step_dataset
 from .sampler import PromptGroupSampler
-from .vision import PROMPT_TEXT, VisionStepCollator, without_decoding
+from .vision import IMAGES_DIGEST, PROMPT_TEXT, VisionStepCollator, without_decoding
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -116,6 +116,7 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             }"""),  # noqa: E501
     }
 
+    has_step_data = False
     has_step_images = False
     _has_images = False
 
@@ -143,16 +144,15 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
                     "example joined with `datasets.concatenate_datasets`."
                 )
             train_dataset = join_stages(train_dataset)
-        step_data = False
         if isinstance(train_dataset, IterableDataset):
             train_dataset = without_decoding(train_dataset)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             first_row = get_first_row(train_dataset, "train dataset")
             check_first_row(first_row, "train dataset")
-            step_data = is_step_data(first_row)
-            if not step_data:  # model card and tags are those of DPO
+            self.has_step_data = is_step_data(first_row)
+            if not self.has_step_data:  # model card and tags are those of DPO
                 self._name, self._paper, self._tag_names = DPOTrainer._name, DPOTrainer._paper, DPOTrainer._tag_names
-            if step_data:
+            if self.has_step_data:
                 self.has_step_images = find_step_images(first_row, eval_dataset)
             elif has_images(first_row):  # DPOTrainer skips `_prepare_dataset`, which would tokenize step data
                 check_no_step_data(eval_dataset)
@@ -160,7 +160,7 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = StepDPOConfig(f"{model_name.split('/')[-1]}-{self._name}")
         # With a plain DPOConfig, ordinary pairs train bit for bit as in DPOTrainer
-        self.shared_prefix = getattr(args, "shared_prefix", "auto" if step_data else "off")
+        self.shared_prefix = getattr(args, "shared_prefix", "auto" if self.has_step_data else "off")
         check_order(args, train_dataset)
         check_special_tokens(processing_class)
         if getattr(quantization_config, "load_in_4bit", False) or getattr(model, "is_loaded_in_4bit", False):
@@ -248,7 +248,10 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if not getattr(self.args, "group_by_prompt", False):
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset  # the argument lacks the text columns
-        return PromptGroupSampler(dataset["prompt"], self.args.data_seed or self.args.seed)
+        prompts = dataset["prompt"]
+        if IMAGES_DIGEST in dataset.column_names:  # "What is shown?" is another problem for each image
+            prompts = list(zip(prompts, dataset[IMAGES_DIGEST], strict=True))
+        return PromptGroupSampler(prompts, self.args.data_seed or self.args.seed)
 
     def create_accelerator_and_postprocess(self) -> None:
         """
@@ -263,6 +266,21 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
             logger.info(f"FSDP2 would round log-probabilities to {policy.output_dtype}. They are kept in float32.")
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """
+        Compute the loss, with the weight of the output head gathered under FSDP2.
+
+        `DPOTrainer` reads this weight without calling the head. Where the head is sharded on its own, as Accelerate
+        does for vision-language models, its gradient would not be averaged over the processes.
+        """
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import FSDPModule
+
+            head = decoder(model).get_output_embeddings()
+            if isinstance(head, FSDPModule):
+                head.unshard()
+        return super()._compute_loss(model, inputs, return_outputs)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
@@ -276,7 +294,7 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             dataset = without_decoding(dataset)
         first_row = get_first_row(dataset, where)
         check_first_row(first_row, where)
-        check_images(where, first_row, processing_class, self.has_step_images)
+        check_images(where, first_row, processing_class, self.has_step_data, self.has_step_images)
         if not is_step_data(first_row):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         encode = make_step_tokenizer(processing_class, args, images=has_images(first_row))

@@ -42,7 +42,7 @@ class VisionStepTokenizer(StepTokenizer):
     Args:
         processor (`ProcessorMixin`):
             Processor of the policy.
-        tokenizer, chat_template, multimodal, system_prompt, prompt_suffix, prompt_template, max_length:
+        tokenizer, chat_template, multimodal, system_prompt, prompt_suffix, prompt_template, max_length, placeholder:
             As for [`StepTokenizer`].
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
             As for [`StepTokenizer`], except that `"truncate"` removes whole reasoning steps, because truncating the
@@ -77,7 +77,8 @@ class VisionStepTokenizer(StepTokenizer):
         messages = self._place_images(messages, images, where)
 
         text = self._render_prefix(messages, prefix, where, row)
-        self._check_placeholders(text, pair, images, where)
+        self.check_steps(steps_of(pair), where)
+        self._check_placeholders(text, images, where)
         text_ids = self._encode(text)
         prefix_ids = self._process(text, images, where)
         step_ids = self._encode_steps_after(text, text_ids, messages, steps_of(pair), where, row)
@@ -97,18 +98,12 @@ class VisionStepTokenizer(StepTokenizer):
             "overlong": overlong,
         }
 
-    @property
-    def _placeholder(self) -> str | None:
-        """The text that stands for an image in prompts."""
-        # Gemma 3 has another token in the text than in the tokens
-        return getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", None)
-
     def _place_images(self, messages: list[dict[str, Any]], images: Sequence[Any], where: str) -> list[dict[str, Any]]:
         """Return messages as lists of parts, with the images in their places."""
         if not self.uses_chat_template:
             return messages
         texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
-        written = self._placeholder is not None and any(self._placeholder in text for text in texts)
+        written = self.placeholder is not None and any(self.placeholder in text for text in texts)
         try:
             return list(prepare_multimodal_messages(messages, images=None if written else list(images)))
         except Exception as error:  # of any type for malformed messages
@@ -118,17 +113,9 @@ class VisionStepTokenizer(StepTokenizer):
         text = self.render(messages, prefix, where, row)
         return self._decode(self._leading_special_ids(text, self._encode(text))) + text
 
-    def _check_placeholders(self, text: str, pair: StepPreference, images: Sequence[Any], where: str) -> None:
-        token = self._placeholder
-        if token is None:
-            return
-        for name in ("chosen", "rejected"):
-            if token in getattr(pair, name):
-                raise ValueError(
-                    f"`{name}` of {where} contains the image placeholder {token!r}, but steps cannot have images. "
-                    "Remove it from the step."
-                )
-        found = text.count(token)
+    def _check_placeholders(self, text: str, images: Sequence[Any], where: str) -> None:
+        token = self.placeholder
+        found = text.count(token) if token is not None else len(images)
         if found == len(images):
             return
         message = f"{where} has {found} image placeholders ({token!r}) in its prompt but {len(images)} images."
@@ -148,7 +135,8 @@ class VisionStepTokenizer(StepTokenizer):
             )
         except Exception as error:  # processors can raise anything
             raise ValueError(
-                f"The {type(self.processor).__name__} cannot process {where}: {type(error).__name__}: {error}"
+                f"The {type(self.processor).__name__} cannot process {where}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. Fix or remove the row."
             ) from error
         return list(batch["input_ids"][0].tolist())
 
@@ -277,6 +265,12 @@ class TokenizedSteps:
         }
 
 
+def image_placeholder(processor: Any) -> str | None:
+    """Return the text that stands for an image in prompts, or `None` if it is unknown."""
+    # Gemma 3 has another token in the text than in the tokens
+    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+
+
 def _image_text(processor: Any) -> str:
     """Return the text of an image in a prompt."""
     if not processor.chat_template:
@@ -291,8 +285,8 @@ def load_images(row: Mapping[str, Any], where: str) -> list[Any]:
 
     Args:
         row (`Mapping[str, Any]`):
-            Row with a column `image` or `images`, or with neither. An image is a PIL image, an array, a path, a URL,
-            or a dict with `bytes` and `path` as in an undecoded [`~datasets.Image`].
+            Row with a column `image` or `images`, or with neither. An image is a PIL image, an array, the bytes of a
+            file, a path, a URL, or a dict with `bytes` and `path` as in an undecoded [`~datasets.Image`].
         where (`str`):
             Name of the row in error messages.
 
@@ -315,26 +309,32 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except Exception as error:  # PIL raises many types for corrupt files
         raise ValueError(
-            f"An image of {where} cannot be read: {type(error).__name__}: {error} Fix the file, or remove the row."
+            f"An image of {where} cannot be read: {type(error).__name__}: {str(error).rstrip('.')}. Fix the image, or "
+            "remove the row."
         ) from error
 
 
 def _load(image: Any) -> Any:
+    if isinstance(image, bytes):
+        image = {"bytes": image}
     if isinstance(image, Mapping):
         source: Any = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image.get("path")
         if source is None:
-            raise TypeError("neither `bytes` nor `path` is set.")
+            raise TypeError("neither `bytes` nor `path` is set")
         image = PIL.ImageOps.exif_transpose(PIL.Image.open(source))  # as `datasets.Image` decodes it
     elif isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
         is_path = not path.startswith(("http://", "https://", "data:image/"))
         if is_path and not os.path.isfile(path):
-            raise FileNotFoundError(f"the file {path!r} does not exist.")
+            raise FileNotFoundError(f"there is no file {path!r}")
         image = load_image(path)
     if isinstance(image, PIL.Image.Image):
         image.load()  # finds truncated files
     elif not hasattr(image, "shape"):
-        raise TypeError(f"it is a {type(image).__name__}, which is not an image.")
+        raise TypeError(
+            f"a value of type `{type(image).__name__}` is not an image. Use a PIL image, a path, a URL or bytes, or "
+            "cast the column with `datasets.Image()`"
+        )
     return image
 
 
@@ -386,6 +386,6 @@ def _without_nulls(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, A
 def _digest(images: Sequence[Any]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for image in images:
-        pixels = np.asarray(image)
+        pixels = np.asarray(image.convert("RGBA") if getattr(image, "mode", None) == "P" else image)
         digest.update(repr(pixels.shape).encode() + pixels.tobytes())
     return digest.hexdigest()

@@ -189,3 +189,79 @@ def test_wrong_arguments(examples, monkeypatch, capsys, arguments, message):
         examples.script.parse_args()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+@pytest.fixture
+def vision_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import benchmark_vision
+
+    monkeypatch.setattr(benchmark_vision, "WIDTH", 4)
+    monkeypatch.setattr(benchmark_vision, "HEIGHTS", (2, 5))
+    config = benchmark_vision.Qwen2_5_VLConfig
+
+    def smaller(text_config, vision_config, **options):
+        vision = {**vision_config, "depth": 1, "fullatt_block_indexes": [0]}
+        return config(text_config={**text_config, "num_hidden_layers": 1}, vision_config=vision, **options)
+
+    monkeypatch.setattr(benchmark_vision, "Qwen2_5_VLConfig", smaller)
+    return benchmark_vision
+
+
+def test_pairs_with_images(vision_script):
+    pairs = vision_script.draw_pairs("varied", 200, seed=0)
+    for names, median in ((("prompt", "initial_reason_steps"), 150), (("chosen",), 60), (("rejected",), 60)):
+        words = [sum(len(pair[name].split()) for name in names) - 3 * ("prompt" in names) for pair in pairs]
+        assert statistics.median(words) == pytest.approx(median, rel=0.1)
+    first, second, *_, other = vision_script.draw_pairs("four-per-problem", 5, seed=0)
+    assert (first["images"], first["prompt"]) == (second["images"], second["prompt"])
+    assert first["initial_reason_steps"] != second["initial_reason_steps"]
+    assert first["prompt"] != other["prompt"]
+    equal = vision_script.draw_pairs("equal", 3, seed=0)
+    assert {pair["images"][0].size for pair in equal} == {(4 * 28, 3 * 28)}
+
+
+def test_unique_tokens_of_images(vision_script, examples):
+    first, second, *_ = vision_script.draw_pairs("four-per-problem", 4, seed=0)
+    other = {**first, "images": vision_script.draw_pairs("equal", 1, seed=1)[0]["images"]}
+    named = [vision_script.token_names(vision_script.as_prompt(pair)) for pair in (first, second, other)]
+
+    def own(pair):
+        return sum(len(pair[name].split()) for name in ("initial_reason_steps", "chosen", "rejected"))
+
+    image = first["images"][0]
+    problem = len(first["prompt"].split()) - 1 + image.width * image.height // 28**2
+    assert examples.measure.count_unique(named[:2]) == problem + own(first) + own(second)
+    # The rows with another image share only the token before it
+    words = len(first["prompt"].split()) - 1 + other["images"][0].width * other["images"][0].height // 28**2
+    assert examples.measure.count_unique([named[0], named[2]]) == problem + own(first) + words + own(first) - 1
+
+
+def check_row(script, lengths, settings, lora, folder):
+    options = {"batch_size": 4, "rounds": 1, "steps": 1, "seed": 0, "peft": lora, "output_dir": str(folder)}
+    row = script.run_row(lengths, settings, argparse.Namespace(**options))
+    assert max(row["first_step_differences"].values()) < 1e-4
+    stock, own = (row[name] for name in script.NAMES)
+    assert own["positions_per_unique"] == 1.0
+    assert own["tower_runs_per_image"] == 1.0
+    assert stock["positions_per_unique"] > 1.5
+    assert stock["tower_runs_per_image"] >= 2.0
+    assert row["speedup"] > 1
+    return stock["peak_memory_gib"], own["peak_memory_gib"]
+
+
+def test_row_with_images(vision_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision_script.Side, "peak_memory", lambda side, rows: 0.0)  # the profiler is slow
+    check_row(vision_script, "varied", "recommended", True, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("lengths", "settings"), [("varied", "recommended"), ("four-per-problem", "same")])
+def test_rows_with_images_and_memory(vision_script, lengths, settings, tmp_path):
+    stock, own = check_row(vision_script, lengths, settings, False, tmp_path)
+    assert own > 0
+    if settings == "same":
+        assert own < stock

@@ -73,18 +73,34 @@ def test_vision_steps(monkeypatch, tmp_path, capsys):
 
 def test_bar_charts():
     script = runpy.run_path(str(EXAMPLES / "vision_steps.py"))
-    problem = script["Problem"](("red", "blue", "green", "yellow"), (4, 3, 9, 1), ("blue", "green"))
+    problem = script["Problem"](("red", "blue", "green", "yellow"), (4, 3, 5, 1), ("blue", "green"))
     assert problem.text == "What is blue + green?"
-    assert problem.steps() == [" blue = 3", " green = 9", " 3 + 9 = 12"]
+    assert problem.steps() == [" blue 3", " green 5", " 3 + 5 = 8"]
     pixels, colors = np.asarray(problem.draw()), script["COLORS"]
     rows_with = [(pixels == colors[name]).all(-1).any(1).sum() for name in problem.colors]
-    assert [rows // script["UNIT"] for rows in rows_with] == [4, 3, 9, 1]
-    wrong = [[" blue = 4", " green = 9", " 4 + 9 = 13"], [" blue = 3", " green = 8", " 3 + 8 = 11"]]
+    assert [rows // script["UNIT"] for rows in rows_with] == [4, 3, 5, 1]
+    wrong = [[" blue 4", " green 5", " 4 + 5 = 9"], [" blue 3", " green 4", " 3 + 4 = 7"]]
     rows = script["make_pairs"]([problem], [[problem.steps(), *wrong]])
     assert [(row["initial_reason_steps"], row["chosen"], row["rejected"]) for row in rows] == [
-        ("Step 1:", " blue = 3", " blue = 4"),
-        ("Step 1: blue = 3\nStep 2:", " green = 9", " green = 8"),
+        ("Step 1:", " blue 3", " blue 4"),
+        ("Step 1: blue 3\nStep 2:", " green 5", " green 4"),
     ]
+    read = script["STEPS"].fullmatch
+    assert read(script["write"](problem.steps())).groups() == tuple(problem.steps())
+    assert not read("Step 1:\nStep 2: green 5\nStep 3: 3 + 5 = 8")  # an empty step
+
+
+def test_bar_charts_have_the_same_tokens_in_training_and_sampling():
+    script = runpy.run_path(str(EXAMPLES / "vision_steps.py"))
+    _, processor = script["make_model"](hidden_size=8)
+    problem = next(script["draw_problems"](0))
+    steps = problem.steps()
+    whole, prompt = (
+        script["make_inputs"](processor, [problem], [text])["input_ids"][0].tolist()
+        for text in (script["write"](steps), script["prefix_of"]([]))
+    )
+    assert whole[: len(prompt)] == prompt
+    assert processor.tokenizer.decode(whole[len(prompt) :]) == script["write"](steps).removeprefix("Step 1:")
 
 
 @pytest.mark.slow

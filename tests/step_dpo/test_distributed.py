@@ -25,11 +25,11 @@ EXPECTED = {
 MODES = {"full": None, "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
 
 
-def launch_strategy(script, strategy, *arguments):
+def launch_strategy(script, strategy, *arguments, options=()):
     """Run a script of `distributed/` in two processes under a distributed strategy."""
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    launch(FOLDER / f"{strategy}.yaml", FOLDER / script, strategy, *arguments)
+    launch(FOLDER / f"{strategy}.yaml", FOLDER / script, strategy, *arguments, options=options)
 
 
 def read_report(output_dir, strategy):

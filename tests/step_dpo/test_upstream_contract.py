@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import fsdp_utils
 from torch.nn.attention.varlen import varlen_attn
-from transformers import Trainer, masking_utils
+from transformers import AutoModelForCausalLM, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from trl import (
@@ -23,7 +24,12 @@ from trl import (
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.cli.commands.training import _subtract_subsequence
 from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+from stepdpo_trl.shared_prefix.vision import ANYRES, PATCHES, STACKED, TILES, VISION_MODEL_TYPES
+
+from ..shared_prefix.vision_architectures import collate, count_tokens, draw_images, tiny_vision_model
 
 SOURCE = {
     name: inspect.getsource(getattr(DPOTrainer, name))
@@ -118,6 +124,58 @@ def test_vision_collator_passes_strings_and_tokens_to_the_processor():
     assert batch["completion_mask"].tolist() == [[0, 0, 1], [0, 0, 1]]
     assert batch["mm_token_type_ids"].tolist() == [[1, 1, 0], [1, 1, 0]]
     assert batch["pixel_values"] == [["image"], ["image"]]
+
+
+def test_fields_and_images_of_the_vision_collator():
+    fields = dpo_trainer.DataCollatorForVisionPreference.__dataclass_fields__
+    assert {"processor", "max_length", "pad_to_multiple_of"} <= fields.keys()
+    assert fields["max_length"].default is None, "VisionStepCollator relies on no truncation"
+    source = inspect.getsource(dpo_trainer.DataCollatorForVisionPreference.torch_call)
+    assert "images = None" in source, "batches without images no longer leave them out"
+    read = set(re.findall(r"self\.processor\.?([\w.]*)", source))
+    assert read == {"", "tokenizer.pad_token_id", "tokenizer.eos_token_id"}, "TokenizedSteps must have these too"
+
+
+# Names of each architecture that shared_prefix/vision.py reads
+IMAGE_ARGUMENTS = {
+    **dict.fromkeys(PATCHES, ("pixel_values", "image_grid_thw")),
+    **dict.fromkeys(ANYRES, ("pixel_values", "image_sizes", "batch_num_images")),
+    **dict.fromkeys(TILES, ("pixel_values", "pixel_attention_mask")),
+    **dict.fromkeys(STACKED, ("pixel_values",)),
+}
+
+
+@pytest.mark.parametrize("name", VISION_MODEL_TYPES)
+def test_names_of_a_vision_language_model(name):
+    model = tiny_vision_model(name)
+    backbone = model.base_model
+    assert "pixel_values" in parameters(type(model).forward)
+    assert set(IMAGE_ARGUMENTS[name]) <= set(parameters(backbone.get_image_features))
+    expected = {"input_ids", "position_ids", "attention_mask", "mm_encoder_outputs"}
+    assert expected <= set(parameters(type(backbone).forward))
+    assert isinstance(model.config.image_token_id, int)
+    assert getattr(backbone, "language_model", None) or getattr(backbone, "text_model", None)
+    if name in PATCHES:
+        assert isinstance(model.config.vision_config.spatial_merge_size, int)
+        arguments = {"input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"}
+        assert arguments <= set(parameters(backbone.get_rope_index))
+    else:
+        assert not hasattr(backbone, "get_rope_index"), "it now needs positions on three axes"
+    images = draw_images(model, 2)
+    counts = [sum(count_tokens(model, [image])) for image in images]
+    inputs = collate(model, [[image] for image in images])
+    features = backbone.get_image_features(**inputs, return_dict=True).pooler_output
+    assert len(features) >= 2, "features are no longer a list or a batch of images"
+    assert sum(feature.shape[:-1].numel() for feature in features) == sum(counts)
+
+
+def test_head_of_a_vision_language_model_under_fsdp2():
+    if hasattr(trl_utils, "add_fused_lm_head"):  # older versions call the head
+        source = inspect.getsource(trl_utils.add_fused_lm_head)
+        assert "weight = weight.full_tensor()" in source, "TRL gathers the head in another way: remove the override?"
+    norm = fsdp_utils._find_final_norm
+    assert norm(tiny_vision_model("llava")) is None, "Accelerate finds the final norm: remove the override"
+    assert norm(AutoModelForCausalLM.from_config(tiny_vision_model("llava").config.text_config)) is not None
 
 
 def test_multimodal_messages():

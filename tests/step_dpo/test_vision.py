@@ -1,5 +1,6 @@
 """Step pairs with images: tokens, loss, lengths, invalid input, and all that the trainer does with them."""
 
+import re
 import tempfile
 from functools import cache
 
@@ -9,14 +10,16 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stepdpo_trl import SDPOCallback, StepDPOConfig, measure_gamma
-from stepdpo_trl.step_dpo.vision import VisionStepCollator, VisionStepTokenizer, shorter_prefixes
+from stepdpo_trl.step_dpo.dataset import make_step_tokenizer
+from stepdpo_trl.step_dpo.vision import VisionStepCollator, shorter_prefixes
 
+from ..distributed.vision import MODES as DISTRIBUTED_MODES
 from ..distributed.vision import OPTIONS, mixed_rows
 from ..reference_dpo import step_dpo_loss
 from ..tiny import CHATML, byte_level_tokenizer, plain_rows, step_rows, tiny_model
@@ -64,12 +67,8 @@ def inference_inputs(name, row):
 
 def encode(name="llava", row=None, **options):
     processor = processor_named(name)
-    encoder = VisionStepTokenizer(
-        processor=processor,
-        tokenizer=processor.tokenizer,
-        chat_template=processor.chat_template,
-        multimodal=True,
-        **options,
+    encoder = make_step_tokenizer(
+        processor, StepDPOConfig(tempfile.gettempdir(), bf16=False, **{"max_length": None, **options}), images=True
     )
     return encoder(ROW if row is None else row, "row 0")
 
@@ -253,7 +252,7 @@ def test_unused_image_does_not_change_the_loss(name):
     for parameter_name in ran:
         expected = gradients[parameter_name]
         expected = torch.zeros_like(unchanged[parameter_name]) if expected is None else expected
-        torch.testing.assert_close(unchanged[parameter_name], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(unchanged[parameter_name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_forms_of_a_prompt():
@@ -301,11 +300,18 @@ def test_images_as_paths_bytes_and_decoded(tmp_path):
         path,
         {"bytes": data, "path": None},
         {"bytes": None, "path": path},
+        data,
+        tmp_path / "image.png",
         np.array(make_image(1)),
     ]
     first, *others = [encode(row={**ROW, "images": [form]}) for form in forms]
     assert all(other == first for other in others)
     assert encode(row={**ROW, "images": [make_image(2)]})["images_digest"] != first["images_digest"]
+    palette = make_image(1).quantize(8)
+    other = palette.copy()
+    other.putpalette([255 - value for value in palette.getpalette()])
+    digests = {encode(row={**ROW, "images": [image]})["images_digest"] for image in (palette, other)}
+    assert len(digests) == 2
     single = {name: value for name, value in ROW.items() if name != "images"}
     assert encode(row={**single, "image": path}) == first
 
@@ -452,6 +458,48 @@ def test_messages_with_other_placeholders_than_images():
         vision_trainer(rows=rows)
 
 
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_placeholder_in_rows_without_image_column(name):
+    processor = processor_named(name)
+    placeholder = getattr(processor, "boi_token", processor.image_token)
+    options = {"processing_class": processor, "model": model_named("llava"), "ref_model": model_named("llava")}
+    rows = step_rows(4)
+    rows[2]["prompt"] += placeholder
+    message = f"row 2 of the train dataset has no images, but its prompt contains the image placeholder '{placeholder}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vision_trainer(rows=rows, **options)
+    rows = step_rows(4)
+    rows[1]["rejected"] += placeholder
+    with pytest.raises(ValueError, match="`rejected` of row 1 of the train dataset contains the image placeholder"):
+        vision_trainer(rows=rows, **options)
+    rows = [{**row, "prompt": messages_with("image", "text")} for row in step_rows(2)]
+    with pytest.raises(ValueError, match=r"cannot render row 0 .* Number of images provided \(0\) does not match"):
+        vision_trainer(rows=rows, **options)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (3, "TypeError: a value of type `int` is not an image. Use a PIL image, a path, a URL or bytes, or cast"),
+        ([[1, 2], [3, 4]], "TypeError: a value of type `list` is not an image."),
+        ({"bytes": None, "path": None}, "TypeError: neither `bytes` nor `path` is set. Fix the image, or remove"),
+        (b"", "cannot be read: UnidentifiedImageError: "),
+        ("", "FileNotFoundError: there is no file ''. Fix the image, or remove the row."),
+        ("http://127.0.0.1:9/a.png", "cannot be read: Connect"),
+    ],
+)
+def test_values_that_are_not_images(image, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        encode(row={**ROW, "images": [image]})
+    assert str(error.value).startswith("An image of row 0 ")
+
+
+def test_image_that_the_processor_refuses():
+    message = r"Processor cannot process row 0: ValueError: absolute aspect ratio .*\. Fix or remove the row\."
+    with pytest.raises(ValueError, match=message):
+        encode("qwen2_5_vl", {**ROW, "images": [make_image(1, 1000, 2)]})
+
+
 def test_path_that_does_not_exist(tmp_path):
     rows = [{**ROW, "images": [image_file(tmp_path)]}, {**ROW, "images": [str(tmp_path / "missing.png")]}]
     with pytest.raises(ValueError, match=r"An image of row 1 of the train dataset cannot be read: FileNotFoundError"):
@@ -512,6 +560,10 @@ def test_plain_pairs_with_images_in_evaluation():
     evaluation = {"charts": Dataset.from_list(vision_plain_rows(2))}
     with pytest.raises(ValueError, match=r"The charts dataset has ordinary preference pairs with images"):
         vision_trainer(eval_dataset=evaluation)
+    with pytest.raises(ValueError, match=r"The charts dataset has ordinary preference pairs with images"):
+        vision_trainer(rows=step_rows(4), eval_dataset=evaluation)
+    with pytest.raises(ValueError, match=r"The eval dataset has ordinary preference pairs with images"):
+        vision_trainer(rows=step_rows(4)).evaluate(evaluation["charts"])
 
 
 def test_images_only_in_new_evaluation_data():
@@ -583,6 +635,16 @@ def test_evaluation_on_new_data():
 def test_images_only_in_evaluation():
     trainer = run(rows=step_rows(4), eval_dataset=Dataset.from_list(vision_step_rows(4)))
     assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_pairs_of_the_same_prompt_and_image_are_grouped():
+    rows = [{**ROW, "prompt": "What?", "images": [make_image(i // 2)]} for i in range(12)]
+    trainer = vision_trainer(rows=rows, group_by_prompt=True)
+    order = list(trainer._get_train_sampler())
+    assert sorted(order) == list(range(12))
+    groups = [row // 2 for row in order]
+    assert groups[::2] == groups[1::2]
+    assert groups[::2] != sorted(groups[::2])
 
 
 def test_rows_without_images_equal_text_data():
@@ -698,19 +760,51 @@ def test_plain_vision_pairs_are_trained_as_by_dpo_trainer(name, config_cls):
 # -------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_equal_one(strategy, tmp_path):
-    model, single, several = (str(tmp_path / name) for name in ("model", "single", "several"))
+def trained_model(model, folder, lora):
+    """Load the weights written by `save_model` as a user would."""
+    base = LlavaForConditionalGeneration.from_pretrained(model if lora else folder, dtype=torch.float32)
+    return dict((PeftModel.from_pretrained(base, folder) if lora else base).named_parameters())
+
+
+@pytest.fixture(scope="module")
+def single_process(tmp_path_factory):
+    """Folders of a model and of pairs, and trainers and folders of the runs on one process, by mode."""
+    model, pairs, runs = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("pairs")), {}
+    Dataset.from_list(mixed_rows()).save_to_disk(pairs)
     model_named("llava", 1).save_pretrained(model)
     processor_named("llava").save_pretrained(model)
-    launch_strategy("vision.py", strategy, model, several)
-    trainer = make_trainer(model, single, mixed_rows(), shared_prefix="off", **OPTIONS)
-    trainer.train()
-    trainer.save_model()
-    assert read_report(tmp_path / "several", strategy)["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5)
-    one, two = (
-        dict(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).named_parameters())
-        for folder in (single, several)
-    )
-    assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
+    for mode, options in DISTRIBUTED_MODES.items():
+        folder = str(tmp_path_factory.mktemp(mode))
+        options = {name: value for name, value in options.items() if name == "peft_config"}
+        trainer = make_trainer(model, folder, mixed_rows(), shared_prefix="off", **OPTIONS, **options)
+        trainer.train()
+        trainer.save_model()
+        runs[mode] = trainer, folder
+    return model, pairs, runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "modes"),
+    [
+        ("ddp", ["shared"]),
+        ("zero3", ["shared", "padded", "lora"]),
+        ("fsdp2", ["shared"]),
+        pytest.param("ddp", ["padded", "lora"], marks=pytest.mark.long),
+        pytest.param("zero2", ["shared", "padded", "lora"], marks=pytest.mark.long),
+        pytest.param("fsdp2", ["padded", "lora"], marks=pytest.mark.long),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_two_processes_equal_one(strategy, modes, single_process, tmp_path):
+    model, pairs, runs = single_process
+    # CLIP's default list contains a class that only its text model has
+    layers = ("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,CLIPEncoderLayer")
+    options = layers if strategy == "fsdp2" else ()
+    launch_strategy("vision.py", strategy, model, pairs, tmp_path, *modes, options=options)
+    for mode in modes:
+        trainer, folder = runs[mode]
+        report = read_report(tmp_path / mode, strategy)
+        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), mode
+        one, two = (trained_model(model, path, mode == "lora") for path in (folder, str(tmp_path / mode)))
+        assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
