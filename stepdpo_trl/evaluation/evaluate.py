@@ -19,7 +19,8 @@ from ..generation.vllm_arguments import answer_arguments
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, digest_of
-from ..pipeline.session import Session, model_file_name, task_settings
+from ..pipeline.session import Session, model_file_name
+from ..pipeline.task import task_settings
 from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import RecordedChecks, Task, model_service, read_completion, replay

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
-from ..data.checkers import MATH, Checker, resolve_checker
+from ..data.checkers import MATH, Checker
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, StartedServers, make_generator
 from ..runs.run_directory import RunDirectory, RunError
@@ -35,6 +35,7 @@ from .policy import Policy
 from .records import Problem, shard_of, text_digest
 from .run_model import model_of_run, model_settings, server_settings
 from .stage_directory import StageDirectory
+from .task import checker_of, task_settings
 
 logger = logging.getLogger(__name__)
 
@@ -331,42 +332,6 @@ class Session:
             return prm_judge(options.threshold)
         runner.services["human"] = Person(runner.run.log("labels"), options.port)
         return human_judge
-
-
-def task_settings(checker: Checker, steps: str | None = None) -> dict[str, Any]:
-    """Return the settings of a run that are not those of mathematics. Runs of earlier releases have none."""
-    named = {} if checker == MATH else {"checker": checker.name}
-    return {**named, "steps": steps} if steps else named
-
-
-def checker_of(run: RunDirectory) -> Checker:
-    """
-    Return the checker of a run.
-
-    Args:
-        run (`RunDirectory`):
-            The run.
-
-    Returns:
-        `Checker`: The checker that `collect` used.
-
-    Raises:
-        RunError: If its code has changed since.
-        CheckerError: If it does not exist anymore.
-    """
-    settings = run.settings()
-    name = settings.get("collect", {}).get("checker", MATH.name)
-    if "checker" not in settings:
-        return Checker(name)
-    used = Checker(**settings["checker"])
-    checker = resolve_checker(used.spelling)
-    if checker.digest != used.digest:
-        raise RunError(
-            f"The code of the checker {name!r} has changed since the solutions in {run.path} were checked. Run "
-            f"`stepdpo collect` again with --checker {used.spelling}: it checks the stored solutions again, without "
-            "sampling."
-        )
-    return checker
 
 
 def check_settings(

@@ -19,7 +19,8 @@ from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import read_solutions
 from stepdpo_trl.pipeline.judge_options import DEFAULT_CHECK, JudgeOptions
 from stepdpo_trl.pipeline.records import problems_of
-from stepdpo_trl.pipeline.session import Session, checker_of
+from stepdpo_trl.pipeline.session import Session
+from stepdpo_trl.pipeline.task import checker_of
 from stepdpo_trl.quickstart import MODEL_PATH
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 
