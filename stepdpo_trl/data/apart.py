@@ -5,7 +5,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import resource
 import select
 import signal
 import sys
@@ -59,6 +58,8 @@ def adopt_orphans() -> None:
 
 def limit_memory(limit: int) -> None:
     """Limit the memory of this process to what it has now and `limit` bytes more (Linux)."""
+    import resource  # not on Windows
+
     with contextlib.suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -108,6 +109,8 @@ def call_apart(
 
 def _run(function: Callable[..., Any], arguments: Sequence[Any], writer: int, memory_limit: int) -> NoReturn:
     """Call the function, write the result and end this process."""
+    import resource
+
     this = os.getpid()
     reply: dict[str, Any] = {"failure": "the checker ended without a result"}
     try:
