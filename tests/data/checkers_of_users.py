@@ -57,7 +57,7 @@ def forks(problem, solution):
 def exhausts_memory(problem, solution):
     taken = []
     while True:
-        taken.append(bytearray(2**26))
+        taken.append(bytearray(2**22))
 
 
 def one_argument(problem):

@@ -21,7 +21,7 @@ LINUX = sys.platform == "linux"
 
 @pytest.fixture(scope="module")
 def pool():
-    with AnswerChecker(2, time_limit=1.0, memory_limit=2**28) as pool:
+    with AnswerChecker(2, time_limit=1.0, memory_limit=2**26) as pool:
         yield pool
 
 
@@ -91,7 +91,7 @@ def test_outcomes_of_a_function(pool):
         ("hangs", "checking took more than 1 s"),
         pytest.param(
             "exhausts_memory",
-            "checking took more than 0.25 GiB of memory",
+            "checking took more than 0.0625 GiB of memory",
             marks=pytest.mark.skipif(not LINUX, reason="memory is limited on Linux"),
         ),
     ],
