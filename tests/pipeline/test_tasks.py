@@ -377,7 +377,7 @@ def write(path, rows):
         (["--steps", "lines"], "--steps 'lines' is not known. Did you mean 'line'?"),
         (["--steps", "(a"], "--steps '(a' is not a valid regular expression: missing ), unterminated subpattern"),
         (["--steps", r"\n*"], r"--steps '\\n*' matches the empty string"),
-        (["--checker", "choice"], "1 gold answers are not one of the letters A to E, such as '0' of the problem 'q1'"),
+        (["--checker", "choice"], "1 gold answers are not one of the letters A to E ('q1': '0')"),
         (
             ["--checker", "exact", "--problems", "no_answer.jsonl"],
             "1 rows of no_answer.jsonl cannot be used: row 1: no",
