@@ -60,7 +60,7 @@ def date_in(seconds):
         ("0.5", 0.5),
         ("inf", float("inf")),
         ("100000", 100000),
-        *((value, 0) for value in ("-5", "-inf", "nan", "", "soon", "1e999x", "\u0661st", date_in(-60))),
+        *((value, 0) for value in ("-5", "-inf", "nan", "", "soon", "1e999x", "\u0661st")),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
         ("Mon, 99 Foo 2020 00:00:00 GMT", 0),
     ],
@@ -72,6 +72,7 @@ def test_retry_after(value, seconds):
 def test_retry_after_of_a_date():
     assert 55 < retry_after({"retry-after": date_in(60)}) <= 60
     assert 55 < retry_after({"retry-after": date_in(60).replace("GMT", "-0000")}) <= 60
+    assert retry_after({"retry-after": date_in(-60)}) == 0
     assert retry_after({}) == 0
 
 
