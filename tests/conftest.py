@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from .tiny import CHATML, byte_level_tokenizer, save_tiny_model
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars clutter the output of failed tests
 torch.set_num_threads(1)
+
+# A shell starts background jobs with Ctrl-C ignored, and so would the commands under test
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Use fixed examples in CI, where a random failure would block unrelated changes
 settings.register_profile("ci", derandomize=True)
