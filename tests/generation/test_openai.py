@@ -154,9 +154,9 @@ def send(generator, requests, sampling=None, done=()):
             list(run_tasks(map(task, requests), {"model": model_service(generator, sampling or Sampling(), log, "s")}))
         except (GenerationError, KeyboardInterrupt) as failure:
             error = failure
-        kept = Log(log.path)
+        kept = {key: record for key, record in Log(log.path).items() if key not in done}
     fields = Completion.__dataclass_fields__
-    return {k: Completion(**{name: kept[k][name] for name in fields}) for k in kept if k not in done}, error
+    return {key: Completion(**{name: kept[key][name] for name in fields}) for key in kept}, error
 
 
 def ask(server, count=6, concurrent=2, done=(), prompt="text", top_k=0, url=None, **options):
