@@ -10,7 +10,7 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
 	tqdm transformers trl truststore typing_extensions xxhash
 
-.PHONY: help quickstart test test-all test-fast test-oldest bench bench-gpu wheels lint format clean
+.PHONY: help quickstart test test-all test-fast test-oldest fuzz bench bench-gpu wheels lint format clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ test-oldest:  ## Run all tests on the oldest supported TRL
 	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/.test  ## Feed random hard texts to all parsers for FUZZ_SECONDS=300
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/test_parsers.py -k fuzz
 
 bench: $(VENV)/.core  ## Compare the throughput with DPOTrainer on this CPU (15 minutes on two cores)
 	mkdir -p build

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from pebble import ProcessExpired, ProcessPool
 
-from .answer_rules import agrees, final_answer
+from .answer_rules import MAX_LENGTH, agrees, final_answer
 
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
 TIME_LIMIT = 10.0  # seconds
@@ -59,6 +59,8 @@ def check_answer(gold: str, text: str) -> Check:
     answer = final_answer(text)
     if answer is None:
         return Check(UNREADABLE, reason="no final answer")
+    if max(len(gold), len(answer)) > MAX_LENGTH:
+        return Check(UNREADABLE, reason=f"more than {MAX_LENGTH} characters to compare")
     try:
         return Check(RIGHT if agrees(gold, answer, _equal) else WRONG, answer)
     except _UnreadableError as error:
@@ -148,9 +150,11 @@ def check_golds(checker: AnswerChecker, golds: Sequence[str]) -> list[int]:
             The gold answers.
 
     Returns:
-        `list[int]`: Indices of the gold answers that are not words and that math-verify cannot parse.
+        `list[int]`: Indices of the gold answers that are not words and that math-verify cannot parse, and of
+        those that are too long to compare.
     """
-    doubtful = [index for index, gold in enumerate(golds) if not re.fullmatch(r"-?[\d.,]*\d|[A-Za-z][A-Za-z ]*", gold)]
+    plain = re.compile(r"-?[\d.,]{0,100}\d|[A-Za-z][A-Za-z ]{0,100}")
+    doubtful = [index for index, gold in enumerate(golds) if not plain.fullmatch(gold)]
     # A different answer forces math-verify to parse the gold answer
     checks = checker.check((golds[index], "\\boxed{123456789}") for index in doubtful)
     return [index for index, check in zip(doubtful, checks, strict=True) if check.outcome == UNREADABLE]

@@ -76,7 +76,7 @@ class StepPreference:
                 raise ValueError(f"`{column}` of {where} is {_show(step)}. It must be a non-empty string.{hint}")
             if not step.strip():
                 raise ValueError(
-                    f"`{column}` of {where} is empty ({step!r}), so there is no step to train on. Remove the row."
+                    f"`{column}` of {where} is empty ({_show(step)}), so there is no step to train on. Remove the row."
                 )
         if row["chosen"] == row["rejected"]:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
-from ..data.answer_rules import normalize
+from ..data.answer_rules import MAX_LENGTH, normalize
 from ..data.answers import RIGHT, UNREADABLE, Check
 from ..pipeline.policy import Continuation
 from ..pipeline.records import text_digest
@@ -56,7 +56,7 @@ def vote(samples: Sequence[Continuation]) -> Task[Vote]:
     Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
     Two answers count as the same if both are right, or if the answer checker says that they are equal. Samples without
-    a readable answer have no vote.
+    a readable answer have no vote, and neither have answers that are too long to compare.
 
     Args:
         samples (`Sequence[Continuation]`):
@@ -65,7 +65,8 @@ def vote(samples: Sequence[Continuation]) -> Task[Vote]:
     Returns:
         `Vote`: The winning answer.
     """
-    checks = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
+    readable = (sample.check for sample in samples if sample.check.outcome != UNREADABLE)
+    checks = [check for check in readable if len(check.answer or "") <= MAX_LENGTH]
     if not checks:
         return Vote(UNREADABLE)
     keys = [None if check.outcome == RIGHT else _key(check.answer or "") for check in checks]
@@ -78,7 +79,7 @@ def vote(samples: Sequence[Continuation]) -> Task[Vote]:
 
 def _key(answer: str) -> Key:
     answer = normalize(answer)
-    return Fraction(answer) if re.fullmatch(r"-?\d+(?:\.\d+)?", answer) else answer
+    return Fraction(answer) if re.fullmatch(r"-?\d{1,100}(?:\.\d{1,100})?", answer) else answer
 
 
 def _first_equal(keys: Sequence[Key]) -> Task[dict[Key, Key]]:

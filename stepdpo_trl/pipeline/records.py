@@ -228,7 +228,7 @@ def _read_rows(path: Path) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"Line {number} of {path} is not JSON ({error}): {line[:60]!r}. Problems are read from JSON Lines, "
                 "with one object per line, or from .parquet."

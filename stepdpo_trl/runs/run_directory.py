@@ -55,7 +55,7 @@ class Log(Mapping[str, dict[str, Any]]):
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise RunError(
                     f"Line {number} of {self.path} is not a record of this package ({line[:80]!r}). Restore the file, "
                     "or remove the line to compute its record again."
