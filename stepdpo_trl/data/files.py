@@ -1,5 +1,6 @@
 """Data file formats, and atomic writes of files and folders. Standard library only."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,11 @@ from pathlib import Path
 
 # Suffixes of data files, and the name of their builder in `datasets`
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def file_pattern(path: str) -> str:
+    """Return a path for `load_dataset`, which takes `pairs[1].jsonl` for a pattern. An existing file is that file."""
+    return glob.escape(path) if Path(path).exists() else path
 
 
 def partial_path(path: Path) -> Path:

@@ -75,6 +75,39 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0)  # type: ignore[return-value]
 
 
+class CheckedScores(LogitsProcessor):
+    """
+    Check that the scores of a model are numbers. A model with NaN would otherwise end in an error about an index.
+
+    Args:
+        name (`str`):
+            Name of the model for the error message.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Return the scores.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`):
+                Prompts and the tokens generated so far.
+            scores (`torch.FloatTensor` of shape `(batch, vocab)`):
+                Logits of the next token.
+
+        Raises:
+            GenerationError: If the highest score of a row is not finite.
+        """
+        if not scores.amax(-1).isfinite().all():
+            raise GenerationError(
+                f"The scores of the model {self.name!r} are not a number (NaN or infinite). Its training may have "
+                "diverged, or its numbers exceed the range of --dtype float16. Use another model, or another dtype."
+            )
+        return scores
+
+
 class TransformersGenerator:
     """
     Generator that runs a model in transformers.
@@ -177,7 +210,9 @@ class TransformersGenerator:
     def _run(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(map(len, prompts))
         device = self.model.device
-        processors = [SeededSampling(seeds, sampling, width)] if sampling.temperature else []
+        processors: list[LogitsProcessor] = [CheckedScores(self.model.config.name_or_path)]
+        if sampling.temperature:
+            processors.append(SeededSampling(seeds, sampling, width))
         generate: Any = self.model.generate
         rows = generate(
             input_ids=torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in prompts], device=device),

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import DATA_FILES
+from ..data.files import DATA_FILES, file_pattern
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
@@ -108,7 +108,7 @@ def _load(source: str, split: str) -> "Dataset":
         _check_file(path)
     try:
         if is_file:
-            return load_dataset(DATA_FILES[path.suffix], data_files={"train": source}, split="train")
+            return load_dataset(DATA_FILES[path.suffix], data_files={"train": file_pattern(source)}, split="train")
         data = load_dataset(source)
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]

@@ -1,6 +1,7 @@
 """Log-probabilities of the two steps of a pair under a model."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runs.progress import progress_bar
+from ..runs.run_directory import RunError
 
 
 @torch.no_grad()
@@ -32,6 +34,9 @@ def add_logps(
             `chosen_ids` and `rejected_ids`, such as [`~stepdpo_trl.step_dpo.tokenization.StepTokenizer`].
         batch_size (`int`, *optional*, defaults to `8`):
             Number of steps per forward pass.
+
+    Raises:
+        RunError: If a log-probability is not finite.
     """
     jobs = []
     for number, row in enumerate(rows):
@@ -54,4 +59,10 @@ def add_logps(
         for (row, name, prefix, step), of_row in zip(part, logits, strict=True):
             first = places.index(len(prefix) - 1)
             logps = of_row[first : first + len(step)].float().log_softmax(-1)
-            row[f"{name}_logps"] = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()
+            logp = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()
+            if not math.isfinite(logp):
+                raise RunError(
+                    f"The log-probability of a {name} step is {logp} under the model {model.config.name_or_path!r}. Its "
+                    "training may have diverged. Use another model."
+                )
+            row[f"{name}_logps"] = logp

@@ -212,10 +212,10 @@ def _read_rows(path: Path) -> list[Any]:
         near = get_close_matches(path.name, names, n=1, cutoff=0.75)
         raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
     if path.suffix == ".parquet":
-        from datasets import Dataset
+        import pyarrow.parquet
 
-        try:
-            return list(Dataset.from_parquet(str(path)))
+        try:  # not with datasets, which caches the rows by path and time, and takes problems[1].parquet for a pattern
+            return pyarrow.parquet.ParquetFile(path).read().to_pylist()
         except (OSError, ValueError) as error:
             raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     rows = []

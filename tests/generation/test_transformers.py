@@ -82,6 +82,19 @@ def test_a_resumed_run_forms_the_same_batches(quickstart):
     assert rest == {key: whole[key] for key in order[5:]}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers(temperature):
+    """As after a training that has diverged."""
+    tokenizer = byte_level_tokenizer()
+    model = tiny_model(len(tokenizer))
+    generator = TransformersGenerator(model, tokenizer)
+    generator.model.config.name_or_path = "stage-1/model"
+    assert answers(generator, [Request("a", "1", 0)], Sampling(temperature, 1.0, 2))
+    torch.nn.init.constant_(model.lm_head.weight[3:4], float("nan"))
+    with pytest.raises(GenerationError, match=r"scores of the model 'stage-1/model' are not a number \(NaN"):
+        answers(generator, [Request("a", "1", 0)], Sampling(temperature, 1.0, 2))
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
     [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.6, 0), (1.0, 1.0, 3), (0.7, 0.7, 2), (1.0, 0.9, 9)],

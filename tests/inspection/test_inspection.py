@@ -530,3 +530,11 @@ def test_images_that_cannot_be_shown(pairs_with_images, chat_model, tmp_path, ca
     status, _, err = inspect(capsys, monkeypatch, pairs_with_images)
     assert status == 2
     assert "An image of row 0 of" in err
+
+
+def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path):
+    for name, step in (("pairs[1].jsonl", "meant"), ("pairs1.jsonl", "other")):
+        row = {"prompt": "p", "initial_reason_steps": "", "chosen": step, "rejected": "r"}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    (example,) = read_pairs(str(tmp_path / "pairs[1].jsonl"), "train", [0])
+    assert example.parts[0].text == "meant"

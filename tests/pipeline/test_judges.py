@@ -252,7 +252,7 @@ def test_qwen_prm():
 
 
 def test_prm_abstains_on_solutions_that_it_cannot_score(tmp_path):
-    """`<extra_0>` in the problem or in a step concerns this solution only. So do probabilities that are not numbers."""
+    """`<extra_0>` in a problem or step, or probabilities that are not numbers, concern one solution only."""
     tokenizer = byte_level_tokenizer(CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
     torch.manual_seed(0)
