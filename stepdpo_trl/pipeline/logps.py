@@ -62,7 +62,7 @@ def add_logps(
             logp = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()
             if not math.isfinite(logp):
                 raise RunError(
-                    f"The log-probability of a {name} step is {logp} under the model {model.config.name_or_path!r}. Its "
-                    "training may have diverged. Use another model."
+                    f"The log-probability of a {name} step is {logp} under the model {model.config.name_or_path!r}. "
+                    "Its training may have diverged. Use another model."
                 )
             row[f"{name}_logps"] = logp

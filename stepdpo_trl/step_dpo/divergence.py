@@ -33,8 +33,8 @@ def check_finite(trainer: Any) -> None:
     found = [f"{everywhere} of {len(trained)} weights are not finite{f', such as {broken[0]}' if broken else ''}"]
     raise FloatingPointError(
         f"Training diverged: {'; '.join((found if everywhere else []) + metrics)}. The model cannot be used. Decrease "
-        f"learning_rate (now {trainer.args.learning_rate:g}) or increase warmup, check the model that was trained, and "
-        "start again in an empty output_dir."
+        f"learning_rate (now {trainer.args.learning_rate:g}) or increase warmup, check the model that was trained, "
+        "and start again in an empty output_dir."
     )
 
 
