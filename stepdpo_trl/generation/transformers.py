@@ -163,7 +163,7 @@ class TransformersGenerator:
             model = AutoModelForCausalLM.from_pretrained(
                 spec.model, revision=spec.revision, dtype=dtype, device_map=device
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any type for damaged files, or pickles that would run code
             raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
         if spec.adapter is not None:
             model = _load_adapter(model, spec)

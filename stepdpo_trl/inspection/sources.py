@@ -10,7 +10,7 @@ from ..data.files import DATA_FILES, file_pattern
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
-from ..pipeline.collect import read_solutions
+from ..pipeline.collect import read_settings, read_solutions
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
 from ..pipeline.records import Solution, Verdict
@@ -198,7 +198,7 @@ def _solutions(folder: Path) -> list[Found]:
         if "collect" not in run.settings():
             return []
         verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
-        user = run.settings()["collect"]["prompt"]["user"]
+        user = read_settings(run)["prompt"]["user"]
         return [
             (
                 solution,

@@ -2,8 +2,9 @@
 
 import logging
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
 from ..data.steps import split_steps
 from ..runs.run_directory import RunDirectory, RunError
-from .collect import read_problems_of, read_solutions
+from .collect import read_problems_of, read_settings, read_solutions
 from .policy import render_template
-from .records import Problem, read_texts
-from .rectify import current_corrections, normalize_step, outdated_corrections
+from .records import Problem, Solution, read_texts
+from .rectify import current_corrections, normalize_step, outdated_corrections, reading_correction
 
 logger = logging.getLogger(__name__)
 
 PairRow = dict[str, Any]
+_SHARD = re.compile(r"shard-(\d{1,9})-of-(\d{1,9})")
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -38,11 +40,13 @@ def run_directories(path: str | Path) -> list[Path]:
         RunError: If shards are missing, or the folder holds several runs.
     """
     path = Path(path)
-    shards = sorted(path.glob("shard-*-of-*"))
-    if not shards:
+    named = [(shard, _SHARD.fullmatch(shard.name)) for shard in sorted(path.glob("shard-*-of-*"))]
+    matches = [(shard, match) for shard, match in named if match and shard.is_dir()]
+    if not matches:
         return [path]
-    counts = {int(shard.name.rpartition("-")[2]) for shard in shards}
-    found = {int(shard.name.split("-")[1]) for shard in shards}
+    shards = [shard for shard, _ in matches]
+    counts = {int(match[2]) for _, match in matches}
+    found = {int(match[1]) for _, match in matches}
     if len(counts) > 1 or (path / "solutions.jsonl").exists():
         raise RunError(
             f"{path} holds runs that do not belong together ({', '.join(s.name for s in shards)}). Move them to "
@@ -86,36 +90,77 @@ def make_pairs(run: RunDirectory, corrections: str | None = None) -> Iterator[Pa
             f"{len(outdated)} corrections in {run.path} belong to verdicts that `localize` has replaced since, and "
             "are left out. Run `stepdpo rectify` again to correct the steps that are now located."
         )
-    settings = run.settings()["collect"]
+    settings = read_settings(run)
     prompt = StepPrompt(**settings["prompt"])
     solutions = {solution.key: solution for solution in read_solutions(run)}
     for key, record in sorted(records[corrections].items()):
-        solution = solutions[key]
-        wrong = split_steps(solution.text)
-        step = record["step"]
-        prefix, wrong_span = wrong.prefix(step), wrong.spans[step - 1]
-        for found in record["found"]:
-            corrected = split_steps(found["text"], wrong.style)
-            yield {
-                "dataset": settings["problems"],
-                "prompt": render_template(prompt.user, problem=solution.problem.problem),
-                "initial_reason_steps": prefix,
-                "chosen": corrected.step(step),
-                "rejected": wrong.step(step),
-                "full_chosen": found["text"][corrected.spans[step - 1].begin :],
-                "full_rejected": solution.text[wrong_span.begin :],
-                "answer": solution.problem.answer,
-                "step_index": step,
-                "chosen_ends_solution": len(corrected) == step and found["finish"] == "stop",
-                "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
-                "source": f"{corrections}:{found['key']}",
-                "problem_id": solution.problem.id,
-            }
+        if key not in solutions:
+            raise RunError(
+                f"The solution {key!r}, which has a correction, is not in {run.path / 'solutions.jsonl'}. Run the "
+                "same `stepdpo collect` command again, which adds it."
+            )
+        text = render_template(prompt.user, problem=solutions[key].problem.problem)
+        shared = {"dataset": settings["problems"], "prompt": text}
+        with reading_correction(run, corrections, key):
+            rows = [{**shared, **_pair(solutions[key], record["step"], found)} for found in record["found"]]
+        for row in rows:
+            yield {**row, "source": f"{corrections}:{row['source']}", "problem_id": solutions[key].problem.id}
+
+
+def _pair(solution: Solution, step: int, found: Mapping[str, Any]) -> PairRow:
+    """Make a step pair of a wrong solution and a continuation that was found for one of its steps."""
+    wrong = split_steps(solution.text)
+    corrected = split_steps(found["text"], wrong.style)
+    if not 1 <= step <= min(len(wrong), len(corrected)):
+        raise IndexError(f"step {step} is not in the solution, which has {len(wrong)}, or not in its correction")
+    return {
+        "initial_reason_steps": wrong.prefix(step),
+        "chosen": corrected.step(step),
+        "rejected": wrong.step(step),
+        "full_chosen": found["text"][corrected.spans[step - 1].begin :],
+        "full_rejected": solution.text[wrong.spans[step - 1].begin :],
+        "answer": solution.problem.answer,
+        "step_index": step,
+        "chosen_ends_solution": len(corrected) == step and found["finish"] == "stop",
+        "rejected_ends_solution": len(wrong) == step and solution.finish_reason == "stop",
+        "source": found["key"],
+    }
+
+
+# Spellings of the same operator, after NFKC
+_OPERATORS = (
+    (re.compile(r"\\(?:left|right)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[cdt]frac(?![a-zA-Z])"), r"\\frac"),
+    (
+        re.compile(r"\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7\u2217\u2219\u22c5]|(?<=[\d)])\s*[xX]\s*(?=[\d(])"),
+        "*",
+    ),
+    (re.compile(r"\\div(?![a-zA-Z])|[\u00f7\u2044\u2215]"), "/"),
+    (re.compile(r"[\u2010-\u2015\u2212]"), "-"),
+    (re.compile(r"\\leq?(?![a-zA-Z])|\u2264"), "<="),
+    (re.compile(r"\\geq?(?![a-zA-Z])|\u2265"), ">="),
+)
 
 
 def normalize_problem(text: str) -> str:
-    """Normalize a problem for comparison: keep letters, digits and operators only."""
-    return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
+    r"""
+    Normalize a problem for comparison: keep letters, digits and operators only.
+
+    Typographic variants are the same: full-width and composed characters (NFKC), spellings of operators such as
+    `\times`, the sign for it and "3 x 4", dashes, and superscripts.
+
+    Args:
+        text (`str`):
+            The problem.
+
+    Returns:
+        `str`: The comparison key.
+    """
+    text = re.sub("[\u00b2\u00b3\u00b9\u2070-\u2079]+", r"^\g<0>", text)  # NFKC turns 5\u00b2 into 52
+    text = unicodedata.normalize("NFKC", text)
+    for spelling, operator in _OPERATORS:
+        text = spelling.sub(operator, text)
+    return unicodedata.normalize("NFKC", re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold())
 
 
 def select_pairs(
@@ -133,7 +178,7 @@ def select_pairs(
         problems (`dict[str, Problem]`):
             Problems of the pairs, by id.
         excluded (`Iterable[str]`, *optional*):
-            Problems of test sets. They are compared by their letters, digits and operators.
+            Problems of test sets, compared by [`normalize_problem`].
         max_pairs_per_problem (`int`, *optional*):
             Maximum number of pairs per problem. Pairs with different wrong steps are kept first.
 

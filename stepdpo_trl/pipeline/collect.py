@@ -4,13 +4,18 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
+from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.prompts import StepPrompt
 from ..data.steps import split_steps
+from ..generation import ModelSpec, Sampling
 from ..runs.run_directory import Log, RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .policy import Policy
+from .reading import reading
 from .records import Problem, Solution, write_problem
 
 logger = logging.getLogger(__name__)
@@ -114,24 +119,65 @@ def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
         log.extend(missing)
 
 
+_RESTORE = "Restore the file, or remove the line and run the same `stepdpo collect` command again, which adds it."
+
+
+def read_settings(run: RunDirectory) -> dict[str, Any]:
+    """
+    Read the settings of `collect`.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `dict`: The settings, as passed to [`~stepdpo_trl.pipeline.session.Session.collect`].
+
+    Raises:
+        RunError: If they are missing, or were edited or written by another release.
+    """
+    log = run.settings()
+    if "collect" not in log:
+        raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
+    settings = log["collect"]
+    fix = "Restore the line, or start a new run. Runs of other releases can have other settings."
+    with reading("The record 'collect'", log.path, fix):
+        StepPrompt(**settings["prompt"]), Sampling(**settings["sampling"])
+        unknown = settings["model"].keys() - {field.name for field in fields(ModelSpec)}
+        if unknown:
+            raise TypeError(f"`model` has an unknown field {min(unknown)!r}")
+        missing = [f"model.{name}" for name in ("model", "backend") if name not in settings["model"]]
+        missing += [name for name in ("problems", "num_samples", "seed", "shard") if name not in settings]
+        if missing:
+            raise KeyError(missing[0])
+    return settings
+
+
 def read_problems_of(run: RunDirectory) -> dict[str, Problem]:
     """Read the problems of a run, by id."""
-    return {key: Problem(key, **record) for key, record in run.log("problems").items()}
+    log, problems = run.log("problems"), {}
+    for key, record in log.items():
+        with reading(f"The problem {key!r}", log.path, _RESTORE):
+            problems[key] = Problem(key, **record)
+    return problems
 
 
 def read_solutions(run: RunDirectory) -> Iterator[Solution]:
     """Read the solutions of a run."""
     problems = read_problems_of(run)
     log: Log = run.log("solutions")
+    names = ("text", "outcome", "finish_reason", "answer")
     for key, record in log.items():
-        yield Solution(
-            key,
-            problems[record["problem"]],
-            record["text"],
-            record["outcome"],
-            record["finish_reason"],
-            record["answer"],
-        )
+        with reading(f"The solution {key!r}", log.path, _RESTORE):
+            if record["problem"] not in problems:
+                raise RunError(
+                    f"The problem {record['problem']!r} of the solution {key!r} is not in "
+                    f"{run.path / 'problems.jsonl'}. {_RESTORE}"
+                )
+            solution = Solution(key, problems[record["problem"]], *(record[name] for name in names))
+            if not isinstance(solution.text, str):
+                raise TypeError("its text is not a string")
+        yield solution
 
 
 def wrong_solutions(run: RunDirectory) -> list[Solution]:
@@ -154,7 +200,7 @@ def wrong_solutions(run: RunDirectory) -> list[Solution]:
     if not solutions:
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
     if not wrong:
-        if run.settings()["collect"]["shard"] == [0, 1]:
+        if read_settings(run)["shard"] == [0, 1]:
             raise RunError(no_wrong_answers(counts))
         logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have wrong solutions
     return wrong

@@ -11,6 +11,7 @@ from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
+from .reading import reading
 from .records import Solution, Verdict
 from .stage_directory import append_changed
 
@@ -74,7 +75,14 @@ def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str
         name = canonical(name)
     if name not in logs:
         raise RunError(f"{run.path} holds no verdicts of {judge_name!r}, only of {', '.join(logs)}.")
-    return name, {key: Verdict(**record) for key, record in logs[name].items()}
+    verdicts = {}
+    fix = f"Remove its line and run `stepdpo localize {run.path} --judge {name}` again."
+    for key, record in logs[name].items():
+        with reading(f"The verdict of {key!r}", logs[name].path, fix):
+            verdict = verdicts[key] = Verdict(**record)
+            if type(verdict.step) not in (int, type(None)) or not isinstance(verdict.evidence, dict):
+                raise TypeError("its step is not a number, or its evidence is not an object")
+    return name, verdicts
 
 
 def agreement(run: RunDirectory) -> dict[tuple[str, str], dict[str, Any]]:

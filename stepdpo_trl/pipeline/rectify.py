@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 from ..data.answers import RIGHT
 from ..data.steps import Steps, split_steps
-from ..runs.run_directory import RunDirectory
+from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .collect import wrong_solutions
@@ -15,6 +15,7 @@ from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Continuation, Policy
+from .reading import reading
 from .records import Solution
 from .stage_directory import append_changed
 
@@ -72,6 +73,11 @@ def rectify(
         found: list[dict[str, Any]] = []
         tried = dropped = 0
         steps = split_steps(solution.text)
+        if not 1 <= step <= len(steps):
+            raise RunError(
+                f"The verdict of {solution.key!r} in {runner.run.path / f'verdicts.{found_in}.jsonl'} is step {step}, "
+                f"but the solution has {len(steps)} steps. Remove its line and run `stepdpo localize` again."
+            )
         seen = {normalize_step(steps.step(step))}
         while len(found) < num_corrections and tried < max_attempts:
             numbers = range(tried, min(max_attempts, max(1, 2 * tried)))
@@ -141,13 +147,21 @@ def current_corrections(run: RunDirectory) -> dict[str, dict[str, dict[str, Any]
     Returns:
         `dict[str, dict[str, dict]]`: For each set of corrections, the records by solution key.
     """
-    current = {}
+    current: dict[str, dict[str, dict[str, Any]]] = {}
     for name, log in run.logs("corrections").items():
-        steps = _located_steps(run, name)
-        current[name] = {
-            key: record for key, record in log.items() if steps.get(key, record["step"]) == record["step"]
-        }
+        steps, current[name] = _located_steps(run, name), {}
+        for key, record in log.items():
+            with reading_correction(run, name, key):
+                step, _, _ = record["step"], record["samples"] + record["dropped"], len(record["found"])
+                if steps.get(key, step) == step:
+                    current[name][key] = record
     return current
+
+
+def reading_correction(run: RunDirectory, name: str, key: str) -> AbstractContextManager[None]:
+    """Return a context in which a correction is read; see [`~stepdpo_trl.pipeline.reading.reading`]."""
+    path = run.path / f"corrections.{name}.jsonl"
+    return reading(f"The correction of {key!r}", path, "Remove its line and run `stepdpo rectify` again.")
 
 
 def outdated_corrections(run: RunDirectory, name: str) -> list[str]:
@@ -169,5 +183,7 @@ def outdated_corrections(run: RunDirectory, name: str) -> list[str]:
 
 
 def _located_steps(run: RunDirectory, corrections: str) -> dict[str, int | None]:
-    verdicts = run.logs("verdicts").get(corrections.partition(".by-")[0])
-    return {key: record["step"] for key, record in verdicts.items()} if verdicts is not None else {}
+    judge_name = corrections.partition(".by-")[0]
+    if judge_name not in run.logs("verdicts"):
+        return {}
+    return {key: verdict.step for key, verdict in read_verdicts(run, judge_name)[1].items()}

@@ -250,9 +250,7 @@ class Session:
     def _model_of(self, run: RunDirectory, changes: dict[str, Any] | None = None) -> ModelSpec:
         """Return the model that wrote the solutions, at the same server, with the fields that have changed since."""
         settings, changes = run.settings(), changes or {}
-        if "collect" not in settings:
-            raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-        model = {**settings["collect"]["model"], **changes}
+        model = {**collecting.read_settings(run)["model"], **changes}
         if model["backend"] == "openai" and "base_url" not in changes:
             if "server" not in settings:
                 raise RunError(
@@ -274,7 +272,7 @@ class Session:
         service: str = "policy",
     ) -> Policy:
         """Make a policy of a model. `settings` are those of `collect`, if they are not in the run folder yet."""
-        settings = settings or runner.run.settings()["collect"]
+        settings = settings or collecting.read_settings(runner.run)
         generator = self.generator(model)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
@@ -294,7 +292,7 @@ class Session:
             generator = self.generator(options.model)
             log = runner.run.log(f"generations.{service}")
             runner.services[service] = model_service(generator, sampling, log, runner.name)
-            seed = runner.run.settings()["collect"]["seed"]
+            seed = collecting.read_settings(runner.run)["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
             from .judges.prm_model import ProcessRewardModel, RecordedPRM

@@ -247,8 +247,9 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Compute the number of steps, and check that there is at least one batch."""
         if has_length(dataloader) and len(dataloader) == 0:
+            rows: Any = self.train_dataset
             raise ValueError(
-                f"The train dataset has {len(dataloader.dataset)} rows, which is less than one batch, and "
+                f"The train dataset has {len(rows)} rows, which is less than one batch, and "
                 "`dataloader_drop_last=True` drops them all. Set it to False, or decrease the batch size."
             )
         return super().set_initial_training_values(args, dataloader)

@@ -1,15 +1,18 @@
 """Training that diverges, or trains nothing, is an error."""
 
 import json
+import math
+import multiprocessing
 
 import pytest
 import torch
+from datasets import Dataset
 
 from stepdpo_trl.cli import train
 from stepdpo_trl.step_dpo.divergence import check_finite
 
 from ..tiny import step_rows
-from ..training import make_trainer
+from ..training import assert_same_weights, make_trainer, weights
 
 
 @pytest.fixture
@@ -58,6 +61,36 @@ def test_a_diverged_training_saves_no_model(chat_model, tmp_path):
     with pytest.raises(FloatingPointError, match="Training diverged"):
         train.main([*options, "--learning_rate", "1e38", "--save_strategy", "no", "--dtype", "float32"])
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_dataset_of_one_row(chat_model, tmp_path):
+    trainer = make_trainer(chat_model, tmp_path, step_rows(1), eval_dataset=Dataset.from_list(step_rows(1)))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.evaluate()["eval_loss"] < math.log(2)  # the same pair
+    check_finite(trainer)
+
+
+def test_an_empty_evaluation_set(chat_model, tmp_path):
+    empty = Dataset.from_list(step_rows(1)).select([])
+    with pytest.raises(ValueError, match=r"eval dataset is empty\. Check how it was loaded"):
+        make_trainer(chat_model, tmp_path, eval_dataset=empty)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers(method, chat_model, tmp_path):
+    """Batches made in worker processes are the same, however these are started."""
+    trainer = make_trainer(chat_model, tmp_path)
+    trainer.train()
+    other = make_trainer(chat_model, tmp_path, dataloader_num_workers=1)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        other.train()
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert_same_weights(weights(trainer), weights(other), rtol=0, atol=0)
 
 
 def test_fewer_rows_than_a_batch_that_are_all_dropped(chat_model, tmp_path):

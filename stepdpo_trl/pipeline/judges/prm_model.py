@@ -75,7 +75,7 @@ class ProcessRewardModel:
             auto_class: Any = AutoModel if custom else AutoModelForTokenClassification
             model = auto_class.from_pretrained(name, config=config, dtype="auto", device_map=device, **options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any type for damaged files, or pickles that would run code
             raise GenerationError(f"The process reward model {name!r} cannot be loaded: {error}") from error
         return cls(model, tokenizer)
 
