@@ -112,6 +112,14 @@ def test_edited_records(name, key, record, message, run, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["time.json", "build.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', '{"collect": null}'])
+def test_edited_files(name, content, run, capsys):
+    (run / name).write_text(content)
+    assert main(["report", str(run)]) == 2
+    assert f"{run / name} cannot be used: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("step", [99, 0, -1])
 def test_steps_that_do_not_exist(step, run, capsys):
     Log(run / "corrections.arithmetic.jsonl").append(KEY, {**CORRECTION, "step": step})
