@@ -10,7 +10,7 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
 	tqdm transformers trl truststore typing_extensions xxhash
 
-.PHONY: help quickstart test test-all test-fast test-oldest fuzz browser bench bench-gpu wheels lint format clean
+.PHONY: help quickstart test test-all test-fast test-oldest fuzz browser bench bench-gpu wheels lint format dist clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -71,6 +71,13 @@ lint: $(VENV)/.dev  ## Check style and types
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# `twine upload dist/*` publishes the result
+dist: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/, and test them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/test_package.py
 
 clean:  ## Remove environments, build outputs and caches
 	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,145 +1,291 @@
 """
-Measure how many samples step pairs cost.
+Share of a server's slots that the data pipeline keeps busy, measured with a simulated server.
 
-    python examples/benchmark_pipeline.py
+    python examples/benchmark_pipeline.py                      # all settings below, about 25 minutes
+    python examples/benchmark_pipeline.py --slots 64 --ms 5 --problems 800 --num_samples 2 --tail 0.02
 
-The benchmark compares localization by binary search with a linear scan of all prefixes, and rectification in rounds
-with a fixed number of 20 samples. Both sides use the same samples of the quickstart model on long problems, so their
-verdicts and yields can be compared one by one. It takes about five minutes on two cores.
+The server answers as many requests at the same time as it has slots. An answer takes its number of tokens times
+`--ms`, and with `--tail 0.02`, 2% of the answers take twenty times as long. The share counts from the first request of
+a stage to its last answer, so it includes the wait for the last answers, when there is nothing left to send.
+
+The column "possible" is the share of an ideal client: the same tasks and answers in simulated time, where sending,
+receiving, storing and checking an answer take no time. It is far below 100% if there are few requests per slot. Since
+answers arrive in another order there, the measured share can be slightly higher.
+
+The answers depend on the seeds of the requests only. 30% are right. The others contain one false equation, so that
+`rectify` can use the verdicts of the judge `arithmetic`, independently of `localize` with the judge `rollout`.
 """
 
 import argparse
+import asyncio
+import contextlib
+import heapq
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from stepdpo_trl.data.answers import RIGHT
-from stepdpo_trl.data.prompts import STEP_PROMPTS
-from stepdpo_trl.data.steps import split_steps
-from stepdpo_trl.generation import ModelSpec, Sampling
-from stepdpo_trl.pipeline.collect import wrong_solutions
-from stepdpo_trl.pipeline.judge_options import JudgeOptions
-from stepdpo_trl.pipeline.judges.protocol import Judge
-from stepdpo_trl.pipeline.policy import Policy
-from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
-from stepdpo_trl.pipeline.session import Session
-from stepdpo_trl.quickstart import MODEL_PATH, make_problems
-from stepdpo_trl.runs.run_directory import RunDirectory
-from stepdpo_trl.runs.runner import TaskRunner
-from stepdpo_trl.runs.tasks import RecordedChecks, Task, model_service, run_tasks
-
-K, FLAT = 8, 20
+SETTINGS = [  # slots, milliseconds per token, tail, problems, samples per problem
+    (64, 5.0, 0.0, 800, 2),
+    (64, 5.0, 0.02, 800, 2),
+    (256, 20.0, 0.0, 400, 2),
+    (256, 20.0, 0.0, 400, 16),
+]
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse and validate the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--problems", type=int, default=60, help="number of problems with 8 or 9 steps (default: %(default)s)"
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="generation batch size (default: %(default)s)")
-    args = parser.parse_args()
-    for name in ("problems", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, but must be at least 1.")
-    return args
+def write_answer(seed: int, written: int) -> tuple[str, int]:
+    """Return the text of an answer that follows `written` steps, and its number of tokens."""
+    rng = random.Random(seed)
+    steps = max(1, rng.randrange(4, 10) - written)
+    right = rng.random() < 0.3
+    false_step = None if right else rng.randrange(steps)
+    lines = []
+    for index in range(steps):
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        lines.append(f" {a} + {b} = {a + b + (index == false_step)}.\nStep {written + index + 1}:")
+    answer = 42 if right else rng.randrange(100, 1000)
+    return "".join(lines) + f" The answer is \\boxed{{{answer}}}.", steps * 40 + int(rng.expovariate(1 / 40))
 
 
-def linear_scan(policy: Policy, k: int) -> Judge:
-    """Return a judge that samples `k` continuations after every step and names the first step after which all fail."""
+def answer_seconds(seed: int, tokens: int, ms: float, tail: float) -> float:
+    """Return the time that an answer takes."""
+    slow = random.Random(seed + 1).random() < tail
+    return tokens * ms / 1000 * (20 if slow else 1)
 
-    def judge(solution: Solution) -> Task[Verdict]:
-        steps = split_steps(solution.text)
-        step, sampled = len(steps), 0
-        for length in range(len(steps) - 1, 0, -1):
-            continuations = yield from policy.sample(solution.problem, steps.prefix(length + 1), range(k))
-            sampled += k
-            if not any(continuation.check.outcome == RIGHT for continuation in continuations):
-                step = length
-        return Verdict(step, "linear scan", {"rollouts": sampled + k})  # includes those after the last step
 
-    return judge
+class SimulatedServer:
+    """
+    OpenAI-compatible server with simulated latency.
+
+    Args:
+        slots (`int`):
+            Number of answers at the same time. Other requests wait.
+        ms (`float`):
+            Milliseconds per token.
+        tail (`float`, *optional*, defaults to `0.0`):
+            Share of answers that take twenty times as long.
+    """
+
+    def __init__(self, slots: int, ms: float, tail: float = 0.0) -> None:
+        self.slots, self.ms, self.tail = slots, ms, tail
+        self.free = asyncio.Semaphore(slots)
+        self.started = self.ended = self.busy = 0.0
+        self.answers = 0
+
+    async def complete(self, request: dict) -> dict:
+        """Answer a request in a free slot."""
+        self.started = self.started or time.monotonic()
+        text, tokens = write_answer(request["seed"], request["prompt"].count("Step "))
+        seconds = answer_seconds(request["seed"], tokens, self.ms, self.tail)
+        async with self.free:
+            await asyncio.sleep(seconds)
+        self.busy += seconds
+        self.ended = time.monotonic()
+        self.answers += 1
+        choice = {"index": 0, "text": text, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
+        return {"id": "0", "object": "text_completion", "created": 0, "model": "simulated"} | {
+            "choices": [choice],
+            "usage": usage,
+        }
+
+    def statistics(self) -> dict:
+        """Return the statistics since the last call."""
+        seconds = self.ended - self.started
+        found = {"answers": self.answers, "seconds": seconds, "busy": self.busy / (self.slots * (seconds or 1))}
+        self.started = self.ended = self.busy = 0.0
+        self.answers = 0
+        return found
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.partition("content-length:")[2].split("\r\n")[0] or 0)
+                body = await reader.readexactly(length)
+                path = head.split(" ", 2)[1]
+                if path.endswith("/models"):
+                    reply = {"object": "list", "data": [{"id": "simulated", "object": "model"}]}
+                elif path.endswith("/statistics"):
+                    reply = self.statistics()
+                else:
+                    reply = await self.complete(json.loads(body))
+                content = json.dumps(reply).encode()
+                header = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+                writer.write(header.encode() + content)
+                await writer.drain()
+        writer.close()
+
+
+async def serve(slots: int, ms: float, tail: float) -> None:
+    """Serve on a free port, and print it."""
+    server = await asyncio.start_server(SimulatedServer(slots, ms, tail).serve, "127.0.0.1", 0, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+@contextlib.contextmanager
+def simulated_server(slots: int, ms: float, tail: float = 0.0) -> Iterator[str]:
+    """Start a simulated server in another process, and yield its address."""
+    options = ["--slots", str(slots), "--ms", str(ms), "--tail", str(tail), "--serve"]
+    with subprocess.Popen([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        finally:
+            process.kill()
+
+
+class IdealClient:
+    """
+    Client that runs tasks in simulated time and needs no time itself.
+
+    Args:
+        slots (`int`):
+            Number of answers at the same time. Other requests wait.
+        answer (`Callable`):
+            Function that returns the reply to a request and its duration in seconds.
+    """
+
+    def __init__(self, slots: int, answer: Callable[[Any], tuple[Any, float]]) -> None:
+        self.slots, self.answer = slots, answer
+        self.answers: dict[str, Any] = {}  # including those that have not arrived yet
+        self.replies: dict[str, Any] = {}  # those that have arrived, in this stage or an earlier one
+        self.time = self.total = 0.0
+
+    def busy(self) -> float:
+        """Return the share of busy slots since the last call."""
+        share = self.total / (self.slots * (self.time or 1))
+        self.time = self.total = 0.0
+        return share
+
+    def run_tasks(self, tasks: Iterable[Any], services: Any, progress: Any = None) -> Iterator[Any]:
+        """Run tasks, in place of [`~stepdpo_trl.runs.tasks.run_tasks`]."""
+        started = list(tasks)
+        results: dict[int, Any] = {}
+        asked: dict[int, Any] = {}  # what each task waits for
+        askers: dict[str, list[int]] = {}
+        queue: deque[Any] = deque()
+        running: list[tuple[float, int, str]] = []  # end, number and key of each request
+
+        def advance(index: int, replies: Any) -> None:
+            """Run a task until it has to wait."""
+            try:
+                ask = started[index].send(replies)
+                while ask.service == "check" or all(request.key in self.replies for request in ask.requests):
+                    check = ask.service == "check"
+                    found = {r.key: check_solution(r.text) if check else self.replies[r.key] for r in ask.requests}
+                    ask = started[index].send(found)
+            except StopIteration as stop:
+                results[index] = stop.value
+                return
+            asked[index] = ask.requests
+            for request in ask.requests:
+                if request.key not in self.replies:
+                    if request.key not in askers:
+                        queue.append(request)
+                    askers.setdefault(request.key, []).append(index)
+
+        for index in range(len(started)):
+            advance(index, None)
+        while queue or running:
+            while queue and len(running) < self.slots:
+                request = queue.popleft()
+                self.answers[request.key], seconds = self.answer(request)
+                self.total += seconds
+                heapq.heappush(running, (self.time + seconds, len(self.answers), request.key))
+            self.time, _, key = heapq.heappop(running)
+            self.replies[key] = self.answers[key]
+            for index in askers.pop(key):
+                if all(request.key in self.replies for request in asked[index]):
+                    advance(index, {request.key: self.replies[request.key] for request in asked[index]})
+        yield from (results[index] for index in sorted(results))
+
+
+def check_solution(text: str) -> Any:
+    """Check a solution of the simulated server."""
+    from stepdpo_trl.data.answers import RIGHT, WRONG, Check
+
+    return Check(RIGHT if text.endswith("\\boxed{42}.") else WRONG, "")
+
+
+def run_stages(session: Any, folder: Path, model: Any, problems: list, num_samples: int) -> Iterator[str]:
+    """Run the stages, and yield the name of each after it has ended."""
+    from stepdpo_trl.data.prompts import StepPrompt
+    from stepdpo_trl.generation import Sampling
+    from stepdpo_trl.pipeline.judge_options import JudgeOptions
+
+    prompt = StepPrompt("{{ problem }}", "Step 1:")
+    changes = {"base_url": model.base_url, "max_concurrent_requests": model.max_concurrent_requests}
+    run, other = folder / "run", folder / "other"
+    session.collect(run, problems, "simulated", model, prompt, Sampling(), num_samples)
+    yield "collect"
+    shutil.copytree(run, other)
+    session.localize(run, "rollout", JudgeOptions(), changes)
+    yield "localize rollout"
+    session.localize(other, "arithmetic", JudgeOptions(), changes)
+    session.rectify(other, model=changes)
+    yield "rectify"
+
+
+def measure(slots: int, ms: float, tail: float, num_problems: int, num_samples: int) -> None:
+    """Print the table of one setting."""
+    from stepdpo_trl.generation import Completion, ModelSpec
+    from stepdpo_trl.pipeline.records import Problem
+    from stepdpo_trl.pipeline.session import Session
+    from stepdpo_trl.quickstart import MODEL_PATH
+    from stepdpo_trl.runs import runner
+
+    def answer(request: Any) -> tuple[Completion, float]:
+        text, tokens = write_answer(request.seed, request.prompt.count("Step "))
+        return Completion(text, "stop", 100, tokens), answer_seconds(request.seed, tokens, ms, tail)
+
+    problems = [Problem(str(number), f"Problem {number}?", "42") for number in range(num_problems)]
+    with simulated_server(slots, ms, tail) as address, tempfile.TemporaryDirectory() as folder, Session() as session:
+        model = ModelSpec("simulated", "openai", address, str(MODEL_PATH), max_concurrent_requests=slots)
+        ideal = IdealClient(slots, answer)
+        with mock.patch.object(runner, "run_tasks", ideal.run_tasks):
+            stages = run_stages(session, Path(folder) / "ideal", model, problems, num_samples)
+            possible = {stage: ideal.busy() for stage in stages}
+        for stage in run_stages(session, Path(folder) / "real", model, problems, num_samples):
+            with urllib.request.urlopen(f"{address}/statistics") as reply:
+                found = json.load(reply)
+            print(
+                f"{slots:>5} {ms:>9g} {tail:>6.0%}  {stage:<18}{found['answers']:>8,}{found['seconds']:>9.1f}"
+                f"{found['busy']:>9.1%}{possible[stage]:>10.1%}",
+                flush=True,
+            )
 
 
 def main() -> None:
-    """Run the benchmark and print the results."""
-    args = parse_args()
-    drawn = make_problems(args.problems, "pairs", (8, 9))
-    problems = [Problem(str(n), problem.text, problem.answer) for n, problem in enumerate(drawn)]
-    model, prompt = ModelSpec(str(MODEL_PATH), batch_size=args.batch_size), STEP_PROMPTS["plain"]
-    with tempfile.TemporaryDirectory() as folder, Session() as session:
-        path = Path(folder)
-        session.collect(path, problems, "quickstart", model, prompt, Sampling(1.0, 1.0, 256), num_samples=4)
-        before = count_samples(path)
-        session.localize(path, "rollout", JudgeOptions(num_rollouts=K), {"batch_size": args.batch_size})
-        new_samples = count_samples(path) - before
-        session.rectify(path, max_attempts=FLAT, model={"batch_size": args.batch_size})
-        generator = session.generator(model)
-        policy = Policy("policy", prompt, generator.render, 0)
-        with RunDirectory(path) as run:
-            runner = TaskRunner(run, "linear scan")
-            runner.services["policy"] = model_service(
-                generator, Sampling(1.0, 1.0, 256), run.log("generations.policy"), runner.name
-            )
-            runner.services["check"] = RecordedChecks(session.checker, run.log("checks"))
-            compare_localization(runner, policy, new_samples)
-            compare_rectification(runner, policy)
-
-
-def count_samples(path: Path) -> int:
-    """Return the number of samples drawn from the policy so far."""
-    with RunDirectory(path) as run:
-        return len(run.log("generations.policy"))
-
-
-def compare_localization(runner: TaskRunner, policy: Policy, new_samples: int) -> None:
-    """Print the rollouts and verdicts of both searches for solutions with at least 8 steps."""
-    verdicts = runner.run.log("verdicts.rollout")
-    solutions = [s for s in wrong_solutions(runner.run) if verdicts[s.key]["step"] and len(split_steps(s.text)) >= 8]
-    scan = linear_scan(policy, K)
-    linear = dict(zip((s.key for s in solutions), ordered(runner, [(s.key, scan(s)) for s in solutions]), strict=True))
-    binary = {key: verdicts[key]["evidence"]["rollout"]["rollouts"] for key in linear}
-    spent = sum(tried for seen in binary.values() for tried, _ in seen.values())
-    scanned = sum(verdict.evidence["rollouts"] for verdict in linear.values())
-    same = sum(verdicts[key]["step"] == verdict.step for key, verdict in linear.items())
-    per_solution, ratio = spent / len(linear), new_samples / scanned
-    print(f"\nLocalization of {len(linear)} wrong solutions with at least 8 steps, k = {K}")
-    print(f"    rollouts, linear scan       {scanned:>8,}   {scanned / len(linear):.1f} per solution")
-    print(
-        f"    rollouts, binary search     {spent:>8,}   {per_solution:.1f} per solution, ratio: {spent / scanned:.3f}"
-    )
-    print(f"    new samples, all solutions  {new_samples:>8,}   ratio: {ratio:.3f} (collect had drawn the others)")
-    print(f"    same verdict                {same:>8,}   {same / len(linear):.1%}")
-
-
-def compare_rectification(runner: TaskRunner, policy: Policy) -> None:
-    """Print the samples and yield of rectification in rounds and with a fixed number of samples."""
-    corrections = runner.run.log("corrections.rollout")
-    solutions = {s.key: s for s in wrong_solutions(runner.run) if s.key in corrections}
-
-    def flat(solution: Solution) -> Task[bool]:
-        steps, step = split_steps(solution.text), corrections[solution.key]["step"]
-        sampled = yield from policy.sample(solution.problem, steps.prefix(step), range(FLAT))
-        return any(
-            s.check.outcome == RIGHT and split_steps(s.text).texts()[step - 1 : step] != (steps.texts()[step - 1],)
-            for s in sampled
-        )
-
-    found = sum(ordered(runner, [(key, flat(solution)) for key, solution in solutions.items()]))
-    rounds = sum(record["samples"] for record in corrections.values())
-    print(f"\nRectification of {len(solutions)} wrong solutions")
-    print(f"    samples, flat {FLAT}             {FLAT * len(solutions):>8,}   yield {found}")
-    yielded = sum(bool(record["found"]) for record in corrections.values())
-    print(f"    samples, in rounds          {rounds:>8,}   yield {yielded}: {rounds / FLAT / len(solutions):.3f}")
-
-
-def ordered(runner: TaskRunner, tasks: list[tuple[str, Task]]) -> list:
-    """Run tasks and return their results in the order of the tasks."""
-
-    def named(key: str, task: Task) -> Task:
-        return key, (yield from task)
-
-    results = dict(run_tasks([named(key, task) for key, task in tasks], runner.services))
-    return [results[key] for key, _ in tasks]
+    """Read the arguments, and measure or serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, help="answers at the same time")
+    parser.add_argument("--ms", type=float, default=5.0, help="milliseconds per token (%(default)s)")
+    parser.add_argument("--tail", type=float, default=0.0, help="share of slow answers (%(default)s)")
+    parser.add_argument("--problems", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--num_samples", type=int, default=2, help="samples per problem (%(default)s)")
+    parser.add_argument("--serve", action="store_true", help="only start the server, and print its port")
+    args = parser.parse_args()
+    if args.serve:
+        asyncio.run(serve(args.slots or 64, args.ms, args.tail))
+        return
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    settings = [(args.slots, args.ms, args.tail, args.problems, args.num_samples)] if args.slots else SETTINGS
+    print("slots  ms/token   tail  stage              answers  seconds     busy  possible")
+    for setting in settings:
+        measure(*setting)
 
 
 if __name__ == "__main__":

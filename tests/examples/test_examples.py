@@ -6,11 +6,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH, make_problems, write_solution
+from stepdpo_trl.runs.tasks import Ask
 
 from ..distributed.launcher import run_script
 
@@ -86,9 +88,9 @@ def test_bar_charts():
 
 
 @pytest.mark.slow
-def test_benchmark_pipeline():
+def test_benchmark_samples():
     """Seeds are fixed. With the default of 60 problems the two shares are 0.356 and 0.207."""
-    done = run_script(EXAMPLES / "benchmark_pipeline.py", "--problems", 4)
+    done = run_script(EXAMPLES / "benchmark_samples.py", "--problems", 4)
     assert done.returncode == 0, done.stderr[-3000:]
 
     def figure(pattern):
@@ -100,15 +102,36 @@ def test_benchmark_pipeline():
     assert figure(r"samples, in rounds .* yield (\d+)") == figure(r"samples, flat .* yield (\d+)") > 0
 
 
-def test_benchmark_scheduler():
+def test_benchmark_pipeline():
     """A short run of each stage. Shares of busy slots need longer ones."""
     pytest.importorskip("openai", reason="needs the extra openai")
-    command = [sys.executable, str(EXAMPLES / "benchmark_scheduler.py"), "--slots", "8", "--ms", "0.05"]
+    command = [sys.executable, str(EXAMPLES / "benchmark_pipeline.py"), "--slots", "8", "--ms", "0.05"]
     done = subprocess.run([*command, "--problems", "10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = done.stdout.splitlines()
-    assert head == "slots  ms/token  stage             answers  seconds     busy"
-    found = [re.fullmatch(r"    8      0\.05  (\S.*?) +([\d,]+) +[\d.]+ +([\d.]+)%", row).groups() for row in rows]
-    assert [stage for stage, _, _ in found] == ["collect", "localize rollout", "rectify"]
+    assert head.split() == ["slots", "ms/token", "tail", "stage", "answers", "seconds", "busy", "possible"]
+    pattern = r"    8      0\.05     0%  (\S.*?) +([\d,]+) +[\d.]+ +([\d.]+)% +([\d.]+)%"
+    found = [re.fullmatch(pattern, row).groups() for row in rows]
+    assert [stage for stage, *_ in found] == ["collect", "localize rollout", "rectify"]
     assert found[0][1] == "20"
-    assert all(int(answers) > 10 and 0 < float(busy) <= 100 for _, answers, busy in found)
+    assert all(int(answers) > 10 for _, answers, _, _ in found)
+    assert all(0 < float(share) <= 100 for row in found for share in row[2:])
+
+
+def test_ideal_client_of_benchmark_pipeline():
+    """Three tasks of two requests in sequence and two slots, worked out by hand."""
+    module = runpy.run_path(str(EXAMPLES / "benchmark_pipeline.py"))
+    seconds = {"a0": 1, "a1": 5, "b0": 2, "b1": 1, "c0": 3, "c1": 1}
+
+    def task(name):
+        texts = []
+        for number in range(2):
+            replies = yield Ask("policy", (SimpleNamespace(key=f"{name}{number}"),))
+            texts.append(replies[f"{name}{number}"])
+        return texts
+
+    client = module["IdealClient"](slots=2, answer=lambda request: (request.key.upper(), seconds[request.key]))
+    # Slot 1: a0 until 1, c0 until 4, b1 until 5, c1 until 6. Slot 2: b0 until 2, a1 until 7.
+    results = client.run_tasks(map(task, "abc"), {"policy": None})
+    assert list(results) == [["A0", "A1"], ["B0", "B1"], ["C0", "C1"]]
+    assert client.busy() == pytest.approx(13 / (2 * 7))

@@ -67,7 +67,7 @@ def test_25_kills(tmp_path):
 def test_kills_in_each_stage_against_a_server(tmp_path, kills):
     """Results are the same byte for byte. Answers arrive in any order, but none is stored twice."""
     pytest.importorskip("openai", reason="needs the extra openai")
-    server = runpy.run_path(str(ROOT / "examples" / "benchmark_scheduler.py"))["simulated_server"]
+    server = runpy.run_path(str(ROOT / "examples" / "benchmark_pipeline.py"))["simulated_server"]
     with server(slots=16, ms=0.05) as address:
         command = [sys.executable, "-m", "tests.pipeline.kill_server_run", str(tmp_path), address, str(kills)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
