@@ -163,6 +163,6 @@ def _run(folder: Path, argv: list[str]) -> None:
     if done.returncode:
         raise RunError(
             f"{folder.name}: `stepdpo {argv[0]}` ended with status {done.returncode}; see its message above. Fix the "
-            "cause and rerun the same command to resume. To restart this stage with other options, remove "
-            f"{folder}."
+            "cause and rerun the same command to resume. To restart it with other options, remove "
+            f"{folder / TRAINING if argv[0] == 'train' else folder}."
         )
