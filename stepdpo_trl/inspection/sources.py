@@ -10,9 +10,10 @@ from ..data.files import DATA_FILES, file_pattern
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
-from ..pipeline.collect import read_settings, read_solutions
+from ..pipeline.collect import read_solutions
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
+from ..pipeline.reading import reading
 from ..pipeline.records import Solution, Verdict
 from ..runs.run_directory import RunDirectory, RunError
 from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, STEP, Example, Part
@@ -198,7 +199,8 @@ def _solutions(folder: Path) -> list[Found]:
         if "collect" not in run.settings():
             return []
         verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
-        user = read_settings(run)["prompt"]["user"]
+        with reading("The record 'collect'", run.settings().path, "Restore the line."):
+            user = run.settings()["collect"]["prompt"]["user"]
         return [
             (
                 solution,

@@ -152,7 +152,16 @@ def run_folder(tmp_path):
     path = tmp_path / "run"
     with RunDirectory(path, create=True) as run:
         prompt = {"user": "{{ problem }} Think.", "response_prefix": ""}
-        run.settings().append("collect", {"prompt": prompt, "problems": "p", "shard": [0, 1]})
+        sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9}
+        settings = {
+            "prompt": prompt,
+            "problems": "p",
+            "shard": [0, 1],
+            "sampling": sampling,
+            "num_samples": 2,
+            "seed": 0,
+        }
+        run.settings().append("collect", {**settings, "model": {"model": "M", "backend": "transformers"}})
         run.log("problems").append("a", {"problem": "What is 7 + 2 * 4?", "answer": "15", "solution": ""})
         record = {"problem": "a", "finish_reason": "stop", "steps": 2}
         right = SOLUTION.replace("16", "15")

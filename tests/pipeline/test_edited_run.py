@@ -112,6 +112,15 @@ def test_edited_records(name, key, record, message, run, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_inspect_needs_only_the_prompt(run, capsys):
+    Log(run / "settings.jsonl").append("collect", {"prompt": {"user": "{{ problem }}", "opening": ""}})
+    assert main(["inspect", str(run)]) == 0
+    assert "1 + 1?" in capsys.readouterr().out
+    Log(run / "settings.jsonl").append("collect", {"prompt": {}})
+    assert main(["inspect", str(run)]) == 2
+    assert "settings.jsonl cannot be used: it lacks 'user'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["time.json", "build.json"])
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": "b"}', '{"collect": null}'])
 def test_edited_files(name, content, run, capsys):
