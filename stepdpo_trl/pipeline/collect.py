@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.prompts import StepPrompt
 from ..data.steps import split_steps
 from ..runs.log import RunError
 from ..runs.log_view import LogView
@@ -16,6 +17,7 @@ from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .policy import Policy
+from .reading import reading
 from .records import Problem, Solution, write_problem
 from .stage_directory import ResultWriter
 

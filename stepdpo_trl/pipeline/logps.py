@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runs.progress import progress_bar
+from ..runs.run_directory import RunError
 
 _STEPS = ("chosen", "rejected")
 _SORTED = 1024  # pairs that are in memory and sorted by length at the same time

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.answers import RIGHT
 from ..data.steps import Steps, split_steps
-from ..runs.run_directory import RunDirectory
+from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .collect import SelectedSolutions, wrong_solutions

@@ -321,7 +321,7 @@ class Session:
             generator = self.generator(options.model, runner.run.path)
             log = runner.run.log(f"generations.{service}")
             runner.services[service] = model_service(generator, sampling, log, runner.name)
-            seed = runner.run.settings()["collect"]["seed"]
+            seed = collecting.read_settings(runner.run)["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
             from .judges.prm_model import ProcessRewardModel, RecordedPRM
