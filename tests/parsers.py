@@ -15,11 +15,11 @@ from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.data.steps import STYLES, split_steps
 from stepdpo_trl.evaluation.majority import _key
 from stepdpo_trl.inspection.text import split_marks, visible_text, wrap
-from stepdpo_trl.pipeline.build import normalize_problem
 from stepdpo_trl.pipeline.importers.formats import FORMATS
 from stepdpo_trl.pipeline.judges.arithmetic import evaluate_expression, false_equations
 from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
 from stepdpo_trl.pipeline.judges.llm import read_step
+from stepdpo_trl.pipeline.pairs import normalize_problem
 from stepdpo_trl.pipeline.policy import render_template
 from stepdpo_trl.pipeline.records import problems_of, read_problems
 from stepdpo_trl.pipeline.rectify import normalize_step

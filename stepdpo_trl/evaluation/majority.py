@@ -57,7 +57,8 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
     Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
     Two answers count as the same if both are right, or if they are equal: according to the answer checker in
-    mathematics, otherwise as text. Samples without a readable answer have no vote.
+    mathematics, otherwise as text. Samples without a readable answer have no vote, and neither have answers that
+    are too long to compare.
 
     Args:
         samples (`Sequence[Continuation]`):

@@ -122,7 +122,8 @@ def _open_shards(path: Path) -> list[_Shard]:
         with RunDirectory(folder) as run:
             if "collect" in run.settings():
                 verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
-                user = run.settings()["collect"]["prompt"]["user"]
+                with reading("The record 'collect'", run.settings().path, "Restore the line."):
+                    user = run.settings()["collect"]["prompt"]["user"]
                 shards.append(_Shard(solutions_by_key(run), verdicts, user))
     return shards
 

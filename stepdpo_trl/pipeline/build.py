@@ -15,6 +15,7 @@ from .collect import read_problems_of
 from .pairs import SelectedPairs, make_pairs, select_pairs
 from .records import Problem, read_texts
 
+_SHARD = re.compile(r"shard-(\d{1,9})-of-(\d{1,9})")
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
 _ROWS_PER_GROUP = 2_000  # of a Parquet file, in memory at the same time
 

@@ -30,10 +30,11 @@ def open_rows(path: Path) -> Sequence[Any]:
         raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
     if path.suffix != ".parquet":
         return JsonLines(path)
+    import pyarrow.parquet
     from datasets import Dataset
 
-    try:
-        rows: Sequence[Any] = Dataset.from_parquet(str(path))
+    try:  # not from_parquet, which caches the rows by path and time, and takes problems[1].parquet for a pattern
+        rows: Sequence[Any] = Dataset(pyarrow.parquet.ParquetFile(path).read())
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     return rows
@@ -105,7 +106,7 @@ class JsonLines(Sequence[Any]):
             ) from error
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"Line {self._number(offset)} of {self.path} is not JSON ({error}): {text.rstrip()[:60]!r}. Problems "
                 "are read from JSON Lines, with one object per line, or from .parquet."

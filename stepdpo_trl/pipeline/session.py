@@ -301,7 +301,7 @@ class Session:
         service: str = "policy",
     ) -> Policy:
         """Make a policy of a model. `settings` are those of `collect`, if they are not in the run folder yet."""
-        settings = settings or runner.run.settings()["collect"]
+        settings = settings or collecting.read_settings(runner.run)
         generator = self.generator(model, runner.run.path)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")

@@ -10,6 +10,7 @@ from typing import Any
 from ..data.files import write_atomically
 from ..runs.log import BATCH, Log, RunError
 from ..runs.run_directory import RunDirectory
+from .reading import reading
 
 TIMES = "time.json"
 _SECONDS_BETWEEN_SAVES = 10.0

@@ -12,7 +12,7 @@ from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
 from .build_record import BuildRecord, choose_examples
 from .collect import read_problems_of
-from .localize import agreement
+from .localize import agreement, read_verdicts
 from .pairs import make_pairs
 from .policy import why_no_answer
 from .records import Verdict
@@ -114,7 +114,7 @@ def _add(summary: Summary, run: RunDirectory) -> None:
             reason = why_no_answer(solution["finish_reason"], solution["text"])
             summary.unreadable[reason or cause_of(checks.get(f"policy/{key}", {}).get("reason"))] += 1
     summary.unsolved += sum(not solved for solved in is_solved.values())
-    for judge_name, log in run.logs("verdicts").items():
+    for judge_name in run.logs("verdicts"):
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))
         places = summary.places.setdefault(judge_name, Counter())
         for verdict in read_verdicts(run, judge_name)[1].values():

@@ -10,7 +10,8 @@ import pytest
 
 from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.answers import WRONG
-from stepdpo_trl.pipeline.build import normalize_problem, run_directories
+from stepdpo_trl.pipeline.build import run_directories
+from stepdpo_trl.pipeline.pairs import normalize_problem
 from stepdpo_trl.pipeline.policy import render_template
 from stepdpo_trl.runs.run_directory import Log, RunDirectory, RunError
 

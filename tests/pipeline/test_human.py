@@ -13,6 +13,7 @@ import pytest
 
 from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
 from stepdpo_trl.pipeline.judges.human_page import Labeling, ToLabel, label
+from stepdpo_trl.pipeline.judges.local_only import LocalOnly
 from stepdpo_trl.runs.log import Log
 
 ITEMS = [
