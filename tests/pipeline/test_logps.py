@@ -105,4 +105,4 @@ def test_log_probabilities_that_are_no_numbers():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(RunError, match=r"log-probability of a \w+ step is nan under the model '.*diverged"):
-        add_logps([dict(ROWS[0])], model, StepTokenizer(tokenizer))
+        list(add_logps([dict(ROWS[0])], model, StepTokenizer(tokenizer)))
