@@ -76,6 +76,9 @@ class Server:
     def interrupt(self) -> None:
         """Do nothing."""
 
+    def abandon(self) -> None:
+        """Do nothing."""
+
 
 class LocalModel:
     """Model in this process. It is only asked for answers that are stored."""
