@@ -66,11 +66,17 @@ class Log(StreamedMapping[dict[str, Any]]):
         digests, offsets = bytearray(), self._index.offsets
         with self.path.open("rb", buffering=_BUFFER) as file:
             file.seek(end)
+            match = _START.match  # this loop is most of the time of opening
             for line in file:
-                if not line.endswith(b"\n"):
+                start = match(line)
+                if start and line.endswith(b"}\n"):
+                    key = start[1]
+                elif line.endswith(b"\n"):
+                    key = self._parse_key(line, end)
+                else:
                     self._remove_end(end, len(line))
                     break
-                digests += digest(self._parse_key(line, end))
+                digests += digest(key)
                 offsets.append(end)
                 end += len(line)
         self._index.add(digests)

@@ -4,10 +4,11 @@ import contextlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_64_digest
 
 from ..data.files import replacing
 
@@ -16,7 +17,7 @@ _SAMPLES = 16  # entries of a stored index that are compared with the log
 
 def digest(key: bytes) -> bytes:
     """Return a digest of 8 bytes of a key in UTF-8."""
-    return blake2b(key, digest_size=8).digest()
+    return xxh3_64_digest(key)
 
 
 class KeyIndex:
