@@ -45,6 +45,7 @@ def test_metrics_that_are_no_numbers(trainer):
         check_finite(trainer)
 
 
+@pytest.mark.long
 def test_a_diverged_training_saves_no_model(chat_model, tmp_path):
     """Brackets in the name of the file are no pattern."""
     (tmp_path / "pairs[1].jsonl").write_text("".join(json.dumps(row) + "\n" for row in step_rows()))
@@ -63,6 +64,7 @@ def test_a_diverged_training_saves_no_model(chat_model, tmp_path):
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.long
 def test_a_dataset_of_one_row(chat_model, tmp_path):
     trainer = make_trainer(chat_model, tmp_path, step_rows(1), eval_dataset=Dataset.from_list(step_rows(1)))
     trainer.train()
@@ -93,6 +95,7 @@ def test_data_loader_workers(method, chat_model, tmp_path):
     assert_same_weights(weights(trainer), weights(other), rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_fewer_rows_than_a_batch_that_are_all_dropped(chat_model, tmp_path):
     options = {"dataloader_drop_last": True, "per_device_train_batch_size": 9}
     with pytest.raises(ValueError, match=r"has 8 rows, which is less than one batch.*Set it to False"):
