@@ -1,12 +1,14 @@
 """Rows of JSON Lines and Parquet files, which stay on disk."""
 
 import json
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
+from ..data.files import file_pattern
 from ..runs.run_directory import RunError
 
 
@@ -30,11 +32,12 @@ def open_rows(path: Path) -> Sequence[Any]:
         raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
     if path.suffix != ".parquet":
         return JsonLines(path)
-    import pyarrow.parquet
     from datasets import Dataset
 
-    try:  # not from_parquet, which caches the rows by path and time, and takes problems[1].parquet for a pattern
-        rows: Sequence[Any] = Dataset(pyarrow.parquet.ParquetFile(path).read())
+    try:
+        # In a cache of its own: the shared one knows files by path and time, and returns old rows after some edits
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            rows: Sequence[Any] = Dataset.from_parquet(file_pattern(str(path)), cache_dir=cache)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     return rows

@@ -11,7 +11,7 @@ from ..data.answers import cause_of
 from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
 from .build_record import BuildRecord, choose_examples
-from .collect import read_problems_of
+from .collect import read_problems_of, read_solutions
 from .localize import agreement, read_verdicts
 from .pairs import make_pairs
 from .policy import why_no_answer
@@ -106,13 +106,13 @@ def _add(summary: Summary, run: RunDirectory) -> None:
     summary.problems += len(read_problems_of(run))
     is_solved: dict[str, bool] = {}
     checks = run.log("checks")
-    for key, solution in run.log("solutions").items():
-        outcome, problem = solution["outcome"], solution["problem"]
+    for solution in read_solutions(run):
+        outcome, problem = solution.outcome, solution.problem.id
         summary.outcomes[outcome] += 1
         is_solved[problem] = is_solved.get(problem, False) or outcome == "right"
         if outcome == "unreadable":
-            reason = why_no_answer(solution["finish_reason"], solution["text"])
-            summary.unreadable[reason or cause_of(checks.get(f"policy/{key}", {}).get("reason"))] += 1
+            reason = why_no_answer(solution.finish_reason, solution.text)
+            summary.unreadable[reason or cause_of(checks.get(f"policy/{solution.key}", {}).get("reason"))] += 1
     summary.unsolved += sum(not solved for solved in is_solved.values())
     for judge_name in run.logs("verdicts"):
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))
