@@ -57,8 +57,8 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
     Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
     Two answers count as the same if both are right, or if they are equal: according to the answer checker in
-    mathematics, otherwise as text. Samples without a readable answer have no vote, and neither have answers that
-    are too long to compare.
+    mathematics, otherwise as text. Samples without a readable answer have no vote, and neither have answers in
+    mathematics that are too long to compare.
 
     Args:
         samples (`Sequence[Continuation]`):
@@ -70,7 +70,7 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
         `Vote`: The winning answer.
     """
     readable = (sample.check for sample in samples if sample.check.outcome != UNREADABLE)
-    checks = [check for check in readable if len(check.answer or "") <= MAX_LENGTH]
+    checks = [check for check in readable if checker != MATH or len(check.answer or "") <= MAX_LENGTH]
     if not checks:
         return Vote(UNREADABLE)
     groups: list[Key | None] = [None if check.outcome == RIGHT else check.answer or "" for check in checks]
