@@ -10,7 +10,7 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
 	tqdm transformers trl truststore typing_extensions xxhash
 
-.PHONY: help quickstart test test-all test-fast test-oldest bench bench-gpu wheels lint format dist clean
+.PHONY: help quickstart test test-all test-fast test-oldest fuzz browser bench bench-gpu wheels lint format dist clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,16 @@ test-oldest:  ## Run all tests on the oldest supported TRL
 	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
 	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/.test  ## Feed random hard texts to all parsers for FUZZ_SECONDS=300
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/test_parsers.py -k fuzz
+
+# As root, on Debian and Ubuntu derivatives that have a package chromium
+browser: $(VENV)/.test  ## Install Chromium and what tests/pipeline/test_human.py needs to run the labeling page in it
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[human]" playwright
 
 bench: $(VENV)/.core  ## Compare the throughput with DPOTrainer on this CPU (15 minutes on two cores)
 	mkdir -p build

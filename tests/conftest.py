@@ -1,7 +1,6 @@
 import gc
 import os
 import signal
-import signal
 
 import pytest
 import torch

@@ -165,8 +165,8 @@ def _run(folder: Path, argv: list[str]) -> None:
     if status:
         raise RunError(
             f"{folder.name}: `stepdpo {argv[0]}` ended with status {status}; see its message above. Fix the "
-            "cause and rerun the same command to resume. To restart this stage with other options, remove "
-            f"{folder}."
+            "cause and rerun the same command to resume. To restart it with other options, remove "
+            f"{folder / TRAINING if argv[0] == 'train' else folder}."
         )
 
 

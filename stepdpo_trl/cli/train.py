@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import DATA_FILES
+from ..data.files import DATA_FILES, file_pattern
 from .console import logging_to, silence_upstream
 from .train_arguments import launcher_options, make_parser, parse_arguments, split_joined
 
@@ -50,7 +50,7 @@ def load_data(
         return get_dataset(dataset_args)
     source, files = str(script_args.dataset_name), None
     if Path(source).suffix in DATA_FILES:
-        source, files = DATA_FILES[Path(source).suffix], {script_args.dataset_train_split: source}
+        source, files = DATA_FILES[Path(source).suffix], {script_args.dataset_train_split: file_pattern(source)}
     return load_dataset(
         source, name=script_args.dataset_config, data_files=files, streaming=script_args.dataset_streaming
     )
@@ -100,6 +100,7 @@ def _train(parsed: tuple[Any, ...], convert: "Callable[[Dataset], Dataset] | Non
     import torch
     from trl import get_peft_config, get_quantization_config
 
+    from ..step_dpo.divergence import check_finite
     from ..step_dpo.trainer import StepDPOTrainer
 
     training_args.model_init_kwargs = {
@@ -128,6 +129,7 @@ def _train(parsed: tuple[Any, ...], convert: "Callable[[Dataset], Dataset] | Non
         boolean = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = boolean
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
+    check_finite(trainer)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:

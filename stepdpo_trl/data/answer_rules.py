@@ -25,6 +25,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+MAX_LENGTH = 1000  # characters of an answer. Longer ones are repetitions, and cannot be compared in reasonable time
+
 # "The final answer is: ", "**Answer:** ", "the answers to both are "
 _ANSWER = re.compile(
     r"\banswers?\b(?:\s+(?:to|of|for)\b[^.:\n]{0,80}?)?[*_\s]*(?:[:=]|\b(?:is|are)\b\s*:?)[*_\s]*"
@@ -244,9 +246,11 @@ def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
     Returns:
         `tuple[str, tuple[str, Fraction] | None]`: The value, and the unit as its dimension and its size in base units,
         such as `("length", Fraction(1, 100))` for cm. The unit is `None` if there is none or if it is unknown; an
-        unknown unit ("8 apples") is removed from the value.
+        unknown unit ("8 apples") is removed from the value. Answers of more than `MAX_LENGTH` characters have no unit.
     """
     answer = normalize(answer)
+    if len(answer) > MAX_LENGTH:
+        return answer, None
     if re.match(r"^\\text\s*\{\s*[-+]?\d[^{}]*\}$", answer):  # "\text{10:30 a.m.}"
         answer = _unwrap(answer)
     unit: tuple[str, Fraction] | None

@@ -17,7 +17,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from .answer_rules import agrees, final_answer
+from .answer_rules import MAX_LENGTH, agrees, final_answer
 from .apart import adopt_orphans, call_apart, limit_memory
 from .checkers import MATH, Checker, CheckerError, load_function
 
@@ -87,6 +87,8 @@ def check_answer(gold: str, text: str) -> Check:
     answer = final_answer(text)
     if answer is None:
         return Check(UNREADABLE, reason=NO_ANSWER)
+    if max(len(gold), len(answer)) > MAX_LENGTH:
+        return Check(UNREADABLE, reason=f"more than {MAX_LENGTH} characters to compare")
     try:
         return Check(RIGHT if agrees(gold, answer, _equal) else WRONG, answer)
     except _UnreadableError as error:
@@ -304,14 +306,15 @@ def check_golds(pool: AnswerChecker, golds: Sequence[str], checker: Checker = MA
             The checker.
 
     Returns:
-        `list[int]`: Indices of the gold answers that are not words and that math-verify cannot parse, or that are not
-        one of the letters A to E.
+        `list[int]`: Indices of the gold answers that are not words and that math-verify cannot parse, that are too
+        long to compare, or that are not one of the letters A to E.
     """
     if checker.name == "choice":
         return [index for index, gold in enumerate(golds) if gold not in tuple(CHOICES)]
     if checker != MATH:
         return []
-    doubtful = [index for index, gold in enumerate(golds) if not re.fullmatch(r"-?[\d.,]*\d|[A-Za-z][A-Za-z ]*", gold)]
+    plain = re.compile(r"-?[\d.,]{0,100}\d|[A-Za-z][A-Za-z ]{0,100}")
+    doubtful = [index for index, gold in enumerate(golds) if not plain.fullmatch(gold)]
     # A different answer forces math-verify to parse the gold answer
     checks = pool.check(({"answer": golds[index]}, "\\boxed{123456789}") for index in doubtful)
     return [index for index, check in zip(doubtful, checks, strict=True) if check.outcome == UNREADABLE]

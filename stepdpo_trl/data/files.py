@@ -1,12 +1,43 @@
 """Data file formats, and atomic writes of files and folders. Standard library only."""
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 # Suffixes of data files, and the name of their builder in `datasets`
 DATA_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# At most this many chunks of a file are hashed, since hashing all of it would take as long as loading the model
+CHUNK, CHUNKS = 2**16, 64
+
+
+def file_pattern(path: str) -> str:
+    """Return a path for `load_dataset`, which takes `pairs[1].jsonl` for a pattern. An existing file is that file."""
+    return glob.escape(path) if Path(path).exists() else path
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """
+    Hash the names, the sizes and samples of the content of files.
+
+    Args:
+        files (`Iterable[Path]`):
+            The files.
+
+    Returns:
+        `str`: The hash.
+    """
+    digest = sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(CHUNK, size // CHUNKS)):
+                content.seek(start)
+                digest.update(content.read(CHUNK))
+    return digest.hexdigest()[:16]
 
 
 def partial_path(path: Path) -> Path:

@@ -58,10 +58,12 @@ class StepPreference:
             `StepPreference`: The record.
 
         Raises:
-            ValueError: If a column is missing, empty or of the wrong type, if both steps are equal, or if the row has
-                a prefix although its prompt ends with an assistant turn.
+            ValueError: If a column is missing, empty or of the wrong type, if its text is not valid Unicode, if both
+                steps are equal, or if the row has a prefix although its prompt ends with an assistant turn.
         """
         check_columns(row, where)
+        for column in REQUIRED_COLUMNS:
+            _check_encodable(row[column], column, where)
         prompt = row["prompt"]
         prefix = "" if row[PREFIX_COLUMN] is None else row[PREFIX_COLUMN]
         if not isinstance(prefix, str):
@@ -76,7 +78,7 @@ class StepPreference:
                 raise ValueError(f"`{column}` of {where} is {_show(step)}. It must be a non-empty string.{hint}")
             if not step.strip():
                 raise ValueError(
-                    f"`{column}` of {where} is empty ({step!r}), so there is no step to train on. Remove the row."
+                    f"`{column}` of {where} is empty ({_show(step)}), so there is no step to train on. Remove the row."
                 )
         if row["chosen"] == row["rejected"]:
             raise ValueError(
@@ -180,6 +182,21 @@ def check_columns(columns: Iterable[str], where: str) -> None:
         nearest = get_close_matches(column, OPTIONAL_COLUMNS, n=1, cutoff=0.9)
         if nearest and column not in OPTIONAL_COLUMNS:
             raise ValueError(f"Column `{column}` of {where} is unknown. Did you mean `{nearest[0]}`? Rename it.")
+
+
+def _check_encodable(value: Any, column: str, where: str) -> None:
+    """Check that a text, or the texts in messages, contain no half of a surrogate pair, which tokenizers refuse."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{column}` of {where} contains {value[error.start]!r}, half of a character, which is no text. Fix "
+                "or remove the row."
+            ) from error
+    elif isinstance(value, (list, tuple, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_encodable(part, column, where)
 
 
 def _check_prompt(prompt: Any, prefix: str, where: str) -> None:

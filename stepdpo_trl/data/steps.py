@@ -19,7 +19,7 @@ _LABEL = re.compile(
 )
 # The first label may also follow a sentence: "Let's think step by step. Step 1:"
 _FIRST_LABEL = re.compile(r"(?<=[.!:])[ \t]+(?:\*\*)?Step[ \t]+1(?:\*\*)?:(?:\*\*)?", re.I)
-_NUMBER = re.compile(r"^[ \t]*(?:\*\*)?(\d+)[.)](?=[ \t])", re.M)
+_NUMBER = re.compile(r"^[ \t]*(?:\*\*)?(\d{1,9})[.)](?=[ \t])", re.M)
 _BLANK = re.compile(r"\n[ \t\r]*\n\s*")
 
 

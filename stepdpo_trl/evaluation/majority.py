@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 
-from ..data.answer_rules import normalize
+from ..data.answer_rules import MAX_LENGTH, normalize
 from ..data.answers import RIGHT, UNREADABLE, Check
 from ..data.checkers import MATH, Checker
 from ..pipeline.policy import Continuation
@@ -57,7 +57,8 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
     Find the answer that most samples give. A tie goes to the answer that was sampled first.
 
     Two answers count as the same if both are right, or if they are equal: according to the answer checker in
-    mathematics, otherwise as text. Samples without a readable answer have no vote.
+    mathematics, otherwise as text. Samples without a readable answer have no vote, and neither have answers in
+    mathematics that are too long to compare.
 
     Args:
         samples (`Sequence[Continuation]`):
@@ -68,7 +69,8 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
     Returns:
         `Vote`: The winning answer.
     """
-    checks = [sample.check for sample in samples if sample.check.outcome != UNREADABLE]
+    readable = (sample.check for sample in samples if sample.check.outcome != UNREADABLE)
+    checks = [check for check in readable if checker != MATH or len(check.answer or "") <= MAX_LENGTH]
     if not checks:
         return Vote(UNREADABLE)
     groups: list[Key | None] = [None if check.outcome == RIGHT else check.answer or "" for check in checks]
@@ -83,7 +85,7 @@ def vote(samples: Sequence[Continuation], checker: Checker = MATH) -> Task[Vote]
 
 def _key(answer: str) -> Key:
     answer = normalize(answer)
-    return Fraction(answer) if re.fullmatch(r"-?\d+(?:\.\d+)?", answer) else answer
+    return Fraction(answer) if re.fullmatch(r"-?\d{1,100}(?:\.\d{1,100})?", answer) else answer
 
 
 def _first_equal(keys: Sequence[Key]) -> Task[dict[Key, Key]]:

@@ -79,8 +79,18 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
 
     Returns:
         `str`: The text.
+
+    Raises:
+        GenerationError: If the chat template fails.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates can raise anything
+        roles = [message.get("role") for message in messages]
+        raise GenerationError(
+            f"The chat template of {tokenizer.name_or_path!r} cannot render a conversation of the roles {roles} "
+            f"({type(error).__name__}: {error}). Use another model, or set another template in its tokenizer."
+        ) from error
     return str(text) + response_prefix
 
 

@@ -1,11 +1,10 @@
 """Local model folders: fingerprints of their content, and the base model of an adapter."""
 
 from collections.abc import Iterable
-from hashlib import sha256
 from pathlib import Path
 
-# At most this many chunks of a file are hashed, since hashing all of it would take as long as loading the model
-CHUNK, CHUNKS = 2**16, 64
+from ..data.files import hash_files
+
 SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # weights, configurations, templates, tokenizers
 
 
@@ -25,15 +24,7 @@ def fingerprint(places: Iterable[str | None]) -> str | None:
     """
     folders = [Path(place) for place in places if place and Path(place).is_dir()]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
-    digest = sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(CHUNK, size // CHUNKS)):
-                content.seek(start)
-                digest.update(content.read(CHUNK))
-    return digest.hexdigest()[:16] if files else None
+    return hash_files(files) if files else None
 
 
 def adapter_base(name: str) -> str | None:

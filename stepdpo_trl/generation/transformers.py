@@ -75,6 +75,39 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0)  # type: ignore[return-value]
 
 
+class CheckedScores(LogitsProcessor):
+    """
+    Check that the scores of a model are numbers. A model with NaN would otherwise end in an error about an index.
+
+    Args:
+        name (`str`):
+            Name of the model for the error message.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Return the scores.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`):
+                Prompts and the tokens generated so far.
+            scores (`torch.FloatTensor` of shape `(batch, vocab)`):
+                Logits of the next token.
+
+        Raises:
+            GenerationError: If the highest score of a row is not finite.
+        """
+        if not scores.amax(-1).isfinite().all():
+            raise GenerationError(
+                f"The scores of the model {self.name!r} are not a number (NaN or infinite). Its training may have "
+                "diverged, or its numbers exceed the range of --dtype float16. Use another model, or another dtype."
+            )
+        return scores
+
+
 class TransformersGenerator:
     """
     Generator that runs a model in transformers.
@@ -130,7 +163,7 @@ class TransformersGenerator:
             model = AutoModelForCausalLM.from_pretrained(
                 spec.model, revision=spec.revision, dtype=dtype, device_map=device
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any type for damaged files, or pickles that would run code
             raise GenerationError(f"The model {spec.model!r} cannot be loaded: {error}") from error
         if spec.adapter is not None:
             model = _load_adapter(model, spec)
@@ -176,7 +209,9 @@ class TransformersGenerator:
     def _run(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         width = max(map(len, prompts))
         device = self.model.device
-        processors = [SeededSampling(seeds, sampling, width)] if sampling.temperature else []
+        processors: list[LogitsProcessor] = [CheckedScores(self.model.config.name_or_path)]
+        if sampling.temperature:
+            processors.append(SeededSampling(seeds, sampling, width))
         generate: Any = self.model.generate
         rows = generate(
             input_ids=torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in prompts], device=device),

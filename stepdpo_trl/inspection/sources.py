@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import DATA_FILES
+from ..data.files import DATA_FILES, file_pattern
 from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
 from ..pipeline.collect import solutions_by_key
 from ..pipeline.localize import read_verdicts
 from ..pipeline.policy import render_template
+from ..pipeline.reading import reading
 from ..pipeline.records import Solution, Verdict
 from ..runs.run_directory import RunDirectory, RunError
 from .example import CHOSEN, FIRST_WRONG_STEP, REJECTED, STEP, Example, Part
@@ -121,7 +122,8 @@ def _open_shards(path: Path) -> list[_Shard]:
         with RunDirectory(folder) as run:
             if "collect" in run.settings():
                 verdicts = {judge_name: read_verdicts(run, judge_name)[1] for judge_name in run.logs("verdicts")}
-                user = run.settings()["collect"]["prompt"]["user"]
+                with reading("The record 'collect'", run.settings().path, "Restore the line."):
+                    user = run.settings()["collect"]["prompt"]["user"]
                 shards.append(_Shard(solutions_by_key(run), verdicts, user))
     return shards
 
@@ -147,7 +149,7 @@ def _load(source: str, split: str) -> "Dataset":
         _check_file(path)
     try:
         if is_file:
-            return load_dataset(DATA_FILES[path.suffix], data_files={"train": source}, split="train")
+            return load_dataset(DATA_FILES[path.suffix], data_files={"train": file_pattern(source)}, split="train")
         data = load_dataset(source)
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]

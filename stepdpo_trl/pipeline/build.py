@@ -15,6 +15,7 @@ from .collect import read_problems_of
 from .pairs import SelectedPairs, make_pairs, select_pairs
 from .records import Problem, read_texts
 
+_SHARD = re.compile(r"shard-(\d{1,9})-of-(\d{1,9})")
 OUTPUT_SUFFIXES = (".jsonl", ".parquet")
 _ROWS_PER_GROUP = 2_000  # of a Parquet file, in memory at the same time
 
@@ -34,11 +35,13 @@ def run_directories(path: str | Path) -> list[Path]:
         RunError: If shards are missing, or the folder holds several runs.
     """
     path = Path(path)
-    shards = sorted(path.glob("shard-*-of-*"))
-    if not shards:
+    named = [(shard, _SHARD.fullmatch(shard.name)) for shard in sorted(path.glob("shard-*-of-*"))]
+    matches = [(shard, match) for shard, match in named if match and shard.is_dir()]
+    if not matches:
         return [path]
-    counts = {int(shard.name.rpartition("-")[2]) for shard in shards}
-    found = {int(shard.name.split("-")[1]) for shard in shards}
+    shards = [shard for shard, _ in matches]
+    counts = {int(match[2]) for _, match in matches}
+    found = {int(match[1]) for _, match in matches}
     if len(counts) > 1 or (path / "solutions.jsonl").exists():
         raise RunError(
             f"{path} holds runs that do not belong together ({', '.join(s.name for s in shards)}). Move them to "

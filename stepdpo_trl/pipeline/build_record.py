@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import write_atomically
+from .reading import reading
 
 BUILD = "build.json"
 _EXAMPLES = 3
@@ -77,10 +78,13 @@ def read_build(path: str | Path) -> BuildRecord | None:
     Returns:
         [`BuildRecord`] or `None`: The record, `None` if nothing was built.
     """
+    file = Path(path) / BUILD
     try:
-        return BuildRecord(**json.loads((Path(path) / BUILD).read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    with reading("The content", file, "Run `stepdpo build` again."):
+        return BuildRecord(**json.loads(text))
 
 
 def choose_examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -4,18 +4,21 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.prompts import StepPrompt
 from ..data.steps import split_steps
+from ..generation import ModelSpec, Sampling
 from ..runs.log import RunError
 from ..runs.log_view import LogView
 from ..runs.run_directory import RunDirectory
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .policy import Policy
+from .reading import reading
 from .records import Problem, Solution, write_problem
 from .stage_directory import ResultWriter
 
@@ -145,29 +148,75 @@ def keep_problems(run: RunDirectory, problems: Sequence[Problem]) -> None:
     log.extend((problem.id, write_problem(problem)) for problem in problems if problem.id not in log)
 
 
+_RESTORE = "Restore the file, or remove the line and run the same `stepdpo collect` command again, which adds it."
+
+
+def read_settings(run: RunDirectory) -> dict[str, Any]:
+    """
+    Read the settings of `collect`.
+
+    Args:
+        run (`RunDirectory`):
+            The run.
+
+    Returns:
+        `dict`: The settings, as passed to [`~stepdpo_trl.pipeline.session.Session.collect`].
+
+    Raises:
+        RunError: If they are missing, or were edited or written by another release.
+    """
+    log = run.settings()
+    if "collect" not in log:
+        raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
+    settings = log["collect"]
+    fix = "Restore the line, or start a new run. Runs of other releases can have other settings."
+    with reading("The record 'collect'", log.path, fix):
+        StepPrompt(**settings["prompt"]), Sampling(**settings["sampling"])
+        unknown = settings["model"].keys() - {field.name for field in fields(ModelSpec)}
+        if unknown:
+            raise TypeError(f"`model` has an unknown field {min(unknown)!r}")
+        missing = [f"model.{name}" for name in ("model", "backend") if name not in settings["model"]]
+        missing += [name for name in ("problems", "num_samples", "seed", "shard") if name not in settings]
+        if missing:
+            raise KeyError(missing[0])
+    return settings
+
+
 def read_problems_of(run: RunDirectory) -> Mapping[str, Problem]:
     """Return the problems of a run by id. They are read when they are used."""
-    return LogView(run.log("problems"), lambda key, record: Problem(key, **record))
+    log = run.log("problems")
+
+    def problem(key: str, record: dict[str, Any]) -> Problem:
+        with reading(f"The problem {key!r}", log.path, _RESTORE):
+            return Problem(key, **record)
+
+    return LogView(log, problem)
 
 
 def solutions_by_key(run: RunDirectory) -> Mapping[str, Solution]:
     """Return the solutions of a run by key. They are read when they are used."""
-    # The solutions of a problem mostly follow each other
-    problem_of = lru_cache(maxsize=64)(read_problems_of(run).__getitem__)
+    problems, log = read_problems_of(run), run.log("solutions")
+    problem_of = lru_cache(maxsize=64)(problems.__getitem__)  # the solutions of a problem mostly follow each other
     style = run.settings().get("collect", {}).get("steps")
+    names = ("text", "outcome", "finish_reason", "answer")
 
     def solution(key: str, record: dict[str, Any]) -> Solution:
-        return Solution(
-            key,
-            problem_of(record["problem"]),
-            record["text"],
-            record["outcome"],
-            record["finish_reason"],
-            record["answer"],
-            style,
-        )
+        with reading(f"The solution {key!r}", log.path, _RESTORE):
+            try:
+                problem = problem_of(record["problem"])
+            except KeyError:
+                if "problem" not in record:
+                    raise
+                raise RunError(
+                    f"The problem {record['problem']!r} of the solution {key!r} is not in "
+                    f"{run.path / 'problems.jsonl'}. {_RESTORE}"
+                ) from None
+            text, outcome, reason, answer = (record[name] for name in names)
+            if not isinstance(text, str):
+                raise TypeError("its text is not a string")
+            return Solution(key, problem, text, outcome, reason, answer, style)
 
-    return LogView(run.log("solutions"), solution)
+    return LogView(log, solution)
 
 
 def read_solutions(run: RunDirectory) -> Iterator[Solution]:
@@ -215,7 +264,7 @@ def wrong_solutions(run: RunDirectory) -> SelectedSolutions:
     if not counts:
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
     if not counts[WRONG]:
-        if run.settings()["collect"]["shard"] == [0, 1]:
+        if read_settings(run)["shard"] == [0, 1]:
             raise RunError(no_wrong_answers(counts))
         logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have wrong solutions
     return SelectedSolutions(counts[WRONG], lambda: (s for s in read_solutions(run) if s.outcome == WRONG))

@@ -15,6 +15,7 @@ from ..runs.tasks import Task
 from .collect import wrong_solutions
 from .judges.expressions import canonical
 from .judges.protocol import Judge
+from .reading import reading
 from .records import Solution, Verdict, text_digest
 from .stage_directory import ResultWriter
 
@@ -81,7 +82,16 @@ def read_verdicts(run: RunDirectory, judge_name: str | None = None) -> tuple[str
         name = canonical(name)
     if name not in logs:
         raise RunError(f"{run.path} holds no verdicts of {judge_name!r}, only of {', '.join(logs)}.")
-    return name, LogView(logs[name], lambda key, record: Verdict(**record))
+    fix = f"Remove its line and run `stepdpo localize {run.path} --judge {name}` again."
+
+    def verdict(key: str, record: dict[str, Any]) -> Verdict:
+        with reading(f"The verdict of {key!r}", logs[name].path, fix):
+            found = Verdict(**record)
+            if type(found.step) not in (int, type(None)) or not isinstance(found.evidence, dict):
+                raise TypeError("its step is not a number, or its evidence is not an object")
+            return found
+
+    return name, LogView(logs[name], verdict)
 
 
 def agreement(run: RunDirectory) -> dict[tuple[str, str], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Log-probabilities of the two steps of a pair under a model."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runs.progress import progress_bar
+from ..runs.run_directory import RunError
 
 _STEPS = ("chosen", "rejected")
 _SORTED = 1024  # pairs that are in memory and sorted by length at the same time
@@ -41,6 +43,9 @@ def add_logps(
 
     Yields:
         `dict`: The pairs with the columns, in the same order.
+
+    Raises:
+        RunError: If a log-probability is not finite.
     """
     numbered = enumerate(rows)
     total = len(rows) if isinstance(rows, Sized) else None
@@ -70,4 +75,10 @@ def _score_batch(part: Sequence[_Job], model: PreTrainedModel) -> None:
     for (row, name, prefix, step), of_row in zip(part, logits, strict=True):
         first = places.index(len(prefix) - 1)
         logps = of_row[first : first + len(step)].float().log_softmax(-1)
-        row[f"{name}_logps"] = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()
+        logp = logps.gather(-1, torch.tensor(step, device=logps.device)[:, None]).sum().item()
+        if not math.isfinite(logp):
+            raise RunError(
+                f"The log-probability of a {name} step is {logp} under the model {model.config.name_or_path!r}. "
+                "Its training may have diverged. Use another model."
+            )
+        row[f"{name}_logps"] = logp

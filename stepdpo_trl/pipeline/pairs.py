@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -16,10 +17,10 @@ from ..data.prompts import StepPrompt
 from ..data.schema import StepPreference
 from ..data.steps import Steps, split_steps
 from ..runs.run_directory import RunDirectory, RunError
-from .collect import solutions_by_key
+from .collect import read_settings, solutions_by_key
 from .policy import render_template
 from .records import Problem, Solution, is_of
-from .rectify import count_outdated, current_corrections, normalize_step
+from .rectify import count_outdated, current_corrections, normalize_step, reading_correction
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,16 @@ class RunPairs(Sequence[PairRow]):
     def __init__(self, run: RunDirectory, corrections: str) -> None:
         self._corrections, self._log = corrections, run.log(f"corrections.{corrections}")
         self._solutions = solutions_by_key(run)
-        self._settings = run.settings()["collect"]
+        self._settings, self._run = read_settings(run), run
         self._prompt = StepPrompt(**self._settings["prompt"])
         found = []
         self.replaced = 0  # corrections of solutions that have been replaced since
         for key, record in current_corrections(run, corrections):
+            if key not in self._solutions:
+                raise RunError(
+                    f"The solution {key!r}, which has a correction, is not in {run.path / 'solutions.jsonl'}. Run the "
+                    "same `stepdpo collect` command again, which adds it."
+                )
             solution = self._solutions[key]
             if solution.outcome == WRONG and is_of(solution, record.get("solution")):
                 found.append((key, len(record["found"])))
@@ -73,10 +79,13 @@ class RunPairs(Sequence[PairRow]):
         place = bisect_right(self._ends, index)
         solution, wrong, record = self._latest(self._keys[place])
         found = record["found"][index - self._ends[place]]  # counted from the end
-        return self._row(solution, wrong, record["step"], found)
+        with reading_correction(self._run, self._corrections, solution.key):
+            return self._row(solution, wrong, record["step"], found)
 
     def _row(self, solution: Solution, wrong: Steps, step: int, found: Mapping[str, Any]) -> PairRow:
         corrected = split_steps(found["text"], wrong.style)
+        if not 1 <= step <= min(len(wrong), len(corrected)):
+            raise IndexError(f"step {step} is not in the solution, which has {len(wrong)}, or not in its correction")
         return {
             "dataset": self._settings["problems"],
             "prompt": render_template(self._prompt.user, problem=solution.problem.problem),
@@ -172,9 +181,40 @@ def make_pairs(run: RunDirectory, corrections: str | None = None) -> RunPairs:
     return pairs
 
 
+# Spellings of the same operator, after NFKC
+_OPERATORS = (
+    (re.compile(r"\\(?:left|right)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[cdt]frac(?![a-zA-Z])"), r"\\frac"),
+    (
+        re.compile(r"\\(?:times|cdot|ast)(?![a-zA-Z])|[\u00d7\u00b7\u2217\u2219\u22c5]|(?<=[\d)])\s*[xX]\s*(?=[\d(])"),
+        "*",
+    ),
+    (re.compile(r"\\div(?![a-zA-Z])|[\u00f7\u2044\u2215]"), "/"),
+    (re.compile(r"[\u2010-\u2015\u2212]"), "-"),
+    (re.compile(r"\\leq?(?![a-zA-Z])|\u2264"), "<="),
+    (re.compile(r"\\geq?(?![a-zA-Z])|\u2265"), ">="),
+)
+
+
 def normalize_problem(text: str) -> str:
-    """Normalize a problem for comparison: keep letters, digits and operators only."""
-    return re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold()
+    r"""
+    Normalize a problem for comparison: keep letters, digits and operators only.
+
+    Typographic variants are the same: full-width and composed characters (NFKC), spellings of operators such as
+    `\times`, the sign for it and "3 x 4", dashes, and superscripts.
+
+    Args:
+        text (`str`):
+            The problem.
+
+    Returns:
+        `str`: The comparison key.
+    """
+    text = re.sub("[\u00b2\u00b3\u00b9\u2070-\u2079]+", r"^\g<0>", text)  # NFKC turns 5\u00b2 into 52
+    text = unicodedata.normalize("NFKC", text)
+    for spelling, operator in _OPERATORS:
+        text = spelling.sub(operator, text)
+    return unicodedata.normalize("NFKC", re.sub(r"[^\w+\-*/^=<>.]|\.(?!\d)", "", text).casefold())
 
 
 def select_pairs(
@@ -192,7 +232,7 @@ def select_pairs(
         problems (`Mapping[str, Problem]`):
             Problems of the pairs, by id.
         excluded (`Iterable[str]`, *optional*):
-            Problems of test sets. They are compared by their letters, digits and operators.
+            Problems of test sets, compared by [`normalize_problem`].
         max_pairs_per_problem (`int`, *optional*):
             Maximum number of pairs per problem. Pairs with different wrong steps are kept first.
 

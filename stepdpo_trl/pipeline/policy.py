@@ -35,13 +35,14 @@ def render_template(template: str, **values: Any) -> str:
         `str`: The text.
 
     Raises:
-        RunError: If the template is invalid or uses another variable.
+        RunError: If the template is invalid, uses another variable or fails.
     """
     try:
         return _compile(template).render(**values)
-    except TemplateError as error:
+    except Exception as error:  # code in a template can raise anything
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise RunError(
-            f"The template {template[:60]!r} cannot be filled: {error}. The available variables are {sorted(values)}."
+            f"The template {template[:60]!r} cannot be filled: {reason}. The available variables are {sorted(values)}."
         ) from error
 
 

@@ -4,12 +4,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 from ..data.answers import RIGHT
 from ..data.steps import Steps, split_steps
-from ..runs.run_directory import RunDirectory
+from ..runs.run_directory import RunDirectory, RunError
 from ..runs.runner import TaskRunner
 from ..runs.tasks import Task
 from .collect import SelectedSolutions, wrong_solutions
@@ -17,7 +17,8 @@ from .judges.llm import undecided
 from .judges.protocol import Judge
 from .localize import read_verdicts
 from .policy import Continuation, Policy
-from .records import Solution, is_of, text_digest
+from .reading import reading
+from .records import Solution, Verdict, is_of, text_digest
 from .stage_directory import ResultWriter
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,11 @@ def rectify(
         found: list[dict[str, Any]] = []
         tried = dropped = 0
         steps = split_steps(solution.text, solution.style)
+        if not 1 <= step <= len(steps):
+            raise RunError(
+                f"The verdict of {solution.key!r} in {runner.run.path / f'verdicts.{found_in}.jsonl'} is step {step}, "
+                f"but the solution has {len(steps)} steps. Remove its line and run `stepdpo localize` again."
+            )
         seen = {normalize(steps.step(step))}
         while len(found) < num_corrections and tried < max_attempts:
             numbers = range(tried, min(max_attempts, max(1, 2 * tried)))
@@ -168,8 +174,16 @@ def current_corrections(run: RunDirectory, name: str) -> Iterator[tuple[str, dic
     """
     verdicts = _verdicts_of(run, name)
     for key, record in run.log(f"corrections.{name}").items():
-        if verdicts.get(key, record)["step"] == record["step"]:
+        with reading_correction(run, name, key):
+            step, _, _ = record["step"], record["samples"] + record["dropped"], len(record["found"])
+        if key not in verdicts or verdicts[key].step == step:
             yield key, record
+
+
+def reading_correction(run: RunDirectory, name: str, key: str) -> AbstractContextManager[None]:
+    """Return a context in which a correction is read; see [`~stepdpo_trl.pipeline.reading.reading`]."""
+    path = run.path / f"corrections.{name}.jsonl"
+    return reading(f"The correction of {key!r}", path, "Remove its line and run `stepdpo rectify` again.")
 
 
 def count_outdated(run: RunDirectory, name: str) -> int:
@@ -186,11 +200,13 @@ def count_outdated(run: RunDirectory, name: str) -> int:
         `int`: Number of solutions.
     """
     verdicts = _verdicts_of(run, name)
-    steps = (
-        (verdicts.get(key, record)["step"], record["step"]) for key, record in run.log(f"corrections.{name}").items()
-    )
-    return sum(now not in (None, before) for now, before in steps)
+    outdated = 0
+    for key, record in run.log(f"corrections.{name}").items():
+        with reading_correction(run, name, key):
+            outdated += key in verdicts and verdicts[key].step not in (None, record["step"])
+    return outdated
 
 
-def _verdicts_of(run: RunDirectory, corrections: str) -> Mapping[str, dict[str, Any]]:
-    return run.logs("verdicts").get(corrections.partition(".by-")[0]) or {}
+def _verdicts_of(run: RunDirectory, corrections: str) -> Mapping[str, Verdict]:
+    judge_name = corrections.partition(".by-")[0]
+    return read_verdicts(run, judge_name)[1] if judge_name in run.logs("verdicts") else {}

@@ -1,12 +1,14 @@
 """Rows of JSON Lines and Parquet files, which stay on disk."""
 
 import json
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
+from ..data.files import file_pattern
 from ..runs.run_directory import RunError
 
 
@@ -33,7 +35,9 @@ def open_rows(path: Path) -> Sequence[Any]:
     from datasets import Dataset
 
     try:
-        rows: Sequence[Any] = Dataset.from_parquet(str(path))
+        # In a cache of its own: the shared one knows files by path and time, and returns old rows after some edits
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            rows: Sequence[Any] = Dataset.from_parquet(file_pattern(str(path)), cache_dir=cache)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     return rows
@@ -105,7 +109,7 @@ class JsonLines(Sequence[Any]):
             ) from error
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"Line {self._number(offset)} of {self.path} is not JSON ({error}): {text.rstrip()[:60]!r}. Problems "
                 "are read from JSON Lines, with one object per line, or from .parquet."

@@ -9,6 +9,7 @@ from typing import Any
 from ..generation import ModelSpec
 from ..generation.vllm_arguments import answer_arguments
 from ..runs.run_directory import RunDirectory, RunError
+from .collect import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,7 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
             the answers of the model.
     """
     settings, changes = run.settings(), changes or {}
-    if "collect" not in settings:
-        raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
-    stored = settings["collect"]["model"]
+    stored = read_settings(run)["model"]
     model = {**stored, **changes}
     if model["backend"] == "openai" and "base_url" not in changes:
         if "server" not in settings:

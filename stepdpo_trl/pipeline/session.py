@@ -301,7 +301,7 @@ class Session:
         service: str = "policy",
     ) -> Policy:
         """Make a policy of a model. `settings` are those of `collect`, if they are not in the run folder yet."""
-        settings = settings or runner.run.settings()["collect"]
+        settings = settings or collecting.read_settings(runner.run)
         generator = self.generator(model, runner.run.path)
         if service not in runner.services:
             log = runner.run.log(f"generations.{service}")
@@ -321,7 +321,7 @@ class Session:
             generator = self.generator(options.model, runner.run.path)
             log = runner.run.log(f"generations.{service}")
             runner.services[service] = model_service(generator, sampling, log, runner.name)
-            seed = runner.run.settings()["collect"]["seed"]
+            seed = collecting.read_settings(runner.run)["seed"]
             return llm_judge(service, seed, options.votes, options.gold, options.prompt, sampling.temperature > 0)
         if name == "prm":
             from .judges.prm_model import ProcessRewardModel, RecordedPRM

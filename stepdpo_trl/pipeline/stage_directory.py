@@ -10,6 +10,7 @@ from typing import Any
 from ..data.files import write_atomically
 from ..runs.log import BATCH, Log, RunError
 from ..runs.run_directory import RunDirectory
+from .reading import reading
 
 TIMES = "time.json"
 _SECONDS_BETWEEN_SAVES = 10.0
@@ -93,7 +94,8 @@ class StageDirectory(RunDirectory):
         if before is None:
             return
         self.keep_settings(stage, {**settings, **{name: before[name] for name in growing if name in before}})
-        less = [name for name in growing if name in before and settings[name] < before[name]]
+        with reading(f"The record {stage!r}", self.path / "settings.jsonl", "Restore the line."):
+            less = [name for name in growing if name in before and settings[name] < before[name]]
         if less:
             differences = "\n".join(f"  {name}: {before[name]} in this run, {settings[name]} now" for name in less)
             raise RunError(
@@ -141,9 +143,11 @@ class StageDirectory(RunDirectory):
 def read_times(path: Path) -> dict[str, float]:
     """Read the seconds that each stage of a run has taken."""
     try:
-        return dict(json.loads((path / TIMES).read_text(encoding="utf-8")))
+        text = (path / TIMES).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
+    with reading("The content", path / TIMES, "Remove it; only the times are lost."):
+        return {stage: float(seconds) for stage, seconds in json.loads(text).items()}
 
 
 class ResultWriter:

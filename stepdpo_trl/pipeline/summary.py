@@ -11,10 +11,11 @@ from ..data.answers import cause_of
 from ..generation.protocol import token_count
 from ..runs.run_directory import RunDirectory
 from .build_record import BuildRecord, choose_examples
-from .collect import read_problems_of
-from .localize import agreement
+from .collect import read_problems_of, read_solutions
+from .localize import agreement, read_verdicts
 from .pairs import make_pairs
 from .policy import why_no_answer
+from .records import Verdict
 from .rectify import current_corrections
 from .stage_directory import read_times
 
@@ -105,21 +106,21 @@ def _add(summary: Summary, run: RunDirectory) -> None:
     summary.problems += len(read_problems_of(run))
     is_solved: dict[str, bool] = {}
     checks = run.log("checks")
-    for key, solution in run.log("solutions").items():
-        outcome, problem = solution["outcome"], solution["problem"]
+    for solution in read_solutions(run):
+        outcome, problem = solution.outcome, solution.problem.id
         summary.outcomes[outcome] += 1
         is_solved[problem] = is_solved.get(problem, False) or outcome == "right"
         if outcome == "unreadable":
-            reason = why_no_answer(solution["finish_reason"], solution["text"])
-            summary.unreadable[reason or cause_of(checks.get(f"policy/{key}", {}).get("reason"))] += 1
+            reason = why_no_answer(solution.finish_reason, solution.text)
+            summary.unreadable[reason or cause_of(checks.get(f"policy/{solution.key}", {}).get("reason"))] += 1
     summary.unsolved += sum(not solved for solved in is_solved.values())
-    for judge_name, log in run.logs("verdicts").items():
+    for judge_name in run.logs("verdicts"):
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))
         places = summary.places.setdefault(judge_name, Counter())
-        for record in log.values():
-            counts["located" if record["step"] else _reason(record)] += 1
-            if record["step"]:
-                places[record["step"]] += 1
+        for verdict in read_verdicts(run, judge_name)[1].values():
+            counts["located" if verdict.step else _reason(verdict)] += 1
+            if verdict.step:
+                places[verdict.step] += 1
     for pair, both in agreement(run).items():
         summary.agreement.setdefault(pair, Counter()).update(both)
     for corrections in run.logs("corrections"):
@@ -152,9 +153,9 @@ def _stage_of(record: dict[str, Any]) -> str:
     return "collect" if stage.startswith("collect ") else stage
 
 
-def _reason(record: dict[str, Any]) -> str:
+def _reason(verdict: Verdict) -> str:
     """Return why the last judge of an expression abstained."""
-    evidence = record["evidence"]
+    evidence = verdict.evidence
     named = [value for value in evidence.values() if isinstance(value, dict) and "step" in value]
     last = named[-1] if named else evidence
     return str(last.get("reason", "the judges name different steps"))

@@ -122,7 +122,7 @@ class Log(StreamedMapping[dict[str, Any]]):
             record = json.loads(line.decode())
             key = record.pop("key")
             key.encode()
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise RunError(
                 f"Line {self._line_number(offset)} of {self.path} is not a record of this package ({line[:80]!r}). "
                 "Restore the file, or remove the line to compute its record again."

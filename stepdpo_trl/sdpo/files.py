@@ -12,13 +12,19 @@ import json
 import os
 import re
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 
-from ..data.files import partial_path, replacing, write_atomically
+from ..data.files import hash_files, partial_path, replacing, write_atomically
 
 logger = get_logger(__name__)
 
@@ -30,10 +36,27 @@ def stage_folder(output_dir: str | Path, number: int) -> Path:
     return Path(output_dir) / f"stage-{number}"
 
 
-def is_complete(folder: Path, start_id: str) -> bool:
-    """Return whether a stage's model is complete and was saved for the stage start with this id."""
-    file = folder / STAGE_FILE
-    return file.is_file() and json.loads(file.read_text())["id"] == start_id
+def is_complete(folder: Path, record: dict[str, Any]) -> bool:
+    """
+    Return whether a folder holds the complete model of a stage.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        record (`dict[str, Any]`):
+            Id and properties of the stage, as passed to [`publish_stage_folder`].
+    """
+    try:
+        saved = json.loads((folder / STAGE_FILE).read_text())
+        weights = saved.get("weights")  # missing in folders of earlier releases
+        is_stage = {**saved, **record} == saved
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return is_stage and weights in (None, _hash_weights(folder))
+
+
+def _hash_weights(folder: Path) -> str:
+    return hash_files(sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")))
 
 
 def publish_stage_folder(folder: Path, record: dict[str, Any]) -> None:
@@ -44,11 +67,11 @@ def publish_stage_folder(folder: Path, record: dict[str, Any]) -> None:
         folder (`Path`):
             Final name of the folder. The model must be in `partial_path(folder)`.
         record (`dict[str, Any]`):
-            Content of `sdpo_stage.json`.
+            Content of `sdpo_stage.json`, to which a hash of the weights is added.
     """
     partial = partial_path(folder)
     shutil.rmtree(partial / "ref", ignore_errors=True)  # PEFT saves the reference adapter as well
-    write_atomically(partial / STAGE_FILE, json.dumps(record, indent=2))
+    write_atomically(partial / STAGE_FILE, json.dumps({**record, "weights": _hash_weights(partial)}, indent=2))
     if folder.exists():  # from an earlier run
         shutil.rmtree(folder)
     os.replace(partial, folder)
@@ -78,19 +101,45 @@ def write_scores(file: Path, scores: np.ndarray, scores_id: str) -> None:
 
 
 def read_scores(file: Path, scores_id: str) -> np.ndarray | None:
-    """Read log-probabilities of shape `(2, rows)`, or return `None` if the file is missing or has another id."""
-    if not file.is_file():
+    """Read log-probabilities of shape `(2, rows)`, or return `None` if the file is missing, broken or another one."""
+    try:
+        with np.load(file) as content:
+            return content["scores"] if content["id"].item() == scores_id else None
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error):
         return None
-    with np.load(file) as content:
-        return content["scores"] if content["id"].item() == scores_id else None
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: str | Path) -> Iterator[None]:
+    """
+    Raise a `ValueError` if a file of a checkpoint cannot be read in the context.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        ValueError: If a file is missing or truncated.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError, EOFError, UnpicklingError, json.JSONDecodeError, RuntimeError) as error:
+        if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):  # of torch.load
+            raise
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: one of its files is missing, truncated or damaged "
+            f"({type(error).__name__}: {error}). Remove this checkpoint to resume from an earlier one, or start a new "
+            "run."
+        ) from error
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any] | None:
     """Read `trainer_state.json`, which the Trainer writes last, or return `None` if the checkpoint is incomplete."""
     try:
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
         return None
+    return state if isinstance(state, dict) and isinstance(state.get("global_step"), int) else None
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | bool) -> tuple[Path, dict[str, Any]]:
@@ -151,7 +200,12 @@ def check_record(checkpoint: Path, state: dict[str, Any], current: dict[str, Any
             f"Cannot resume from {checkpoint}: it was saved by a run without SDPOCallback, so it has no record of "
             "stages. Start a new run."
         )
-    saved = (callback[-1] if isinstance(callback, list) else callback)["attributes"]["record"]
+    saved = (callback[-1] if isinstance(callback, list) else callback).get("attributes", {}).get("record", {})
+    if not {"ids", *current} <= saved.keys():
+        raise ValueError(
+            f"Cannot resume from {checkpoint}: the record of its stages is incomplete. Pass another checkpoint, or "
+            "start a new run."
+        )
     differences = [
         f"{name}: {saved[name]!r} in the checkpoint, {current[name]!r} now"
         for name in ("schedule", "reference")
@@ -161,10 +215,10 @@ def check_record(checkpoint: Path, state: dict[str, Any], current: dict[str, Any
         differences.append(f"stages: {len(saved['stages'])} in the checkpoint, {len(current['stages'])} now")
     else:
         differences += [
-            f"{name} of stage {number}: {old[name]!r} in the checkpoint, {value!r} now"
+            f"{name} of stage {number}: {old.get(name)!r} in the checkpoint, {value!r} now"
             for number, (old, new) in enumerate(zip(saved["stages"], current["stages"], strict=True), start=1)
             for name, value in new.items()
-            if old[name] != value
+            if old.get(name) != value
         ]
     if differences:
         raise ValueError(

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 
 from ..data.files import partial_path
 from .diagnostics import first_batch_metrics, gamma_metrics
-from .files import check_record, find_checkpoint, is_complete, publish_stage_folder, stage_folder
+from .files import (
+    check_record,
+    find_checkpoint,
+    is_complete,
+    publish_stage_folder,
+    reading_checkpoint,
+    stage_folder,
+)
 from .restart import clear_optimizer_state, reset_best_metric, set_scheduler_step
 from .scoring import StageScoring
 from .stages import Stage
@@ -218,11 +225,12 @@ class StagedTraining(StageScoring):
         assert self.sdpo is not None
         if stage.number > 1:
             folder = stage_folder(self._output_dir, stage.number - 1)
-            if not self._on_main_process(lambda: is_complete(folder, self._start_id(stage))):
+            record = {"id": self._start_id(stage), **self.stages[stage.number - 2].record()}
+            if not self._on_main_process(lambda: is_complete(folder, record)):
                 raise ValueError(
                     f"Cannot resume in stage {stage.number}: its reference is the model in {folder}, which is "
-                    "missing, incomplete or from another run. Restore that folder, resume from a checkpoint of an "
-                    "earlier stage, or start a new run."
+                    "missing, incomplete, or from another stage or run. Restore that folder, resume from a checkpoint "
+                    "of an earlier stage, or start a new run."
                 )
             self.reference.restore(folder)
         self.stage, self.beta, self.train_dataset = stage, stage.beta, stage.dataset
@@ -256,11 +264,22 @@ class StagedTraining(StageScoring):
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Load a checkpoint and keep the dtypes of the parameters. PEFT converts QLoRA adapters to float32."""
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        with reading_checkpoint(args[0]):
+            super()._load_from_checkpoint(*args, **kwargs)
         if self.sdpo is not None:
             for name, parameter in self.model.named_parameters():
                 if parameter.dtype != dtypes[name]:
                     parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer state of a checkpoint."""
+        with reading_checkpoint(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states of a checkpoint."""
+        with reading_checkpoint(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def _describe_run(self) -> dict[str, Any]:
         """Return the properties of the run that must match those in a checkpoint to resume from it."""

@@ -167,7 +167,12 @@ class PromptRenderer:
         end = ""
         if self.uses_chat_template:
             conversation = [*messages, {"role": "assistant", "content": _SOLUTION}]
-            text = self._apply_chat_template(conversation, **self._template_kwargs(row))
+            try:
+                text = self._apply_chat_template(conversation, **self._template_kwargs(row))
+            except Exception as error:  # templates can raise anything
+                raise ValueError(
+                    f"The chat template cannot render the solution of {where}: {type(error).__name__}: {error}"
+                ) from error
             _, found, end = text.rpartition(_SOLUTION)
             if not found:
                 raise ValueError(

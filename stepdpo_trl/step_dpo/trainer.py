@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_utils import has_length
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import create_model_from_path, get_config_model_id
@@ -242,6 +243,16 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         options: dict[str, Any] = {"dtype": model.dtype, "device_map": None}
         copy_weights(create_model_from_path(folder, trust_remote_code=self.args.trust_remote_code, **options), model)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Compute the number of steps, and check that there is at least one batch."""
+        if has_length(dataloader) and len(dataloader) == 0:
+            rows: Any = self.train_dataset
+            raise ValueError(
+                f"The train dataset has {len(rows)} rows, which is less than one batch, and "
+                "`dataloader_drop_last=True` drops them all. Set it to False, or decrease the batch size."
+            )
+        return super().set_initial_training_values(args, dataloader)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         """Return the sampler of training rows, which keeps pairs of a prompt together with `group_by_prompt`."""

@@ -188,10 +188,11 @@ def test_resume_from_checkpoint(tmp_path, monkeypatch, value, passed):
     for name, complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-11", False)):
         (tmp_path / "o" / name).mkdir(parents=True)
         if complete:
-            (tmp_path / "o" / name / "trainer_state.json").write_text("{}")
+            (tmp_path / "o" / name / "trainer_state.json").write_text('{"global_step": 9}')
     Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
     trainer = MagicMock()
     monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)
+    monkeypatch.setattr("stepdpo_trl.step_dpo.divergence.check_finite", lambda trainer: None)
     main([*CPU, "--dataset_name", str(tmp_path / "pairs.jsonl"), "--resume_from_checkpoint", value])
     trainer.train.assert_called_once_with(resume_from_checkpoint=passed)
     callback = trainer.add_callback.call_args.args[0]  # the output of a test is not a terminal
@@ -205,6 +206,7 @@ def test_resume_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     Dataset.from_list(step_rows(4)).to_json(tmp_path / "pairs.jsonl")
     trainer = MagicMock()
     monkeypatch.setattr("stepdpo_trl.step_dpo.trainer.StepDPOTrainer", lambda *args, **kwargs: trainer)
+    monkeypatch.setattr("stepdpo_trl.step_dpo.divergence.check_finite", lambda trainer: None)
     main([*CPU, "--dataset_name", str(tmp_path / "pairs.jsonl"), "--resume_from_checkpoint", "true"])
     trainer.train.assert_called_once_with(resume_from_checkpoint=None)
     assert "o has no complete checkpoint. Training starts from the beginning." in capsys.readouterr().err

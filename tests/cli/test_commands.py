@@ -242,14 +242,23 @@ def test_dry_run_of_a_run_that_grows(problems, capsys):
     run = problems.parent / "run"
     records = {
         "settings": [
-            {"key": "collect", "shard": [0, 1], "model": {"model": "m", "backend": "transformers"}},
+            {
+                "key": "collect",
+                "problems": "p",
+                "prompt": {"user": "{{ problem }}"},
+                "sampling": {},
+                "num_samples": 1,
+                "seed": 0,
+                "shard": [0, 1],
+                "model": {"model": "m", "backend": "transformers"},
+            },
             {"key": "localize rollout", "num_rollouts": 8},
         ],
         "solutions": [{"key": f"s{n}", "outcome": "wrong", "steps": 4} for n in range(3)],
-        "verdicts.rollout": [{"key": f"s{n}", "step": 2} for n in range(3)],
+        "verdicts.rollout": [{"key": f"s{n}", "step": 2, "judge": "rollout", "evidence": {}} for n in range(3)],
         # one correction, found with 4 samples; two; none in 20 samples
         "corrections.rollout": [
-            {"key": f"s{n}", "found": found, "samples": samples}
+            {"key": f"s{n}", "step": 2, "found": found, "samples": samples, "dropped": 0}
             for n, (found, samples) in enumerate([([1], 4), ([1, 2], 2), ([], 20)])
         ],
     }

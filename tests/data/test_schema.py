@@ -76,3 +76,23 @@ def test_data_format_needs_only_the_standard_library():
     code += "print({'torch', 'trl', 'transformers'} & {*sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("prompt", "a\ud800"),
+        ("prompt", [{"role": "user", "content": "\udfff"}]),
+        ("prompt", [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]),
+        ("initial_reason_steps", "\ud800"),
+        ("chosen", "5 \ud800 6"),
+        ("rejected", "\udc00"),
+    ],
+)
+def test_half_characters(column, value):
+    """They come from JSON such as "\\ud83d", cut out of an emoji. Tokenizers raise a TypeError on them."""
+    with pytest.raises(
+        ValueError, match=rf"`{column}` of row 7 contains '\\u[a-f0-9]+', half of a character.* remove"
+    ):
+        StepPreference.from_row({**ROW, column: value}, "row 7")
+    assert StepPreference.from_row({**ROW, "chosen": "\U0001f600"}, "row 7").chosen == "\U0001f600"

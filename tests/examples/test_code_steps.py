@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def load(name):
 @pytest.fixture
 def allowed(monkeypatch):
     monkeypatch.setenv("ALLOW_CODE_EXECUTION", "1")
+    forkserver._forkserver._stop()  # its children have the environment in which it started
+    yield
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_bar_charts_have_the_same_tokens_in_training_and_sampling():
     assert processor.tokenizer.decode(whole[len(prompt) :]) == script["write"](steps).removeprefix("Step 1:")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_samples():
     """Seeds are fixed. With the default of 60 problems the two shares are 0.356 and 0.207."""
     done = run_script(EXAMPLES / "benchmark_samples.py", "--problems", 4)

@@ -85,7 +85,7 @@ def test_ties_between_settings_go_to_the_lowest(tmp_path):
     assert best_settings(log, "Step-DPO") == best_settings(log, "Step-DPO, rollout") == (3e-5, 0.4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quick_run_writes_tables_and_figures(tmp_path):
     done = run_script(FOLDER / "run.py", "--quick", "--processes", 1, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

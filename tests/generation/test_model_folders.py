@@ -2,7 +2,8 @@
 
 import pytest
 
-from stepdpo_trl.generation.model_folders import CHUNK, adapter_base, fingerprint
+from stepdpo_trl.data.files import CHUNK
+from stepdpo_trl.generation.model_folders import adapter_base, fingerprint
 
 
 @pytest.fixture

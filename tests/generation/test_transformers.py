@@ -1,5 +1,7 @@
 """Generation with transformers: seeds, batches, sampling distribution and ends of completions."""
 
+import io
+import json
 from collections import Counter
 
 import pytest
@@ -7,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, make_generator
+from stepdpo_trl.generation.chat import render
 from stepdpo_trl.generation.transformers import SeededSampling, TransformersGenerator
 from stepdpo_trl.quickstart import MODEL_PATH, make_problems
 
-from ..tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model
+from ..tiny import byte_level_tokenizer, save_tiny_model, sentencepiece_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,27 @@ def test_a_resumed_run_forms_the_same_batches(quickstart):
     rest = answers(generator, requests, sampling, done=order[:5])
     assert runs == [4, 4, 4]
     assert rest == {key: whole[key] for key in order[5:]}
+
+
+def test_a_chat_template_that_fails():
+    tokenizer = byte_level_tokenizer("{{ raise_exception('no system turn') }}")
+    with pytest.raises(
+        GenerationError, match=r"cannot render .* the roles \['user'\] \(TemplateError: no system turn"
+    ):
+        render(tokenizer, [{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers(temperature):
+    """As after a training that has diverged."""
+    tokenizer = byte_level_tokenizer()
+    model = tiny_model(len(tokenizer))
+    generator = TransformersGenerator(model, tokenizer)
+    generator.model.config.name_or_path = "stage-1/model"
+    assert answers(generator, [Request("a", "1", 0)], Sampling(temperature, 1.0, 2))
+    torch.nn.init.constant_(model.lm_head.weight[3:4], float("nan"))
+    with pytest.raises(GenerationError, match=r"scores of the model 'stage-1/model' are not a number \(NaN"):
+        answers(generator, [Request("a", "1", 0)], Sampling(temperature, 1.0, 2))
 
 
 @pytest.mark.parametrize(
@@ -204,3 +228,40 @@ def test_a_warning_is_logged_once_if_the_context_is_too_short(quickstart, caplog
     for _ in range(2):
         list(generator.generate([Request("a", prompt, 0)], Sampling(0.0, 1.0, 600), {"a"}))
     assert caplog.text.count("max_new_tokens=600 exceed the model's context of 512 tokens") == 1
+
+
+class Touch:
+    """An object whose pickle creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def pickled(folder, owned):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Touch(owned)}, folder / "pytorch_model.bin")
+
+
+def custom(folder, owned):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(owned)!r}, 'w')")
+
+
+def truncated(folder, owned):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("change", [pickled, custom, truncated])
+def test_code_in_models_is_not_run(change, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # transformers asks before it runs code
+    save_tiny_model(tmp_path / "model", byte_level_tokenizer("{{ messages }}"))
+    change(tmp_path / "model", tmp_path / "owned")
+    with pytest.raises(GenerationError, match=r"The model '.*' cannot be loaded"):
+        make_generator(ModelSpec(str(tmp_path / "model"), "transformers"))
+    assert not (tmp_path / "owned").exists()

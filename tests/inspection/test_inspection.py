@@ -152,7 +152,16 @@ def run_folder(tmp_path):
     path = tmp_path / "run"
     with RunDirectory(path, create=True) as run:
         prompt = {"user": "{{ problem }} Think.", "response_prefix": ""}
-        run.settings().append("collect", {"prompt": prompt, "problems": "p", "shard": [0, 1]})
+        sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9}
+        settings = {
+            "prompt": prompt,
+            "problems": "p",
+            "shard": [0, 1],
+            "sampling": sampling,
+            "num_samples": 2,
+            "seed": 0,
+        }
+        run.settings().append("collect", {**settings, "model": {"model": "M", "backend": "transformers"}})
         run.log("problems").append("a", {"problem": "What is 7 + 2 * 4?", "answer": "15", "solution": ""})
         record = {"problem": "a", "finish_reason": "stop", "steps": 2}
         right = SOLUTION.replace("16", "15")
@@ -530,3 +539,11 @@ def test_images_that_cannot_be_shown(pairs_with_images, chat_model, tmp_path, ca
     status, _, err = inspect(capsys, monkeypatch, pairs_with_images)
     assert status == 2
     assert "An image of row 0 of" in err
+
+
+def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path):
+    for name, step in (("pairs[1].jsonl", "meant"), ("pairs1.jsonl", "other")):
+        row = {"prompt": "p", "initial_reason_steps": "", "chosen": step, "rejected": "r"}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    (example,) = read_pairs(str(tmp_path / "pairs[1].jsonl"), "train", [0])
+    assert example.parts[0].text == "meant"

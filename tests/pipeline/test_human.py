@@ -1,15 +1,19 @@
 """The page of the human judge: stored labels, rendered text, and the page itself in a headless Chromium."""
 
+import asyncio
 import re
 import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
 from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
 from stepdpo_trl.pipeline.judges.human_page import Labeling, ToLabel, label
+from stepdpo_trl.pipeline.judges.local_only import LocalOnly
 from stepdpo_trl.runs.log import Log
 
 ITEMS = [
@@ -94,13 +98,43 @@ def test_formulas_that_are_rendered(text, formulas):
     assert re.findall(r"\\[(\[](.+?)\\[)\]]", to_markdown(text)) == formulas
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "localhost:8000"}, 200),  # forwarded by ssh -L
+        ({"host": "evil.example:7860"}, 403),  # DNS rebinding
+        ({"host": "evil.example:7860", "origin": "http://evil.example:7860"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),  # cross-site request
+        ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:1"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
+        ({}, 403),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_requests_of_other_sites_are_refused(kind, headers, status):
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"status": 200})
+
+    async def send(message):
+        sent.append(message.get("status", message.get("code")))
+
+    scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(LocalOnly(app)(scope, None, send))
+    assert sent[0] == (1008 if (kind, status) == ("websocket", 403) else status)
+
+
 @pytest.fixture
 def browser():
     pytest.importorskip("gradio", reason="needs the extra human")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: `make browser`")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium: `make browser`")
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -108,12 +142,13 @@ def browser():
 
 
 @pytest.mark.slow
-def test_in_the_browser(browser, tmp_path):
+def test_in_the_browser(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr("webbrowser.open", lambda *_, **__: False)
     path = tmp_path / "labels.jsonl"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    served = threading.Thread(target=label, args=(ITEMS, Log(path), port, False), daemon=True)
+    served = threading.Thread(target=label, args=(ITEMS, Log(path), port), daemon=True)
     served.start()
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     fetched = []
@@ -126,7 +161,7 @@ def test_in_the_browser(browser, tmp_path):
             time.sleep(0.2)
 
     def wait_for(text):
-        page.get_byto_markdown(text).first.wait_for(timeout=20_000)
+        page.get_by_text(text).first.wait_for(timeout=20_000)
 
     wait_for("0 of 3 done")
     wait_for("2*3 + 4*5 = 26")  # not shown as emphasis
@@ -141,9 +176,20 @@ def test_in_the_browser(browser, tmp_path):
     assert page.evaluate("document.documentElement.scrollHeight") < 2500
     assert not fetched
     page.screenshot(path=tmp_path / "page.png", full_page=True)
+    for name, value in (("Host", f"evil.example:{port}"), ("Origin", "http://evil.example")):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/config", headers={name: value})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request)
+    other = browser.new_page()
+    other.goto(f"http://127.0.0.1:{port}")
+    other.get_by_text("0 of 3 done").first.wait_for(timeout=20_000)
     page.click("#step-1")
     wait_for("1 of 3 done")
     assert read(path) == {"a": {"step": 1}}  # saved at once
+    other.click("#step-2")  # still shows the first solution: its label is kept
+    other.get_by_text("1 of 3 done").first.wait_for(timeout=20_000)
+    assert read(path) == {"a": {"step": 1}}
+    other.close()
     wait_for("Is 1 < 2 & 3 > 2?")
     wait_for("<script>")  # shown as text, not run
     assert page.title() == "First wrong step"

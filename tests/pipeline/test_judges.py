@@ -14,11 +14,11 @@ from stepdpo_trl.pipeline.judges.arithmetic import arithmetic_judge
 from stepdpo_trl.pipeline.judges.expressions import combine, parse_judges
 from stepdpo_trl.pipeline.judges.llm import llm_judge, read_step
 from stepdpo_trl.pipeline.judges.prm import prm_judge
-from stepdpo_trl.pipeline.judges.prm_model import ProcessRewardModel
+from stepdpo_trl.pipeline.judges.prm_model import ProcessRewardModel, RecordedPRM
 from stepdpo_trl.pipeline.judges.rollout import rollout_judge
 from stepdpo_trl.pipeline.policy import Policy
 from stepdpo_trl.pipeline.records import Problem, Solution, Verdict
-from stepdpo_trl.runs.run_directory import RunError
+from stepdpo_trl.runs.run_directory import Log, RunError
 from stepdpo_trl.runs.tasks import run_tasks
 
 from ..tiny import CHATML, byte_level_tokenizer
@@ -249,6 +249,25 @@ def test_qwen_prm():
         expected = model(input_ids=ids)[0][0, positions].softmax(-1)[:, 1]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
         assert len(found) == len(steps)
+
+
+def test_prm_abstains_on_solutions_that_it_cannot_score(tmp_path):
+    """`<extra_0>` in a problem or step, or probabilities that are not numbers, concern one solution only."""
+    tokenizer = byte_level_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
+    torch.manual_seed(0)
+    prm = ProcessRewardModel(QwenPRM(tiny_config(tokenizer)), tokenizer)
+    service = RecordedPRM(prm, Log(tmp_path / "scores.jsonl"))
+    texts = ["Step 1: a\nStep 2: b", "Step 1: a<extra_0>\nStep 2: b", "<extra_0>"]
+    solutions = [Solution(f"p/{n}", PROBLEM, text, WRONG, "stop") for n, text in enumerate(texts)]
+    verdicts = [judge_one(prm_judge(), item, {"prm": service}) for item in solutions]
+    assert len(verdicts[0].evidence["scores"]) == 2
+    assert [v.evidence.get("reason") for v in verdicts[1:]] == ["the model cannot score these steps"] * 2
+    assert prm.score([("p<extra_0>", ("a",)), ("p", ("a",))])[0] is None
+    assert [len(scores or []) for scores in prm.score([("p", ("a<extra_0>",)), ("p", ("a", "b"))])] == [0, 2]
+
+    torch.nn.init.constant_(prm.model.score[2].bias, float("nan"))
+    assert prm.score([("p", ("a",))]) == [None]
 
 
 def test_prm_with_a_token_classification_head():

@@ -11,6 +11,7 @@ from stepdpo_trl.cli.data import _score
 from stepdpo_trl.generation.transformers import TransformersGenerator
 from stepdpo_trl.pipeline.logps import add_logps
 from stepdpo_trl.quickstart import MODEL_PATH
+from stepdpo_trl.runs.run_directory import RunError
 from stepdpo_trl.step_dpo.tokenization import StepTokenizer
 
 from ..tiny import CHATML, byte_level_tokenizer, save_tiny_model, sentencepiece_tokenizer
@@ -98,3 +99,10 @@ def test_tokens_are_those_of_the_trainer(make_tokenizer, tmp_path, monkeypatch):
                 logps = model(torch.tensor([prefix + step])).logits[0].log_softmax(-1)
             expected = sum(logps[len(prefix) + i - 1, token].item() for i, token in enumerate(step))
             assert row[f"{name}_logps"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_log_probabilities_that_are_no_numbers():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_PATH), AutoTokenizer.from_pretrained(MODEL_PATH)
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(RunError, match=r"log-probability of a \w+ step is nan under the model '.*diverged"):
+        list(add_logps([dict(ROWS[0])], model, StepTokenizer(tokenizer)))

@@ -189,7 +189,7 @@ def test_merged_adapter_equals_the_adapted_model(chat_model, tmp_path):
 
 def test_training_resumes_from_the_last_complete_checkpoint(tmp_path):
     assert _resume(tmp_path) == []
-    for number, content in ((2, "{}"), (4, "{")):  # the second is truncated
+    for number, content in ((2, '{"global_step": 2}'), (4, "{")):  # the second is truncated
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(content)
     assert _resume(tmp_path) == ["--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]

@@ -3,11 +3,13 @@
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
 
 import pytest
+from datasets import Dataset
 
 from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.prompts import STEP_PROMPTS
@@ -458,6 +460,20 @@ def test_invalid_problems(tmp_path, content, message):
     path = tmp_path / "problems.jsonl"
     path.write_text(content)
     with pytest.raises(RunError, match=message):
+        read_problems(path)
+
+
+def test_parquet_problems_are_read_again_after_a_change_at_the_same_time(tmp_path):
+    """Nor is another file read whose name fits `problems[1].parquet` as a pattern."""
+    path = tmp_path / "problems[1].parquet"
+    for number in (7, 8):
+        Dataset.from_list([{"problem": f"{number}?", "answer": str(number)}]).to_parquet(str(path))
+        os.utime(path, (0, 0))
+        assert [problem.answer for problem in read_problems(path)] == [str(number)]
+    Dataset.from_list([{"problem": "9?", "answer": "9"}]).to_parquet(str(tmp_path / "problems1.parquet"))
+    assert [problem.answer for problem in read_problems(path)] == ["8"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(RunError, match="cannot be read as Parquet"):
         read_problems(path)
 
 

@@ -69,7 +69,7 @@ def test_stage_models_come_from_the_latest_training(saved, chat_model, tmp_path)
     # The old checkpoint needs the old model of stage 1 as its reference
     shutil.rmtree(tmp_path / "copy" / "checkpoint-8")
     shutil.copytree(saved / "checkpoint-8", tmp_path / "copy" / "checkpoint-8")
-    with pytest.raises(ValueError, match="missing, incomplete or from another run"):
+    with pytest.raises(ValueError, match="missing, incomplete, or from another stage or run"):
         staged_run(chat_model, tmp_path / "copy").train(str(tmp_path / "copy" / "checkpoint-8"))
 
 
@@ -132,6 +132,76 @@ def test_missing_reference_raises(saved, chat_model, tmp_path):
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "id": "another"}))
     with pytest.raises(ValueError, match=r"stage 2: its reference is the model in .*stage-1, which is missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+
+
+def swap_stages(folder):
+    (folder / "stage-1").rename(folder / "swap")
+    (folder / "stage-2").rename(folder / "stage-1")
+    (folder / "swap").rename(folder / "stage-2")
+
+
+def swap_weights(folder):
+    shutil.copy(folder / "stage-2" / "model.safetensors", folder / "stage-1" / "model.safetensors")
+
+
+def cut(name):
+    def change(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return change
+
+
+def forget(*keys):
+    def change(folder):
+        file = folder / "checkpoint-8" / "trainer_state.json"
+        state = json.loads(file.read_text())
+        place = state
+        for key in keys[:-1]:
+            place = place[key]
+        del place[keys[-1]]
+        file.write_text(json.dumps(state))
+
+    return change
+
+
+RECORD = ("stateful_callbacks", "SDPOCallback", "attributes", "record")
+OTHER_STAGE = "Cannot resume in stage 2: .*stage-1, which is missing, incomplete, or from another stage or run"
+DAMAGED = "Cannot resume from .*checkpoint-8: .* is missing, truncated or damaged"
+CHANGES = {
+    "swapped": (swap_stages, OTHER_STAGE),
+    "weights": (cut("checkpoint-8/model.safetensors"), DAMAGED),
+}
+MORE_CHANGES = {
+    "swapped-weights": (swap_weights, OTHER_STAGE),
+    "stage": (cut("stage-1/sdpo_stage.json"), OTHER_STAGE),
+    "stage-weights": (cut("stage-1/model.safetensors"), OTHER_STAGE),
+    "optimizer": (cut("checkpoint-8/optimizer.pt"), DAMAGED),
+    "scheduler": (cut("checkpoint-8/scheduler.pt"), DAMAGED),
+    "random-state": (cut("checkpoint-8/rng_state.pth"), DAMAGED),
+    "state": (cut("checkpoint-8/trainer_state.json"), "Cannot resume from .*checkpoint-8, which is not a complete"),
+    "step": (forget("global_step"), "Cannot resume from .*checkpoint-8, which is not a complete"),
+    "record": (forget(*RECORD), "Cannot resume from .*checkpoint-8: the record of its stages is incomplete"),
+    "ids": (forget(*RECORD, "ids"), "Cannot resume from .*checkpoint-8: the record of its stages is incomplete"),
+    "digest": (forget(*RECORD, "stages", 0, "digest"), "digest of stage 1: None in the checkpoint, '[0-9a-f]+' now"),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE_CHANGES)])
+def test_swapped_and_truncated_files_raise(name, saved, chat_model, tmp_path):
+    change, message = {**CHANGES, **MORE_CHANGES}[name]
+    trainer = resumed(chat_model, saved, tmp_path / "copy")
+    change(tmp_path / "copy")
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-8"))
+
+
+@pytest.mark.long
+def test_truncated_scores_raise(chat_model, tmp_path):
+    staged_run(chat_model, tmp_path, "scores", **SAVING).train()
+    cut("sdpo/stage-2-train.npz")(tmp_path)
+    with pytest.raises(ValueError, match=r"Cannot resume in stage 2: .*stage-2-train.npz, which holds the scores"):
+        staged_run(chat_model, tmp_path, "scores", **SAVING).train(str(tmp_path / "checkpoint-8"))
 
 
 def test_checkpoint_without_stages_raises(chat_model, tmp_path):

@@ -283,3 +283,24 @@ def test_messages_that_cannot_be_rendered(tokenizer, options, message):
     row = {**ROW, "prompt": [{"role": "user", "content": "What is 2 + 3?"}]}
     with pytest.raises(ValueError, match=message):
         encode(row, tokenizer_named(tokenizer), **options)
+
+
+def test_special_tokens_in_texts_are_those_of_the_chat_template():
+    """They are neither escaped nor refused, as in `apply_chat_template` and in generation."""
+    tokenizer = byte_level_tokenizer(CHATML)
+    texts = {
+        "prompt": "a<|im_end|>b",
+        "initial_reason_steps": "c<|im_start|>",
+        "chosen": "d<|im_end|>",
+        "rejected": "e",
+    }
+    row = StepTokenizer(tokenizer)(texts, "row 0")
+    messages = [{"role": "user", "content": texts["prompt"]}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for step in ("chosen", "rejected"):
+        text = whole + texts["initial_reason_steps"] + texts[step]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert row["prompt_ids"] + row[f"{step}_ids"] == ids
+    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    assert (row["prompt_ids"][-1], row["chosen_ids"][-1]) == (start, end)
+    assert row["prompt_ids"].count(end) == 1 + tokenizer(whole)["input_ids"].count(end) - 1 >= 2

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from .published import LocalizationCase, PublishedStep, matched, pair, rows
 
+_LABEL_LINE = re.compile(r"\n[^\S\n]*[Ss]tep \d+:")
+
 
 class _Solution(NamedTuple):
     id: str
@@ -121,7 +123,7 @@ def _math_shepherd(path: str | Path, counts: Counter[str]) -> dict[str, list[_So
         steps = [("".join(first[:1]), "".join(first[1:]))]
         steps += [(head[0], part[head.end() :]) for head, part in zip(heads, parts[1:], strict=True) if head]
         texts = [text.removesuffix(" ") for _, text in steps]
-        if tail.strip() or len(first) != 2 or not all(heads) or any(re.search(r"\n\s*[Ss]tep \d+:", t) for t in texts):
+        if tail.strip() or len(first) != 2 or not all(heads) or any(map(_LABEL_LINE.search, texts)):
             counts["steps and ки do not match"] += 1
         elif not all(map(str.strip, (problem, *texts))):
             counts["empty problem or step"] += 1

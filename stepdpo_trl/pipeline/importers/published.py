@@ -138,11 +138,13 @@ def rows(path: str | Path, format: str) -> Iterator[Row]:
                     continue
                 try:
                     found = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     start = line if len(line) <= 80 else line[:77] + "..."
+                    at, reason = number, str(error)
+                    if isinstance(error, json.JSONDecodeError):
+                        at, reason = number + error.lineno - 1, f"{error.msg} at column {error.colno}"
                     raise ValueError(
-                        f"Line {number + error.lineno - 1} of {path} is not valid JSON, or is truncated ({error.msg} "
-                        f"at column {error.colno}): {start!r}. {expected}"
+                        f"Line {at} of {path} is not valid JSON, or is truncated ({reason}): {start!r}. {expected}"
                     ) from error
                 for position, data in enumerate(found, 1) if is_array else [(number, found)]:
                     where = f"{'row' if is_array else 'line'} {position} of {path}"

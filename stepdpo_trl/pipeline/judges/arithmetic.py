@@ -3,24 +3,29 @@ Judge `arithmetic`: the first step with a false equation.
 
 Only equations that can be read without doubt are checked: numbers with +, -, *, / and parentheses on both sides. The
 judge ignores equations with variables, powers, units within a side, mixed numbers or clock times, and accepts rounded
-values. This module uses the standard library only.
+values. It takes linear time: expressions of more than `MAX_LENGTH` characters are ignored. This module uses the
+standard library only.
 """
 
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ...data.steps import Steps, split_steps
 from ...runs.tasks import Task
 from ..records import Solution, Verdict
 
+MAX_LENGTH = 500  # characters of an expression
+
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-_SIDE = rf"-?\(*{_NUMBER}(?:[\d.,+\-*/()% \t]*[\d)%])?"
+_START = re.compile(r"-?\({0,20}\.?\d")  # of an expression
+_SIDE = re.compile(rf"{_START.pattern}(?:[\d.,+\-*/()% \t]*[\d)%])?")
 # The lookbehind keeps a chain from starting within a number, a formula or a variable
-_CHAIN = re.compile(rf"(?<![\w.,^_{{}}\\:%)/*+\-])({_SIDE}(?:[ \t]*=[ \t]*{_SIDE})+)")
+_CHAIN_START = re.compile(rf"(?<![\w.,^_{{}}\\:%)/*+\-]){_START.pattern}")
+_RUN = re.compile(r"[\d.,+\-*/()% \t=]+")  # contains chains of expressions joined by equal signs
 _SPELLINGS = (
     (re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])"), ""),  # bold
     (re.compile(r"\\(?:d|t)?frac\{([^{}]*)\}\{([^{}]*)\}"), r"((\1)/(\2))"),
@@ -41,13 +46,15 @@ _CONTINUES_LEFT = re.compile(
 )
 # Text after the equation that may belong to its right side, as in "= 2 hours 30 minutes", "= 5 R 2", "= 2x", "= 4!"
 _CONTINUES_RIGHT = re.compile(
-    r"^(?:[\w^!{\\:/*]|[ \t]*[ap]\.?m\b|[ \t]+(?:hour|day|week|dollar|foot|cents)\b"
+    r"[\w^!{\\:/*]|[ \t]*[ap]\.?m\b|[ \t]+(?:hour|day|week|dollar|foot|cents)\b"
     r"|[ \t]*[+\-*/^=][ \t]*\S|[ \t]+[A-Za-z]+\.?,?[ \t]+(?:and[ \t]+)?\d"
-    r"|[ \t]+(?:r|remainder|with|times|plus|minus|divided|million|billion|thousand|hundred|dozen|and|to|or|of)\b)",
+    r"|[ \t]+(?:r|remainder|with|times|plus|minus|divided|million|billion|thousand|hundred|dozen|and|to|or|of)\b",
     re.I,
 )
-_LEAVING = re.compile(rf"({_SIDE}) = {_SIDE}, leaving (\S[^\n]*?)(?=[ \t]*(?:[.,;](?:\s|$)|$))", re.M)
-_QUESTION = re.compile(rf"\s*(?:what is|compute|calculate|evaluate|simplify)\s+({_SIDE})\s*[?.]?\s*", re.I)
+_WIDTH = 100  # of the text before the equation that is searched
+_LEAVING = re.compile(r", leaving (?=\S)")
+_SENTENCE_END = re.compile(r"[.,;](?:\s|$)|$", re.M)
+_QUESTION = re.compile(rf"\s*(?:what is|compute|calculate|evaluate|simplify)\s+({_SIDE.pattern})\s*(?:[?.]\s*)?", re.I)
 
 _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -96,17 +103,18 @@ def false_equations(problem: str, steps: Steps) -> list[str | None]:
     texts = [_normalize(text) for text in steps.texts()]
     found = [_false_equation(text) for text in texts]
     question = _QUESTION.fullmatch(_normalize(problem))
-    if question is None:
-        return found
-    left, value = question[1], evaluate_expression(question[1])
-    for index, text in enumerate(texts):
-        step = _LEAVING.search(text)
-        if step:
-            if not re.search(rf"(?<![\d.]){re.escape(step[1])}(?![\d.])", left):
-                found[index] = found[index] or f"{step[1]} is no part of {left}"
-            elif evaluate_expression(step[2]) != value:  # also if it is not an expression
-                found[index] = found[index] or f"{left} = {step[2]}"
-            left = step[2]
+    left = question[1] if question else ""
+    value = evaluate_expression(left)
+    for index, text in enumerate(texts if question else []):
+        operation, rest = _operation(text)
+        if max(map(len, (left, operation, rest))) > MAX_LENGTH:
+            break
+        if operation:
+            if not re.search(rf"(?<![\d.]){re.escape(operation)}(?![\d.])", left):
+                found[index] = found[index] or f"{operation} is no part of {left}"
+            elif evaluate_expression(rest) != value:  # also if it is not an expression
+                found[index] = found[index] or f"{left} = {rest}"
+            left = rest
     return found
 
 
@@ -116,12 +124,45 @@ def _normalize(text: str) -> str:
     return text
 
 
-def _false_equation(text: str) -> str | None:
-    for match in _CHAIN.finditer(text):
-        if _CONTINUES_LEFT.search(text, 0, match.start()) or _CONTINUES_RIGHT.match(text[match.end() :]):
+def _operation(text: str) -> tuple[str, str]:
+    """Return "3 * 4" and "12 + 2" of "3 * 4 = 12, leaving 12 + 2", or empty strings."""
+    for match in _LEAVING.finditer(text):
+        before = text[max(0, match.start() - 2 * MAX_LENGTH - 4) : match.start()]
+        left, _, result = before.rpartition(" = ")
+        start = _START.search(left, len(left.rstrip("0123456789.,+-*/()% \t")))
+        if start and left[-1] in "0123456789)%" and _SIDE.fullmatch(result):
+            end = _SENTENCE_END.search(text, match.end() + 1)
+            assert end is not None
+            return left[start.start() :], text[match.end() : end.start()].rstrip(" \t")
+    return "", ""
+
+
+def _chains(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each chain such as "3 * 4 = 12 = 6 + 6". An expression ends with a digit, ) or %."""
+    for run in _RUN.finditer(text):
+        if "=" not in run[0]:
             continue
-        sides = [side.strip() for side in match[1].split("=")]
-        for left, right in pairwise(sides):
+        parts = run[0].split("=")
+        offsets = list(accumulate((len(part) + 1 for part in parts), initial=run.start()))
+        starts = [_START.match(part.lstrip(" \t")) is not None for part in parts]
+        expressions = [part.rstrip(" \t+-*/(.,") for part in parts]
+        ends = [part.rstrip(" \t") == expression for part, expression in zip(parts, expressions, strict=True)]
+        first = 0
+        while first < len(parts) - 1:
+            last = first
+            while ends[last] and last + 1 < len(parts) and starts[last + 1]:
+                last += 1
+            start = _CHAIN_START.search(text, offsets[first], offsets[first + 1] - 1) if last > first else None
+            if start:
+                yield start.start(), offsets[last] + len(expressions[last])
+            first = last + 1 if start else first + 1
+
+
+def _false_equation(text: str) -> str | None:
+    for start, end in _chains(text):
+        if _CONTINUES_LEFT.search(text, max(0, start - _WIDTH), start) or _CONTINUES_RIGHT.match(text, end):
+            continue
+        for left, right in pairwise(side.strip() for side in text[start:end].split("=")):
             if _is_false(left, right):
                 return f"{left} = {right}"
     return None
@@ -129,8 +170,10 @@ def _false_equation(text: str) -> str | None:
 
 def _is_false(left: str, right: str) -> bool:
     """Return whether an equation is certainly false. Chained operations, as in "3 * 4 = 12 + 5 = 17", are accepted."""
+    if not re.search(r"\d\s*[+\-*/]|[)%]", left):
+        return False
     value = evaluate_expression(left)
-    if value is None or not re.search(r"\d\s*[+\-*/]|[)%]", left):
+    if value is None:
         return False
     leading = re.match(rf"-?{_NUMBER}%?", right)
     claims = [right, *([leading[0]] if leading else [])]
@@ -157,12 +200,17 @@ def evaluate_expression(expression: str) -> Fraction | None:
             Numbers with +, -, *, /, % and parentheses.
 
     Returns:
-        `Fraction` or `None`: The value, or `None` if the expression is not of this form or has no value.
+        `Fraction` or `None`: The value, or `None` if the expression is not of this form, has no value or has more than
+        `MAX_LENGTH` characters.
     """
+    if len(expression) > MAX_LENGTH:
+        return None
+    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", expression):
+        return Fraction(expression)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", expression)
     if re.search(rf"[+-]\s*{_NUMBER}%", text):  # "100 - 20%" is ambiguous
         return None
-    text = re.sub(rf"({_NUMBER})%", r"(\1/100)", text).strip()
+    text = re.sub(rf"(?<![\d.,])({_NUMBER})%", r"(\1/100)", text).strip()
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python rejects leading zeros
     if not re.fullmatch(r"[\d.+\-*/()\s]+", text) or re.search(r"\*\*|//|\d\s+\d|\)\s*\d|\d\s*\(", text):
         return None

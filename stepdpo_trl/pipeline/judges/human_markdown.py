@@ -5,7 +5,7 @@ import re
 # A single dollar opens a formula if no space follows, and closes it if no space precedes and no digit follows, as in
 # Pandoc's tex_math_dollars: "$5 and $7" is money
 _FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)"
     r"|(?<![\\$\w])\$(?![\s$])((?:\\.|(?!\n\s*\n)[^$\\])+?)(?<!\s)\$(?![\d$])",
     re.S,
 )

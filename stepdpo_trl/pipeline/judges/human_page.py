@@ -11,6 +11,7 @@ from ...data.steps import split_steps
 from ...runs.log import Log, RunError
 from .human import HumanRequest
 from .human_markdown import to_markdown
+from .local_only import LocalOnly
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
+        from starlette.middleware import Middleware
     except ImportError as error:
         raise RunError(
             "The judge 'human' requires the package gradio. Install it: pip install 'stepdpo_trl[human]'"
@@ -153,6 +155,7 @@ def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None)
         prevent_thread_lock=True,
         quiet=True,
         share=False,
+        app_kwargs={"middleware": [Middleware(LocalOnly)]},
         head=_KEYS,
         css=_STYLE,
     )

@@ -19,7 +19,7 @@ EVEN_VOTES = "the votes are even"
 NO_READABLE_REPLY = "no reply could be read"
 NO_WRONG_STEP = "no step is wrong"
 
-_BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}[\s.$*)]*$")
+_BOXED_STEP = re.compile(r"\\boxed\{\s*(-?\d{1,9})\s*\}[\s.$*)]*$")
 
 
 def check_judge_prompt(template: str) -> None:

@@ -37,7 +37,7 @@ def prm_judge(threshold: float = 0.5) -> Judge:
 
     Returns:
         `Judge`: The judge. It sends its requests to the service `"prm"`, and its evidence contains all scores. It
-            abstains if no score is below the threshold.
+            abstains if no score is below the threshold, or if the model cannot score the steps.
     """
 
     def judge(solution: Solution) -> Task[Verdict]:
@@ -45,6 +45,8 @@ def prm_judge(threshold: float = 0.5) -> Judge:
         key = f"{solution.key}/{text_digest(*steps)}"
         replies = yield Ask("prm", (PRMRequest(key, solution.problem.problem, steps),))
         scores = replies[key]["scores"]
+        if scores is None:
+            return Verdict(None, "prm", {"reason": "the model cannot score these steps"})
         step = next((number for number, score in enumerate(scores, start=1) if score < threshold), None)
         reason = {} if step else {"reason": f"no step below {threshold}"}
         return Verdict(step, "prm", {**reason, "scores": scores})

@@ -75,11 +75,11 @@ class ProcessRewardModel:
             auto_class: Any = AutoModel if custom else AutoModelForTokenClassification
             model = auto_class.from_pretrained(name, config=config, dtype="auto", device_map=device, **options)
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any type for damaged files, or pickles that would run code
             raise GenerationError(f"The process reward model {name!r} cannot be loaded: {error}") from error
         return cls(model, tokenizer)
 
-    def encode(self, problem: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
+    def encode(self, problem: str, steps: Sequence[str]) -> tuple[list[int], list[int]] | None:
         """
         Tokenize a solution.
 
@@ -90,10 +90,8 @@ class ProcessRewardModel:
                 The steps.
 
         Returns:
-            `tuple[list[int], list[int]]`: Token ids, and the position at which each step is scored.
-
-        Raises:
-            GenerationError: If a step contains the token `<extra_0>`.
+            `tuple[list[int], list[int]]` or `None`: Token ids, and the position at which each step is scored. `None`
+            if the problem or a step contains the token `<extra_0>`, so that the steps cannot be told apart.
         """
         if self.extra is not None:
             messages = [
@@ -113,15 +111,10 @@ class ProcessRewardModel:
                 ids += self.tokenizer(self.separator, add_special_tokens=False)["input_ids"]
                 positions.append(len(ids) - 1)
             positions = positions[1:]  # the problem has no score
-        if len(positions) != len(steps):
-            raise GenerationError(
-                f"A step contains {QWEN_SEPARATOR!r}, which marks the end of a step for this process reward model. "
-                "Remove this solution, or use another judge."
-            )
-        return ids, positions
+        return (ids, positions) if len(positions) == len(steps) else None
 
     @torch.no_grad()
-    def score(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+    def score(self, requests: Sequence[tuple[str, Sequence[str]]]) -> list[list[float] | None]:
         """
         Score the steps of several solutions in one batch.
 
@@ -130,9 +123,15 @@ class ProcessRewardModel:
                 Problem and steps of each solution.
 
         Returns:
-            `list[list[float]]`: Probability that a step is right, for each step of each solution.
+            `list[list[float] | None]`: Probability that a step is right, for each step of each solution. `None` for
+            a solution that cannot be encoded or whose probabilities are not numbers.
         """
-        encoded = [self.encode(problem, steps) for problem, steps in requests]
+        found = [self.encode(problem, steps) for problem, steps in requests]
+        encoded = [tokens for tokens in found if tokens is not None]
+        scores = iter(self._scores(encoded) if encoded else [])
+        return [None if tokens is None else next(scores) for tokens in found]
+
+    def _scores(self, encoded: Sequence[tuple[list[int], list[int]]]) -> list[list[float] | None]:
         width = max(len(ids) for ids, _ in encoded)
         pad = self.tokenizer.pad_token_id or 0
         device = self.model.device
@@ -142,7 +141,8 @@ class ProcessRewardModel:
             use_cache=False,
         )
         right = output[0].float().softmax(-1)[..., 1].cpu()
-        return [right[row, positions].tolist() for row, (_, positions) in enumerate(encoded)]
+        scores = [right[row, positions] for row, (_, positions) in enumerate(encoded)]
+        return [None if each.isnan().any() else each.tolist() for each in scores]
 
 
 class RecordedPRM:
@@ -168,7 +168,7 @@ class RecordedPRM:
                 The solutions.
 
         Returns:
-            `dict[str, dict]`: Records with the entry `"scores"`, by key.
+            `dict[str, dict]`: Records with the entry `"scores"`, by key. It is `None` if there are no scores.
         """
         todo = sorted((r for r in requests if r.key not in self.log), key=lambda r: sum(map(len, r.steps)))
         size = self.model.batch_size
