@@ -10,7 +10,9 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 	huggingface_hub idna latex2sympy2_extended math-verify multiprocess packaging peft regex safetensors tokenizers \
 	tqdm transformers trl truststore typing_extensions xxhash
 
-.PHONY: help quickstart test test-all test-fast test-oldest fuzz browser bench bench-gpu wheels lint format dist clean
+VERSIONS := oldest newest py312 py313
+
+.PHONY: help quickstart test test-all test-fast test-versions $(VERSIONS:%=test-%) fuzz browser bench bench-gpu wheels lint format dist clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,11 +29,13 @@ test-all: $(VENV)/.test  ## Run all tests, including the long ones
 test-fast: $(VENV)/.test  ## Run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow and not long"
 
-test-oldest:  ## Run all tests on the oldest supported TRL
-	mkdir -p .venv-oldest
-	floor=$$(sed -nE 's/.*"trl>=([0-9.]+).*/\1/p' pyproject.toml); \
-	sed -E "s/^trl==[0-9.]+/trl==$$floor/" constraints.txt > .venv-oldest/constraints.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+# On Python 3.11 the oldest supported versions together and the newest ones; on newer Pythons the tested ones. The
+# contract tests run first and say what changed upstream.
+test-versions: $(VERSIONS:%=test-%)  ## Run the tests on the oldest, the newest and the tested versions (needs 40 GB)
+
+$(VERSIONS:%=test-%): test-%: .venv-%/.test
+	.venv-$*/bin/python -m pytest -q tests/step_dpo/test_upstream_contract.py
+	.venv-$*/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not long"
 
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/.test  ## Feed random hard texts to all parsers for FUZZ_SECONDS=300
@@ -80,7 +84,7 @@ dist: $(VENV)/.dev  ## Build the wheel and the source distribution into dist/, a
 	$(BIN)/python -m pytest -q tests/test_package.py
 
 clean:  ## Remove environments, build outputs and caches
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Environments. The constraints pin the tested versions, including the CPU build of torch where it is available.
 CONSTRAINTS ?= constraints.txt
@@ -100,4 +104,21 @@ $(VENV)/.test: $(VENV)/.core
 
 $(VENV)/.dev: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+# uv resolves lower bounds, which pip cannot. It finds the Pythons of pyenv if they are on PATH.
+.venv-uv/bin/uv: | $(BIN)/python
+	$(BIN)/python -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv
+
+.venv-oldest/.test: ARGUMENTS := --resolution lowest-direct
+.venv-newest/.test: ARGUMENTS := --upgrade
+.venv-py312/.test .venv-py313/.test: ARGUMENTS := --constraint $(CONSTRAINTS)
+.venv-oldest/.test .venv-newest/.test: INTERPRETER := 3.11
+.venv-py312/.test: INTERPRETER := 3.12
+.venv-py313/.test: INTERPRETER := 3.13
+$(VERSIONS:%=.venv-%/.test): export PATH := $(PATH):$(subst $(eval) ,:,$(wildcard $(HOME)/.pyenv/versions/3.*/bin))
+$(VERSIONS:%=.venv-%/.test): pyproject.toml $(CONSTRAINTS) | .venv-uv/bin/uv
+	.venv-uv/bin/uv venv --quiet --clear --python $(INTERPRETER) $(@D)
+	.venv-uv/bin/uv pip install --quiet --python $(@D) $(ARGUMENTS) --editable ".[$(EXTRAS)]"
 	touch $@

@@ -13,7 +13,7 @@ import weakref
 import zlib
 from collections.abc import Awaitable
 from concurrent.futures import Future
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -97,7 +97,7 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
 async def _limit(awaitable: Awaitable[T], timeout: float) -> T:
     try:
         return await asyncio.wait_for(awaitable, timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise ReplyError(f"a time-out (no complete reply in {timeout:g} s)") from None
 
 
@@ -184,6 +184,6 @@ def retry_after(headers: Any) -> float:
             moment = parsedate_to_datetime(value)
         except (ValueError, TypeError, IndexError, OverflowError):
             return 0.0
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-        seconds = (moment - datetime.now(timezone.utc)).total_seconds()
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        seconds = (moment - datetime.now(UTC)).total_seconds()
     return seconds if seconds > 0 else 0.0  # not for NaN

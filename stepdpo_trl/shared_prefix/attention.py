@@ -163,9 +163,16 @@ def _varlen_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     """Return whether the kernel aligns the last query with the last key, also with windows and in the backward."""
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        arguments = inspect.signature(varlen_attn).parameters.keys()
     except ImportError:
-        return False
-    if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
+        arguments = set()
+    if not {"window_size", "enable_gqa", "scale"} <= arguments:
+        logger.warning(
+            f"PyTorch {torch.__version__} has no variable-length attention with grouped heads and windows, so masked "
+            "attention is used, which is slower. Install torch>=2.12, or use "
+            "`attn_implementation='flash_attention_2'`."
+        )
         return False
     # This runs within the first forward pass, where gradients can be disabled and checkpointing hooks active
     own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

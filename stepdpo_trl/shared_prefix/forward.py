@@ -11,13 +11,12 @@ changed.
 import functools
 import sys
 import types
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import PrefixAttention
@@ -80,19 +79,14 @@ def _wrap_attention(backbone: Any) -> None:
             file.eager_attention_forward = PrefixAttention(name, attention)  # type: ignore[attr-defined]
 
 
-@dataclass
-class _Output(MoeModelOutputWithPast):
-    # The heads of some vision-language models read these
-    image_hidden_states: torch.Tensor | None = None
-    video_hidden_states: torch.Tensor | None = None
-
-
-def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> _Output:
+def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> ModelOutput:
     """Run the packs of a tree instead of the padded rows that the arguments describe."""
     kwargs = {name: value for name, value in kwargs.items() if name not in _ROW_ARGUMENTS and value is not None}
     features = encode_images(backbone, tree)
+    output_class: Any = None
 
     def run(pack: Pack) -> tuple[torch.Tensor, ...]:
+        nonlocal output_class
         images = {"mm_encoder_outputs": features.select(pack.images)} if features and pack.images else {}
         output = backbone.forward_without_tree(
             input_ids=pack.input_ids,
@@ -103,6 +97,7 @@ def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> _Output:
             **images,
             **kwargs,
         )
+        output_class = type(output)
         return output.last_hidden_state[0], *(getattr(output, "router_logits", None) or ())
 
     # To keep the activations of one pack at a time, all packs but the last are recomputed in the backward. Not with
@@ -113,10 +108,11 @@ def _forward_tree(backbone: Any, tree: PrefixTree, **kwargs: Any) -> _Output:
     outputs += [run(pack) for pack in tree.packs[recomputed:]]
     hidden, *router_logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     real = slice(-tree.tokens, None)  # the tokens before belong to dummy packs, see `PrefixTree.padded`
-    routers: Any = tuple(logits[real] for logits in router_logits) or None
-    return _Output(
-        last_hidden_state=_gather_predicting(tree, hidden[real], hidden[: -tree.tokens]), router_logits=routers
-    )
+    # Heads read attributes that depend on the architecture and version, so the class must be the backbone's
+    output = output_class(last_hidden_state=_gather_predicting(tree, hidden[real], hidden[: -tree.tokens]))
+    if router_logits:
+        output.router_logits = tuple(logits[real] for logits in router_logits)
+    return output
 
 
 def _placeholder_mask(pack: Pack) -> torch.Tensor:

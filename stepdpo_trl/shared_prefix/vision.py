@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .tree import PrefixTree, build_tree
 
@@ -243,7 +244,7 @@ class ImageFeatures:
         def pick(features: Any) -> Any:
             return features[images] if isinstance(features, torch.Tensor) else [features[i] for i in images]
 
-        selected = types.SimpleNamespace(pooler_output=pick(self.pooled))
+        selected: Any = BaseModelOutputWithPooling(pooler_output=pick(self.pooled))
         if self.deepstack is not None:
             selected.deepstack_features = [pick(layer) for layer in self.deepstack]
         return {"image": selected}

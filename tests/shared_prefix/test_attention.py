@@ -5,10 +5,12 @@ import functools
 import inspect
 import pickle
 import random
+import re
+import sys
+import types
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -205,10 +207,17 @@ def varlen_oracle(query, key, value, query_offsets, key_offsets, max_q, max_k, *
     return torch.stack(outputs)
 
 
+def replace_kernel(monkeypatch, kernel):
+    """Let PyTorch's module have this kernel; `None` removes the module, as in PyTorch before 2.10."""
+    module = kernel and types.SimpleNamespace(varlen_attn=kernel)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    attention._varlen_is_exact.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "olmo3", "qwen3_moe"])
 def test_variable_length_kernel(name, monkeypatch):
     """The kernel gets the right arguments. On CPU it is replaced by the reference."""
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_oracle)
+    replace_kernel(monkeypatch, varlen_oracle)
     monkeypatch.setattr(attention, "_supports_varlen", lambda query, **kwargs: True)
     model = tiny_decoder(name)
     share_prefixes(model)
@@ -248,18 +257,28 @@ def test_exactness_of_the_kernel_is_checked(monkeypatch, caplog):
         shifted, values = torch.cat(shifted), torch.cat(values)
         return varlen_oracle(query, shifted, values, query_offsets, query_offsets, *args, **kwargs)
 
-    signature = inspect.signature(varlen.varlen_attn)
     for kernel, exact in ((varlen_oracle, True), (upper_left, False)):
         scaled = functools.partial(with_default_scale, kernel)
-        scaled.__signature__ = signature
-        monkeypatch.setattr(varlen, "varlen_attn", scaled)
-        attention._varlen_is_exact.cache_clear()
+        scaled.__signature__ = inspect.signature(varlen_oracle)
+        replace_kernel(monkeypatch, scaled)
         assert attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16) is exact
     attention._varlen_is_exact.cache_clear()
     assert "variable-length attention differs from masked attention" in caplog.text
-    monkeypatch.undo()
+
+
+def test_kernel_without_support_for_the_device(caplog):
+    pytest.importorskip("torch.nn.attention.varlen", reason="torch<2.10 has no variable-length attention")
+    attention._varlen_is_exact.cache_clear()
     assert not attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16)
-    assert "variable-length attention does not run" in caplog.text  # PyTorch has none for a CPU
+    assert re.search("variable-length attention (does not run|with grouped heads and windows)", caplog.text)
+
+
+@pytest.mark.parametrize("kernel", [None, lambda query, key, value: query])
+def test_torch_without_the_kernel(kernel, monkeypatch, caplog):
+    replace_kernel(monkeypatch, kernel)
+    assert not attention._varlen_is_exact(torch.device("cpu"), torch.float32, 16)
+    assert "Install torch>=2.12" in caplog.text
+    attention._varlen_is_exact.cache_clear()
     attention._varlen_is_exact.cache_clear()
 
 
