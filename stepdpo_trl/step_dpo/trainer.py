@@ -42,8 +42,9 @@ from .checks import (
 )
 from .config import StepDPOConfig
 from .dataset import get_first_row, make_step_tokenizer, prepare_step_dataset
+from .images import without_decoding
 from .sampler import PromptGroupSampler
-from .vision import IMAGES_DIGEST, PROMPT_TEXT, VisionStepCollator, without_decoding
+from .vision import IMAGES_DIGEST, PROMPT_TEXT, VisionStepCollator
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
