@@ -316,7 +316,13 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Return predictions and metrics. Step pairs are tokenized first, as in `evaluate`."""
-        if is_step_data(get_first_row(test_dataset, "test dataset")):
+        first_row = get_first_row(test_dataset, "test dataset")
+        if is_step_data(first_row):
+            if self.args.precompute_ref_log_probs and "ref_chosen_logps" not in first_row:
+                raise ValueError(
+                    "`predict` does not compute reference scores, and with `precompute_ref_log_probs=True` there are "
+                    "none for the test dataset. Pass it to `evaluate`, or set `precompute_ref_log_probs=False`."
+                )
             test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
         return super().predict(test_dataset, *args, **kwargs)
 

@@ -47,9 +47,7 @@ class VisionStepTokenizer(StepTokenizer):
     """
 
     COUNTED: ClassVar[str] = "prefix tokens (with those of its images)"
-    TRUNCATION: ClassVar[str] = (
-        "shortened by removing their first reasoning steps, with their images and steps kept whole"
-    )
+    TRUNCATION: ClassVar[str] = "shortened by removing their first reasoning steps, with images and steps kept whole"
 
     processor: Any = None
 
