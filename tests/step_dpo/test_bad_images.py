@@ -42,7 +42,7 @@ BAD_ROWS = {
     ),
     "fewer placeholders than images": (
         rows_with(1, prompt="<image>?"),
-        r"row 1 of the train dataset has 1 image placeholder \('<image>'\) in its prompt but 2 images\. Write '<image>' ",
+        r"row 1 of the train dataset has 1 image placeholder \('<image>'\) in its prompt but 2 images\. Write '<im",
     ),
     "placeholder without image": (
         rows_with(2, prompt="<image>?"),
