@@ -122,12 +122,7 @@ class ImageLayout:
         """Take the images of a batch apart, given the number of placeholders of each row."""
         pixels = batch["pixel_values"]
         if self.model_type in PATCHES:
-            grids = batch["image_grid_thw"]
-            patches = grids.prod(-1).tolist()
-            return [
-                _Image({"pixel_values": values, "image_grid_thw": grid}, number // self.merge_size**2)
-                for values, grid, number in zip(pixels.split(patches), grids.split(1), patches, strict=True)
-            ]
+            return _split_patches(pixels, batch["image_grid_thw"], self.merge_size)
         if self.model_type in ANYRES:
             # Rows without images are not always listed
             numbers = [int(number) for number in batch["batch_num_images"] if number > 0]
@@ -176,6 +171,15 @@ class ImageLayout:
         copies = together * (len(together) == 1)
         numbers = [1] * (len(images) - len(together)) + [len(together + copies)] * bool(together)
         return {**_concatenate(images + copies), "batch_num_images": torch.tensor(numbers)}
+
+
+def _split_patches(pixels: torch.Tensor, grids: torch.Tensor, merge_size: int = 1) -> list[_Image]:
+    """Return the images of a batch that concatenates their patches."""
+    patches = grids.prod(-1).tolist()
+    return [
+        _Image({"pixel_values": values, "image_grid_thw": grid}, number // merge_size**2)
+        for values, grid, number in zip(pixels.split(patches), grids.split(1), patches, strict=True)
+    ]
 
 
 def _concatenate(images: list[_Image]) -> dict[str, torch.Tensor]:
@@ -330,7 +334,8 @@ def encode_images_once(model: Any) -> None:
     """
     Make a model accept `repeated_images=True`, with which it encodes only the first half of the images of a batch.
 
-    The images of the rejected rows are those of the chosen rows, so the features are used for both. Without the
+    The images of the rejected rows are those of the chosen rows, so the features are used for both. Images that
+    several pairs have in common are encoded once too, except for the layouts `ANYRES` and `TILES`. Without the
     argument, the model is unchanged. Repeated calls have no effect.
 
     Args:
@@ -348,12 +353,27 @@ def encode_images_once(model: Any) -> None:
         if repeated_images:
             given = {name: torch.as_tensor(kwargs[name]) for name in names if kwargs.get(name) is not None}
             halves = {name: value.tensor_split(2)[0] for name, value in given.items()}
-            features = ImageFeatures(self.get_image_features(**halves, return_dict=True))
-            images = list(range(len(features.pooled)))
+            arguments, images = _only_different(halves, self.config.model_type)
+            features = ImageFeatures(self.get_image_features(**arguments, return_dict=True))
+            images = list(range(len(features.pooled))) if images is None else images
             kwargs = {**kwargs, "pixel_values": None, "mm_encoder_outputs": features.select(images * 2)}
         return self.forward_with_all_images(*args, **kwargs)
 
     backbone.forward = types.MethodType(forward, backbone)
+
+
+def _only_different(
+    inputs: dict[str, torch.Tensor], model_type: str
+) -> tuple[dict[str, torch.Tensor], list[int] | None]:
+    """Return the arguments for the different images, and the index of each image among them, or `None` for all."""
+    if inputs.keys() == {"pixel_values", "image_grid_thw"}:
+        images = _split_patches(inputs["pixel_values"], inputs["image_grid_thw"])
+    elif inputs.keys() == {"pixel_values"} and model_type in (*STACKED, "aya_vision"):
+        images = [_Image({"pixel_values": one}, 0) for one in inputs["pixel_values"].split(1)]
+    else:
+        return inputs, None
+    different, indices = _different(images)
+    return _concatenate(different), indices
 
 
 def with_image_positions(tree: PrefixTree, batch: dict[str, Any], backbone: Any) -> PrefixTree:

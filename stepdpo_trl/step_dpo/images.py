@@ -41,11 +41,13 @@ def media_tokens(processor: Any) -> dict[int, str]:
     return {token_id: kind for token_id, kind in ids.items() if token_id not in others}
 
 
+QWEN_FRAME = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+
 def framed_placeholder(tokenizer: Any, placeholder: str) -> str:
     """Return the placeholder of an image with the tokens around it that the model expects."""
-    frame = ("<|vision_start|>", "<|vision_end|>")
-    is_qwen = placeholder == "<|image_pad|>" and set(frame) <= tokenizer.get_vocab().keys()
-    return placeholder.join(frame) if is_qwen else placeholder
+    is_qwen = placeholder == QWEN_FRAME[1] and set(QWEN_FRAME) <= tokenizer.get_vocab().keys()
+    return "".join(QWEN_FRAME) if is_qwen else placeholder
 
 
 def check_placeholders(
@@ -72,16 +74,33 @@ def check_placeholders(
         ValueError: If there are more placeholders than images, or fewer.
     """
     found, framed = text.count(placeholder), framed_placeholder(tokenizer, placeholder)
-    if found != images:
-        advice = (
-            f"Write {framed!r} for each image, fix the images, or remove the row."
-            if found or has_template
-            else "The processor has no chat template that would write them. Set `processor.chat_template`, or write "
-            f"{framed!r} into the prompt for each image."
-        )
-        counts = f"{_count(found, 'image placeholder')} ({placeholder!r}) in its prompt but {_count(images, 'image')}"
-        raise ValueError(f"{where} has {counts}. {advice}")
-    if text.count(framed) < found and placeholder not in _warned:
+    if found == images:
+        return
+    advice = (
+        f"Write {framed!r} for each image, fix the images, or remove the row."
+        if found or has_template
+        else "The processor has no chat template that would write them. Set `processor.chat_template`, or write "
+        f"{framed!r} into the prompt for each image."
+    )
+    counts = f"{_count(found, 'image placeholder')} ({placeholder!r}) in its prompt but {_count(images, 'image')}"
+    raise ValueError(f"{where} has {counts}. {advice}")
+
+
+def warn_about_bare_placeholders(ids: list[int], placeholder: str, tokenizer: Any, where: str) -> None:
+    """
+    Log a warning, once per process, if images of Qwen's models lack the tokens around them.
+
+    Args:
+        ids (`list[int]`):
+            Tokens of a prompt before placeholders are expanded.
+        placeholder, tokenizer, where:
+            As for [`check_placeholders`].
+    """
+    framed = framed_placeholder(tokenizer, placeholder)
+    if framed == placeholder or placeholder in _warned:
+        return
+    frame = tokenizer.convert_tokens_to_ids(list(QWEN_FRAME))
+    if any(token == frame[1] and ids[max(0, i - 1) : i + 2] != frame for i, token in enumerate(ids)):
         _warned.add(placeholder)
         logger.warning(
             f"{where} has a bare {placeholder!r} in its prompt, unlike prompts at inference, which have {framed!r}. "

@@ -18,7 +18,14 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from ..data.schema import StepPreference
 from ..data.steps import split_steps
 from ..shared_prefix.support import COLLATORS
-from .images import check_placeholders, digest_images, framed_placeholder, image_placeholder, load_images
+from .images import (
+    check_placeholders,
+    digest_images,
+    framed_placeholder,
+    image_placeholder,
+    load_images,
+    warn_about_bare_placeholders,
+)
 from .tokenization import StepTokenizer, check_different, steps_of
 
 # Column with the text that the processor tokenizes: prompt and initial reasoning steps
@@ -74,10 +81,11 @@ class VisionStepTokenizer(StepTokenizer):
         messages = self._place_images(messages, images, where)
 
         text = self._render_prefix(messages, prefix, where, row)
+        text_ids = self._encode(text)
         if self.placeholder is not None:
             has_template = self.uses_chat_template
             check_placeholders(text, len(images), self.placeholder, self.tokenizer, has_template, where)
-        text_ids = self._encode(text)
+            warn_about_bare_placeholders(text_ids, self.placeholder, self.tokenizer, where)
         self._check_media(text_ids, f"The prefix of {where}", allowed=self.placeholder)
         prefix_ids = self._process(text, images, where)
         step_ids = self._encode_steps_after(text, text_ids, messages, steps_of(pair), where, row)
