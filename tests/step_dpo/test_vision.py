@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -21,8 +22,8 @@ from stepdpo_trl.step_dpo.dataset import make_step_tokenizer
 from stepdpo_trl.step_dpo.model_card import describe_training
 from stepdpo_trl.step_dpo.vision import VisionStepCollator, shorter_prefixes
 
+from ..distributed.vision import CELLS, OPTIONS, mixed_rows
 from ..distributed.vision import MODES as DISTRIBUTED_MODES
-from ..distributed.vision import OPTIONS, mixed_rows
 from ..reference_dpo import step_dpo_loss
 from ..tiny import plain_rows, step_rows
 from ..training import BETA, assert_same_weights, config, logged, make_trainer, weights
@@ -679,49 +680,59 @@ def test_plain_vision_pairs_are_trained_as_by_dpo_trainer(name, config_cls):
 
 def trained_model(model, folder, lora):
     """Load the weights written by `save_model` as a user would."""
-    base = LlavaForConditionalGeneration.from_pretrained(model if lora else folder, dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(model if lora else folder, dtype=torch.float32)
     return dict((PeftModel.from_pretrained(base, folder) if lora else base).named_parameters())
 
 
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory):
-    """Folders of a model and of pairs, and trainers and folders of the runs on one process, by mode."""
-    model, pairs, runs = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("pairs")), {}
+    """Folders of models and of pairs, and a function that trains on one process and returns trainer and folder."""
+    models, pairs = tmp_path_factory.mktemp("models"), str(tmp_path_factory.mktemp("pairs"))
     Dataset.from_list(mixed_rows()).save_to_disk(pairs)
-    model_named("llava", 1).save_pretrained(model)
-    processor_named("llava").save_pretrained(model)
-    for mode, options in DISTRIBUTED_MODES.items():
-        folder = str(tmp_path_factory.mktemp(mode))
-        options = {name: value for name, value in options.items() if name == "peft_config"}
-        trainer = make_trainer(model, folder, mixed_rows(), shared_prefix="off", **OPTIONS, **options)
+    for name in VISION_MODELS:
+        model_named(name, 1).save_pretrained(models / name)
+
+    @cache
+    def train(name, mode):
+        folder = str(tmp_path_factory.mktemp(f"{name}-{mode}"))
+        options = {option: copy(value) for option, value in DISTRIBUTED_MODES[mode].items() if option == "peft_config"}
+        options |= {"processing_class": processor_named(name), "shared_prefix": "off"}
+        trainer = make_trainer(str(models / name), folder, mixed_rows(), **OPTIONS, **options)
         trainer.train()
         trainer.save_model()
-        runs[mode] = trainer, folder
-    return model, pairs, runs
+        return trainer, folder
+
+    return models, pairs, train
+
+
+LLAVA = ["llava-shared", "llava-padded", "llava-lora"]
+QWEN = ["qwen2_5_vl-shared", "qwen2_5_vl-padded", "qwen2_5_vl-lora"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "modes"),
+    ("strategy", "cells"),
     [
-        ("ddp", ["shared"]),
-        ("zero3", ["shared", "padded", "lora"]),
-        ("fsdp2", ["shared"]),
-        pytest.param("ddp", ["padded", "lora"], marks=pytest.mark.long),
-        pytest.param("zero2", ["shared", "padded", "lora"], marks=pytest.mark.long),
-        pytest.param("fsdp2", ["padded", "lora"], marks=pytest.mark.long),
+        ("ddp", LLAVA[:1]),
+        ("zero3", LLAVA),
+        ("fsdp2", LLAVA[:1]),
+        pytest.param("ddp", [*LLAVA[1:], *QWEN], marks=pytest.mark.long),
+        pytest.param("zero2", LLAVA, marks=pytest.mark.long),
+        pytest.param("zero3", QWEN, marks=pytest.mark.long),
+        pytest.param("fsdp2", LLAVA[1:], marks=pytest.mark.long),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_two_processes_equal_one(strategy, modes, single_process, tmp_path):
-    model, pairs, runs = single_process
+def test_two_processes_equal_one(strategy, cells, single_process, tmp_path):
+    models, pairs, train = single_process
     # CLIP's default list contains a class that only its text model has
     layers = ("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,CLIPEncoderLayer")
     options = layers if strategy == "fsdp2" else ()
-    launch_strategy("vision.py", strategy, model, pairs, tmp_path, *modes, options=options)
-    for mode in modes:
-        trainer, folder = runs[mode]
-        report = read_report(tmp_path / mode, strategy)
-        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), mode
-        one, two = (trained_model(model, path, mode == "lora") for path in (folder, str(tmp_path / mode)))
+    launch_strategy("vision.py", strategy, models, pairs, tmp_path, *cells, options=options)
+    for cell in cells:
+        name, mode = CELLS[cell]
+        trainer, folder = train(name, mode)
+        report = read_report(tmp_path / cell, strategy)
+        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), cell
+        one, two = (trained_model(models / name, path, mode == "lora") for path in (folder, str(tmp_path / cell)))
         assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
