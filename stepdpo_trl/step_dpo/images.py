@@ -30,12 +30,10 @@ def image_placeholder(processor: Any) -> str | None:
 def media_tokens(processor: Any) -> dict[int, str]:
     """Return the ids of the tokens that stand for an image, a video or a sound, with the kind."""
     tokenizer = processor.tokenizer
-    ids = {}
+    tokens = {image_placeholder(processor): "image"}
     for kind in ("image", "video", "audio"):
-        for owner in (processor, tokenizer):
-            token = getattr(owner, f"{kind}_token", None)
-            if token is not None:
-                ids[tokenizer.convert_tokens_to_ids(str(token))] = kind
+        tokens |= {getattr(owner, f"{kind}_token", None): kind for owner in (processor, tokenizer)}
+    ids = {tokenizer.convert_tokens_to_ids(str(token)): kind for token, kind in tokens.items() if token is not None}
     # Unknown tokens, and Kosmos-2.5, whose images are a part of the text that starts with BOS
     others = (None, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {token_id: kind for token_id, kind in ids.items() if token_id not in others}

@@ -627,16 +627,16 @@ def test_model_card(tmp_path, monkeypatch, capsys):
     ("options", "sentence"),
     [
         (
-            {"peft_config": r".*language_model.*q_proj", "shared_prefix": "off"},
+            {"peft_config": r".*language_model.*q_proj"},
             "adapters of the language model (the vision tower was frozen) and did not use shared prefixes.",
         ),
         (
             {"peft_config": r".*q_proj"},
-            "adapters of the language model and the vision tower and used shared prefixes.",
+            "adapters of the language model and the vision tower and did not use shared prefixes.",
         ),
         (
             {"freeze": "language_model"},
-            "weights of the vision tower (the language model was frozen) and used shared prefixes.",
+            "weights of the vision tower (the language model was frozen) and did not use shared prefixes.",
         ),
     ],
     ids=["lora", "lora with tower", "tower"],
@@ -649,7 +649,8 @@ def test_model_card_says_what_was_trained(options, sentence):
     if options.pop("freeze", None):
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
-    assert describe_training(vision_trainer(model=model, **options)).endswith(f" updated {sentence}")
+    trainer = vision_trainer(model=model, shared_prefix="off", **options)
+    assert describe_training(trainer).endswith(f" updated {sentence}")
 
 
 def test_model_and_processor_loaded_by_name(tmp_path):
