@@ -323,7 +323,8 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
                     "`predict` does not compute reference scores, and with `precompute_ref_log_probs=True` there are "
                     "none for the test dataset. Pass it to `evaluate`, or set `precompute_ref_log_probs=False`."
                 )
-            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+            processor: Any = self.processing_class
+            test_dataset = self._prepare_dataset(test_dataset, processor, self.args, "test")
         return super().predict(test_dataset, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

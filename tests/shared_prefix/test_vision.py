@@ -20,16 +20,18 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from stepdpo_trl.shared_prefix import support
 from stepdpo_trl.shared_prefix.forward import share_prefixes
 from stepdpo_trl.shared_prefix.mixin import TREE, SharedPrefixCollator
+from stepdpo_trl.shared_prefix.repeated_images import (
+    HalfOfImages,
+    encode_images_once,
+    image_arguments,
+    images_are_repeated,
+)
 from stepdpo_trl.shared_prefix.vision import (
     ANYRES,
     ENCODED_ONCE,
     TILES,
     VISION_MODEL_TYPES,
-    HalfOfImages,
     ImageLayout,
-    encode_images_once,
-    image_arguments,
-    images_are_repeated,
     with_image_positions,
 )
 
