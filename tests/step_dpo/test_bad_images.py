@@ -195,7 +195,13 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
 @pytest.mark.parametrize("part", ["train", "eval"])
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize(("make_bad", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+@pytest.mark.parametrize(
+    ("make_bad", "message"),
+    [
+        pytest.param(*case, id=name, marks=[] if name == "corrupt" else pytest.mark.long)
+        for name, case in BAD_IMAGES.items()
+    ],
+)
 def test_bad_images(make_bad, message, position, part, stream, tmp_path):
     data = (tmp_path / image_file(tmp_path)).read_bytes()
     rows = [{**ROW, "images": [{"bytes": data, "path": None}]} for _ in range(2)]
