@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.files import DATA_FILES, file_pattern
-from ..data.schema import PREFIX_COLUMN, StepPreference, check_plain_columns, is_step_data
+from ..data.schema import (
+    IMAGE_COLUMNS,
+    PREFIX_COLUMN,
+    StepPreference,
+    check_plain_columns,
+    get_images,
+    has_images,
+    is_step_data,
+)
 from ..data.steps import split_steps
 from ..pipeline.build import run_directories
 from ..pipeline.collect import solutions_by_key
@@ -54,7 +62,7 @@ def read_pairs(source: str, split: str, numbers: Sequence[int]) -> list[Example]
     """
     dataset = _load(source, split)
     rows = _choose(len(dataset), numbers or [0], source, "rows")
-    return [_pair(dataset[number], f"row {number}", f"row {number} of {source}") for number in rows]
+    return [_pair(_read(dataset, number, source), f"row {number}", f"row {number} of {source}") for number in rows]
 
 
 def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list[Example]:
@@ -178,6 +186,15 @@ def _nearest(path: Path) -> str:
     return f" Did you mean {path.parent / nearest[0]}?" if nearest and not path.exists() else ""
 
 
+def _read(dataset: "Dataset", number: int, source: str) -> dict[str, Any]:
+    if not has_images(dataset.column_names):
+        return dataset[number]
+    from ..step_dpo.images import reading_images  # imports torch
+
+    with reading_images(f"row {number} of {source}"):
+        return dataset[number]
+
+
 def _pair(row: dict[str, Any], name: str, where: str) -> Example:
     if not is_step_data(row):
         return _plain_pair(row, name, where)
@@ -195,9 +212,10 @@ def _pair(row: dict[str, Any], name: str, where: str) -> Example:
 
 def _images(row: Mapping[str, Any], where: str) -> tuple["Image", ...]:
     """Images of a row, loaded as by a processor."""
-    if not any(row.get(name) for name in ("image", "images")):
+    columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}
+    if not get_images(columns, where):
         return ()
-    from ..step_dpo.vision import load_images  # imports torch
+    from ..step_dpo.images import load_images  # imports torch
 
     return tuple(load_images(row, where))
 

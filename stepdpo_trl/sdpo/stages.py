@@ -141,9 +141,12 @@ def join_stages(stages: Any) -> Dataset:
             raise ValueError(f"Stage {name!r} already has a column `{STAGE_COLUMN}`. Rename or remove the column.")
         if columns is not None and set(dataset.column_names) != columns:
             different = sorted(set(dataset.column_names) ^ columns)
+            fix = "Use `rename_columns` and `select_columns` so that all stages have the same columns."
+            if different == ["images"]:
+                fix = 'To the stage without images, add `stage.add_column("images", [[]] * len(stage))`.'
             raise ValueError(
                 f"Stage {name!r} and the first stage have different columns: {different} are in one of them only. "
-                "Use `rename_columns` and `select_columns` so that all stages have the same columns."
+                + fix
             )
         columns = set(dataset.column_names)
         parts.append(dataset.add_column(STAGE_COLUMN, [str(name)] * len(dataset)))

@@ -19,18 +19,10 @@ from transformers import PretrainedConfig
 
 from .forward import share_prefixes
 from .memory import CheckpointingAdvice, count_tokens
+from .repeated_images import encode_images_once, image_arguments, images_are_repeated, images_processed_once
 from .support import decoder, encodes_images_once, why_not_shared
 from .tree import PrefixTree, build_tree
-from .vision import (
-    IMAGE_KEYS,
-    TYPE_KEYS,
-    ImageLayout,
-    encode_images_once,
-    image_arguments,
-    images_are_repeated,
-    images_processed_once,
-    with_image_positions,
-)
+from .vision import IMAGE_KEYS, TYPE_KEYS, ImageLayout, with_image_positions
 
 if TYPE_CHECKING:
     from trl import DPOTrainer

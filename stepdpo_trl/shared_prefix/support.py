@@ -9,7 +9,8 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from .forward import text_decoder
-from .vision import BLOCKS, ENCODED_ONCE, VISION_MODEL_TYPES, takes_encoded_images
+from .repeated_images import takes_encoded_images
+from .vision import BLOCKS, ENCODED_ONCE, VISION_MODEL_TYPES
 
 # Model types that the tests compare with separate sequences
 TESTED_MODEL_TYPES = (

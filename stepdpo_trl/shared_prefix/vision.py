@@ -8,12 +8,9 @@ model's own `get_image_features` encodes the different images, and each pack rec
 placeholders through the argument `mm_encoder_outputs`.
 """
 
-import contextlib
 import dataclasses
-import functools
-import inspect
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +37,14 @@ TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass
-class _Image:
+class ImageInputs:
     """An image, or a tile of one, that is encoded independently of all others."""
 
     inputs: dict[str, torch.Tensor]  # arguments of `get_image_features` for this image
     tokens: int  # number of its placeholder tokens
     alone: bool = True  # whether it is the only image of its row, which LLaVA-OneVision then splits into patches
 
-    def equals(self, other: "_Image") -> bool:
+    def equals(self, other: "ImageInputs") -> bool:
         """Return whether two images have equal features."""
         return (self.tokens, self.alone) == (other.tokens, other.alone) and all(
             torch.equal(value, other.inputs[name]) for name, value in self.inputs.items()
@@ -105,7 +102,7 @@ class ImageLayout:
         placeholders = [row == self.image_token_id for row in rows]
         images = self._images(batch, [int(mask.sum()) for mask in placeholders])
         owners = self._owners(images, [int(mask.sum()) for mask in placeholders])
-        different, indices = _different(images)
+        different, indices = different_images(images)
         # Negative numbers are not token ids
         keys: list[Any] = [np.array(row, dtype=np.int64) for row in rows]
         for key, mask, own in zip(keys, placeholders, owners, strict=True):
@@ -119,23 +116,18 @@ class ImageLayout:
         tree.images = self._arguments(different)
         return tree
 
-    def _images(self, batch: dict[str, Any], counts: list[int]) -> list[_Image]:
+    def _images(self, batch: dict[str, Any], counts: list[int]) -> list[ImageInputs]:
         """Take the images of a batch apart, given the number of placeholders of each row."""
         pixels = batch["pixel_values"]
         if self.model_type in PATCHES:
-            grids = batch["image_grid_thw"]
-            patches = grids.prod(-1).tolist()
-            return [
-                _Image({"pixel_values": values, "image_grid_thw": grid}, number // self.merge_size**2)
-                for values, grid, number in zip(pixels.split(patches), grids.split(1), patches, strict=True)
-            ]
+            return split_patches(pixels, batch["image_grid_thw"], self.merge_size)
         if self.model_type in ANYRES:
             # Rows without images are not always listed
             numbers = [int(number) for number in batch["batch_num_images"] if number > 0]
             rows = zip(numbers, [count for count in counts if count], strict=True)
             per_image = [(number == 1, count // number) for number, count in rows for _ in range(number)]
             return [
-                _Image({"pixel_values": values, "image_sizes": size}, tokens, alone)
+                ImageInputs({"pixel_values": values, "image_sizes": size}, tokens, alone)
                 for values, size, (alone, tokens) in zip(
                     pixels.split(1), batch["image_sizes"].split(1), per_image, strict=True
                 )
@@ -148,9 +140,9 @@ class ImageLayout:
         tokens, rest = divmod(sum(counts), max(1, len(inputs)))
         if rest:
             raise ValueError(_mismatch(f"The batch has {sum(counts)} image tokens for {len(inputs)} images"))
-        return [_Image(one, tokens) for one in inputs]
+        return [ImageInputs(one, tokens) for one in inputs]
 
-    def _owners(self, images: list[_Image], counts: list[int]) -> list[list[int]]:
+    def _owners(self, images: list[ImageInputs], counts: list[int]) -> list[list[int]]:
         """Return the indices of the images of each row."""
         owners, used = [], 0
         for row, count in enumerate(counts):
@@ -167,19 +159,29 @@ class ImageLayout:
             raise ValueError(_mismatch(f"The batch has {len(images)} images, but image tokens for {used} of them"))
         return owners
 
-    def _arguments(self, images: list[_Image]) -> dict[str, torch.Tensor]:
+    def _arguments(self, images: list[ImageInputs]) -> dict[str, torch.Tensor]:
         """Return the arguments of `get_image_features` for several images, with those that are alone first."""
         if self.model_type not in ANYRES:
-            return _concatenate(images)
+            return concatenate_images(images)
         # The number of images of each row: 1 for an image that is split into patches. All others form one row, of at
         # least two images, and the features of a second copy are not used
         together = [image for image in images if not image.alone]
         copies = together * (len(together) == 1)
         numbers = [1] * (len(images) - len(together)) + [len(together + copies)] * bool(together)
-        return {**_concatenate(images + copies), "batch_num_images": torch.tensor(numbers)}
+        return {**concatenate_images(images + copies), "batch_num_images": torch.tensor(numbers)}
 
 
-def _concatenate(images: list[_Image]) -> dict[str, torch.Tensor]:
+def split_patches(pixels: torch.Tensor, grids: torch.Tensor, merge_size: int = 1) -> list[ImageInputs]:
+    """Return the images of a batch that concatenates their patches."""
+    patches = grids.prod(-1).tolist()
+    return [
+        ImageInputs({"pixel_values": values, "image_grid_thw": grid}, number // merge_size**2)
+        for values, grid, number in zip(pixels.split(patches), grids.split(1), patches, strict=True)
+    ]
+
+
+def concatenate_images(images: list[ImageInputs]) -> dict[str, torch.Tensor]:
+    """Return the arguments of `get_image_features` for several images."""
     return {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
 
 
@@ -190,7 +192,7 @@ def _mismatch(problem: str) -> str:
     )
 
 
-def _different(images: list[_Image]) -> tuple[list[_Image], list[int]]:
+def different_images(images: list[ImageInputs]) -> tuple[list[ImageInputs], list[int]]:
     """Return the different images, those that are alone first, and for each image its index among them."""
     candidates: dict[tuple[float, ...], list[int]] = {}
     first = list(range(len(images)))  # for each image, the first image that is equal
@@ -255,106 +257,6 @@ def encode_images(backbone: Any, tree: PrefixTree) -> ImageFeatures | None:
     if not tree.images:
         return None
     return ImageFeatures(backbone.get_image_features(**tree.images, return_dict=True))
-
-
-class HalfOfImages:
-    """
-    Image processor that processes the first half of its images only if the second half repeats it.
-
-    Args:
-        image_processor (`BaseImageProcessor`):
-            Image processor that it replaces.
-    """
-
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor = image_processor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.image_processor, name)
-
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """Process the images of several rows, given as lists."""
-        half = len(images) // 2 if isinstance(images, list) else 0
-        nested = half and all(isinstance(own, list) for own in images)
-        if not nested or [*map(_identities, images[:half])] != [*map(_identities, images[half:])]:
-            return self.image_processor(images, *args, **kwargs)
-        output = self.image_processor(images[:half], *args, **kwargs)
-        if not all(isinstance(value, (torch.Tensor, np.ndarray, list)) for value in output.values()):
-            return self.image_processor(images, *args, **kwargs)
-        for name, value in output.items():
-            if isinstance(value, torch.Tensor):
-                output[name] = torch.cat([value, value])
-            else:
-                output[name] = np.concatenate([value, value]) if isinstance(value, np.ndarray) else value + value
-        return output
-
-
-def _identities(images: list[Any]) -> list[int]:
-    return [id(image) for image in images]
-
-
-@contextlib.contextmanager
-def images_processed_once(collator: Any) -> Iterator[None]:
-    """Let a collator process each image once, although TRL passes it to the processor for both rows of a pair."""
-    processor: Any = getattr(collator, "processor", None)
-    original = getattr(processor, "image_processor", None)
-    if original is None:
-        yield
-        return
-    processor.image_processor = HalfOfImages(original)
-    try:
-        yield
-    finally:
-        processor.image_processor = original
-
-
-def takes_encoded_images(model: Any) -> bool:
-    """Return whether a model accepts encoded images, which older versions of Transformers do not."""
-    return "mm_encoder_outputs" in inspect.signature(type(model.base_model).forward).parameters
-
-
-def image_arguments(model: Any) -> list[str]:
-    """Return the names of the arguments from which a model encodes images."""
-    parameters = inspect.signature(model.base_model.get_image_features).parameters
-    return [name for name in IMAGE_KEYS if name in parameters]
-
-
-def images_are_repeated(batch: dict[str, Any], names: list[str]) -> bool:
-    """Return whether the second half of the images of a batch equals the first, as the rejected rows of pairs do."""
-    inputs = [batch[name] for name in names if batch.get(name) is not None]
-    return "pixel_values" in batch and all(
-        len(value) % 2 == 0 and torch.equal(*value.tensor_split(2)) for value in map(torch.as_tensor, inputs)
-    )
-
-
-def encode_images_once(model: Any) -> None:
-    """
-    Make a model accept `repeated_images=True`, with which it encodes only the first half of the images of a batch.
-
-    The images of the rejected rows are those of the chosen rows, so the features are used for both. Without the
-    argument, the model is unchanged. Repeated calls have no effect.
-
-    Args:
-        model (`PreTrainedModel`):
-            Model, without the wrapper of PEFT.
-    """
-    backbone, names = model.base_model, image_arguments(model)
-    # Stays true if others wrap the forward later. In an unpickled copy both are the forward of the class
-    if getattr(backbone, "forward_with_all_images", backbone.forward) != backbone.forward:
-        return
-    backbone.forward_with_all_images = backbone.forward
-
-    @functools.wraps(type(backbone).forward)
-    def forward(self: Any, *args: Any, repeated_images: bool = False, **kwargs: Any) -> Any:
-        if repeated_images:
-            given = {name: torch.as_tensor(kwargs[name]) for name in names if kwargs.get(name) is not None}
-            halves = {name: value.tensor_split(2)[0] for name, value in given.items()}
-            features = ImageFeatures(self.get_image_features(**halves, return_dict=True))
-            images = list(range(len(features.pooled)))
-            kwargs = {**kwargs, "pixel_values": None, "mm_encoder_outputs": features.select(images * 2)}
-        return self.forward_with_all_images(*args, **kwargs)
-
-    backbone.forward = types.MethodType(forward, backbone)
 
 
 def with_image_positions(tree: PrefixTree, batch: dict[str, Any], backbone: Any) -> PrefixTree:

@@ -1,5 +1,6 @@
 """Preparation of step data: rows become the columns `prompt_ids`, `chosen_ids` and `rejected_ids`."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate import PartialState
@@ -11,8 +12,9 @@ from trl import DPOConfig
 from .. import __version__
 from ..data.schema import has_images
 from .config import STEP_OPTIONS, StepDPOConfig
+from .images import image_placeholder, media_tokens, reading_images, without_decoding
 from .tokenization import StepTokenizer
-from .vision import VisionStepTokenizer, image_placeholder
+from .vision import VisionStepTokenizer
 
 logger = get_logger(__name__)
 
@@ -43,6 +45,7 @@ def make_step_tokenizer(
         "chat_template": chat_template,
         "multimodal": multimodal,
         "placeholder": image_placeholder(processing_class) if multimodal else None,
+        "media_tokens": media_tokens(processing_class) if multimodal else {},
         "max_length": args.max_length,
         **{name: getattr(args, name) for name in STEP_OPTIONS if isinstance(args, StepDPOConfig)},
     }
@@ -76,7 +79,7 @@ def prepare_step_dataset(
     with_images = isinstance(encode, VisionStepTokenizer)
     if isinstance(dataset, IterableDataset):
         stream = _StreamEncoder(encode, where)
-        dataset = dataset.map(stream).filter(stream.keeps).remove_columns("overlong")
+        dataset = dataset.map(stream, with_indices=True).filter(stream.keeps).remove_columns("overlong")
         get_first_row(dataset, f"{where}, without the rows longer than max_length={encode.max_length},")
         return dataset
 
@@ -121,10 +124,14 @@ def get_first_row(dataset: Dataset | IterableDataset, where: str) -> dict[str, A
         `dict[str, Any]`: The row.
 
     Raises:
-        ValueError: If the dataset is empty.
+        ValueError: If the dataset is empty, or if an image of the row cannot be decoded.
     """
-    for row in dataset:
-        return row
+    decodes = isinstance(dataset, Dataset) and has_images(dataset.column_names)
+    if isinstance(dataset, IterableDataset):
+        dataset = without_decoding(dataset)
+    with reading_images(f"row 0 of the {where}") if decodes else nullcontext():
+        for row in dataset:
+            return row
     raise ValueError(f"The {where} is empty. Check how it was loaded and filtered.")
 
 
@@ -142,10 +149,11 @@ class _StreamEncoder:
         self.drawn = 0
         self.overlong = 0
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         self.drawn += 1
-        # Rows of a sharded or shuffled stream have no index, so errors quote the prompt
-        where = f"the row of the {self.where} with the prompt {str(row.get('prompt'))[:80]!r}"
+        # The index is the order in which this worker draws, not a position in the data, so errors quote the prompt too
+        prompt = str(row.get("prompt"))[:80]
+        where = f"the row of the {self.where} with the prompt {prompt!r} (drawn as number {index + 1})"
         if has_images(row) and not isinstance(self.encode, VisionStepTokenizer):
             raise ValueError(
                 f"{where} has images, but the first row has neither `image` nor `images`. Add the column `images` to "
@@ -172,10 +180,7 @@ def _fits(overlong: int) -> bool:
 
 
 def _overlong_message(encode: StepTokenizer, rows: str, where: str) -> str:
-    truncated = "truncated from the left, with their steps kept whole"
-    if isinstance(encode, VisionStepTokenizer):
-        truncated = "shortened by removing their first reasoning steps, with their images and steps kept whole"
-    action = "dropped" if encode.overlong_prefix == "drop" else truncated
+    action = "dropped" if encode.overlong_prefix == "drop" else encode.TRUNCATION
     return (
         f"{rows} of the {where} are longer than max_length={encode.max_length} and have been {action} "
         f"(overlong_prefix={encode.overlong_prefix!r})."

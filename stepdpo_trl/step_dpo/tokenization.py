@@ -8,8 +8,8 @@ covers all tokens of the step and no others, and the policy is scored on the tok
 
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..data.prompts import PROMPT_SUFFIXES, PROMPT_TEMPLATES, resolve_text
 from ..data.schema import StepPreference
@@ -32,15 +32,23 @@ class StepTokenizer(PromptRenderer):
             How to handle longer rows: `"truncate"` truncates the prefix from the left, `"drop"` marks the row as
             overlong, `"error"` raises an error. Steps are never truncated.
         placeholder (`str`, *optional*):
-            Text that stands for an image. Texts of rows without images must not contain it.
+            Text that stands for an image. Prompts of rows without images must not contain it.
+        media_tokens (`dict[int, str]`, *optional*):
+            Ids of tokens that stand for an image, a video or a sound in the inputs of the model, with the kind. Steps
+            must not contain them, and prompts only the placeholders of their images.
 
     Raises:
         ValueError: If an option has an invalid value.
     """
 
+    # Parts of messages about lengths
+    COUNTED: ClassVar[str] = "prefix tokens"
+    TRUNCATION: ClassVar[str] = "truncated from the left, with their steps kept whole"
+
     max_length: int | None = None
     overlong_prefix: str = "truncate"
     placeholder: str | None = None
+    media_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_token_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
@@ -114,8 +122,8 @@ class StepTokenizer(PromptRenderer):
                 f"{where} has no images, but its prompt contains the image placeholder {self.placeholder!r}. Add its "
                 "images in a column `images` (a list), or remove the placeholder."
             )
-        self.check_steps(steps, where)
         text_ids = self._encode(text)
+        self._check_media(text_ids, f"The prefix of {where}")
         prefix_ids = self._leading_special_ids(text, text_ids) + text_ids
         step_ids = self._encode_steps_after(text, text_ids, messages, steps, where, row)
 
@@ -126,13 +134,14 @@ class StepTokenizer(PromptRenderer):
             prefix_ids = [first, *kept[1:]] if first == self.tokenizer.bos_token_id and len(kept) > 1 else kept
         return prefix_ids, step_ids, overlong
 
-    def check_steps(self, steps: Mapping[str, tuple[str, bool]], where: str) -> None:
-        """Check that no step contains the placeholder of an image."""
-        for name, (step, _) in steps.items():
-            if self.placeholder is not None and self.placeholder in step:
+    def _check_media(self, ids: list[int], what: str, allowed: str | None = None) -> None:
+        """Check that a text contains no token of an image, a video or a sound, except for an allowed placeholder."""
+        for token_id in sorted(self.media_tokens.keys() & set(ids)):
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token != allowed:
                 raise ValueError(
-                    f"`{name}` of {where} contains the image placeholder {self.placeholder!r}, but steps cannot have "
-                    "images. Remove it from the step."
+                    f"{what} contains {token!r}, which stands for {self.media_tokens[token_id]} data in the inputs of "
+                    "the model. Remove it: only the images of a row are supported, and only in its prompt."
                 )
 
     def _encode_steps_after(
@@ -151,6 +160,7 @@ class StepTokenizer(PromptRenderer):
             if not step.rstrip().endswith(end_of_turn):
                 step += end_of_turn
             step_ids[name] = self._encode_step(text, text_ids, step, f"`{name}` of {where}")
+            self._check_media(step_ids[name], f"`{name}` of {where}")
         return step_ids
 
     def _encode(self, text: str) -> list[int]:
@@ -207,9 +217,9 @@ class StepTokenizer(PromptRenderer):
             )
         if overlong and self.overlong_prefix == "error":
             raise ValueError(
-                f"{where} has {len(prefix_ids)} prefix tokens and {length} step tokens, {overlong} more than "
-                f"max_length={self.max_length}. Increase `max_length`, or set `overlong_prefix` to 'truncate' "
-                "(truncate prefixes from the left) or 'drop' (drop such rows)."
+                f"{where} has {len(prefix_ids)} {self.COUNTED} and {length} step tokens, {overlong} more than "
+                f"max_length={self.max_length}. Increase `max_length`, or set `overlong_prefix` to 'truncate' (such "
+                f"rows are {self.TRUNCATION}) or 'drop' (they are dropped)."
             )
         return overlong
 

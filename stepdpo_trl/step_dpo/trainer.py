@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +43,10 @@ from .checks import (
 )
 from .config import StepDPOConfig
 from .dataset import get_first_row, make_step_tokenizer, prepare_step_dataset
+from .images import without_decoding
+from .model_card import describe_images
 from .sampler import PromptGroupSampler
-from .vision import IMAGES_DIGEST, PROMPT_TEXT, VisionStepCollator, without_decoding
+from .vision import IMAGES_DIGEST, PROMPT_TEXT, VisionStepCollator
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -310,6 +313,25 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         encode = make_step_tokenizer(processing_class, args, images=has_images(first_row))
         return prepare_step_dataset(dataset, encode, where, args.dataset_num_proc)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return predictions and metrics. Step pairs are tokenized first, as in `evaluate`."""
+        first_row = get_first_row(test_dataset, "test dataset")
+        if is_step_data(first_row):
+            if self.args.precompute_ref_log_probs and "ref_chosen_logps" not in first_row:
+                raise ValueError(
+                    "`predict` does not compute reference scores, and with `precompute_ref_log_probs=True` there are "
+                    "none for the test dataset. Pass it to `evaluate`, or set `precompute_ref_log_probs=False`."
+                )
+            processor: Any = self.processing_class
+            test_dataset = self._prepare_dataset(test_dataset, processor, self.args, "test")
+        return super().predict(test_dataset, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Create the model card of TRL. For step pairs with images, it says so and has an example with an image."""
+        super().create_model_card(*args, **kwargs)
+        if self.has_step_images and self.is_world_process_zero():
+            describe_images(Path(self.args.output_dir, "README.md"), self)
 
 
 def _find_sdpo(callbacks: list[Any] | None) -> tuple[list[Any] | None, SDPOCallback | None]:

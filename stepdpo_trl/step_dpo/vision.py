@@ -5,27 +5,27 @@ The processor of the model expands the placeholders of the images, so it receive
 one rendered text. The steps are tokenized as without images. `DataCollatorForVisionPreference` of TRL joins both.
 """
 
-import hashlib
-import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
-from datasets import IterableDataset
 from transformers import ProcessorMixin
-from transformers.image_utils import load_image
 from trl import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from ..data.schema import IMAGE_COLUMNS, StepPreference, get_images, is_step_data
+from ..data.schema import StepPreference
 from ..data.steps import split_steps
 from ..shared_prefix.support import COLLATORS
+from .images import (
+    check_placeholders,
+    digest_images,
+    framed_placeholder,
+    image_placeholder,
+    load_images,
+    warn_about_bare_placeholders,
+)
 from .tokenization import StepTokenizer, check_different, steps_of
 
 # Column with the text that the processor tokenizes: prompt and initial reasoning steps
@@ -42,7 +42,8 @@ class VisionStepTokenizer(StepTokenizer):
     Args:
         processor (`ProcessorMixin`):
             Processor of the policy.
-        tokenizer, chat_template, multimodal, system_prompt, prompt_suffix, prompt_template, max_length, placeholder:
+        tokenizer, chat_template, multimodal, system_prompt, prompt_suffix, prompt_template, max_length, placeholder,
+        media_tokens:
             As for [`StepTokenizer`].
         overlong_prefix (`str`, *optional*, defaults to `"truncate"`):
             As for [`StepTokenizer`], except that `"truncate"` removes whole reasoning steps, because truncating the
@@ -51,6 +52,9 @@ class VisionStepTokenizer(StepTokenizer):
     Raises:
         ValueError: If an option has an invalid value.
     """
+
+    COUNTED: ClassVar[str] = "prefix tokens (with those of its images)"
+    TRUNCATION: ClassVar[str] = "shortened by removing their first reasoning steps, with images and steps kept whole"
 
     processor: Any = None
 
@@ -77,9 +81,12 @@ class VisionStepTokenizer(StepTokenizer):
         messages = self._place_images(messages, images, where)
 
         text = self._render_prefix(messages, prefix, where, row)
-        self.check_steps(steps_of(pair), where)
-        self._check_placeholders(text, images, where)
         text_ids = self._encode(text)
+        if self.placeholder is not None:
+            has_template = self.uses_chat_template
+            check_placeholders(text, len(images), self.placeholder, self.tokenizer, has_template, where)
+            warn_about_bare_placeholders(text_ids, self.placeholder, self.tokenizer, where)
+        self._check_media(text_ids, f"The prefix of {where}", allowed=self.placeholder)
         prefix_ids = self._process(text, images, where)
         step_ids = self._encode_steps_after(text, text_ids, messages, steps_of(pair), where, row)
         check_different(step_ids, where)
@@ -87,14 +94,15 @@ class VisionStepTokenizer(StepTokenizer):
         overlong = self._overlong(prefix_ids, step_ids, where)
         if overlong and self.overlong_prefix == "truncate":
             limit = len(prefix_ids) - overlong
-            shorter = (self._render_prefix(messages, rest, where, row) for rest in shorter_prefixes(prefix))
+            rests = shorter_prefixes(prefix, [pair.chosen, pair.rejected])
+            shorter = (self._render_prefix(messages, rest, where, row) for rest in rests)
             text, prefix_ids = self._first_that_fits(shorter, limit, len(prefix_ids) - len(text_ids), images, where)
         return {
             "prompt_ids": prefix_ids,
             "chosen_ids": step_ids["chosen"],
             "rejected_ids": step_ids["rejected"],
             PROMPT_TEXT: text,
-            IMAGES_DIGEST: _digest(images),
+            IMAGES_DIGEST: digest_images(images),
             "overlong": overlong,
         }
 
@@ -112,19 +120,6 @@ class VisionStepTokenizer(StepTokenizer):
     def _render_prefix(self, messages: list[dict[str, Any]], prefix: str, where: str, row: Mapping[str, Any]) -> str:
         text = self.render(messages, prefix, where, row)
         return self._decode(self._leading_special_ids(text, self._encode(text))) + text
-
-    def _check_placeholders(self, text: str, images: Sequence[Any], where: str) -> None:
-        token = self.placeholder
-        found = text.count(token) if token is not None else len(images)
-        if found == len(images):
-            return
-        message = f"{where} has {found} image placeholders ({token!r}) in its prompt but {len(images)} images."
-        if found == 0 and not self.uses_chat_template:
-            raise ValueError(
-                f"{message} The processor has no chat template that would write them. Set `processor.chat_template`, "
-                f"or write {token!r} into the prompt."
-            )
-        raise ValueError(f"{message} Fix the prompt or the images, or remove the row.")
 
     def _process(self, text: str, images: list[Any], where: str) -> list[int]:
         """Return the tokens of a text with expanded placeholders, as the collator computes them in training."""
@@ -265,87 +260,15 @@ class TokenizedSteps:
         }
 
 
-def image_placeholder(processor: Any) -> str | None:
-    """Return the text that stands for an image in prompts, or `None` if it is unknown."""
-    # Gemma 3 has another token in the text than in the tokens
-    return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-
-
 def _image_text(processor: Any) -> str:
     """Return the text of an image in a prompt."""
     if not processor.chat_template:
-        return str(processor.image_token)
+        return framed_placeholder(processor.tokenizer, str(image_placeholder(processor)))
     content = [{"type": "image"}, {"type": "text", "text": ""}]
     return str(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
 
 
-def load_images(row: Mapping[str, Any], where: str) -> list[Any]:
-    """
-    Load the images of a row.
-
-    Args:
-        row (`Mapping[str, Any]`):
-            Row with a column `image` or `images`, or with neither. An image is a PIL image, an array, the bytes of a
-            file, a path, a URL, or a dict with `bytes` and `path` as in an undecoded [`~datasets.Image`].
-        where (`str`):
-            Name of the row in error messages.
-
-    Returns:
-        `list`: PIL images or arrays.
-
-    Raises:
-        ValueError: If an image is missing or cannot be read.
-    """
-    with _reading(where):
-        columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}  # decodes the images of a `Dataset`
-    images = get_images(columns, where)
-    with _reading(where):
-        return [_load(image) for image in images]
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # PIL raises many types for corrupt files
-        raise ValueError(
-            f"An image of {where} cannot be read: {type(error).__name__}: {str(error).rstrip('.')}. Fix the image, or "
-            "remove the row."
-        ) from error
-
-
-def _load(image: Any) -> Any:
-    if isinstance(image, bytes):
-        image = {"bytes": image}
-    if isinstance(image, Mapping):
-        source: Any = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image.get("path")
-        if source is None:
-            raise TypeError("neither `bytes` nor `path` is set")
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(source))  # as `datasets.Image` decodes it
-    elif isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image)
-        is_path = not path.startswith(("http://", "https://", "data:image/"))
-        if is_path and not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no file {path!r}")
-        image = load_image(path)
-    if isinstance(image, PIL.Image.Image):
-        image.load()  # finds truncated files
-    elif not hasattr(image, "shape"):
-        raise TypeError(
-            f"a value of type `{type(image).__name__}` is not an image. Use a PIL image, a path, a URL or bytes, or "
-            "cast the column with `datasets.Image()`"
-        )
-    return image
-
-
-def without_decoding(dataset: IterableDataset) -> IterableDataset:
-    """Return a stream of step pairs whose images are decoded by [`load_images`], so that errors name the row."""
-    if dataset.features is None or not is_step_data(dataset.features):
-        return dataset
-    return dataset.decode(False)
-
-
-def shorter_prefixes(prefix: str) -> list[str]:
+def shorter_prefixes(prefix: str, steps: Sequence[str]) -> list[str]:
     """
     Return a prefix without its first step, without its first two steps, and so on.
 
@@ -354,13 +277,16 @@ def shorter_prefixes(prefix: str) -> list[str]:
     Args:
         prefix (`str`):
             Initial reasoning steps.
+        steps (`Sequence[str]`):
+            Steps that continue the prefix.
 
     Returns:
         `list[str]`: The shorter prefixes, from the longest to the shortest.
     """
     rests = (prefix[span.end :] for span in split_steps(prefix).spans)
+    begins_line = all("\n" in step[: len(step) - len(step.lstrip())] for step in steps)
     # Without a line break after it, the last step is the current one
-    return [rest.lstrip() for rest in rests if rest.strip() or "\n" in rest]
+    return [rest.lstrip() for rest in rests if rest.strip() or begins_line or "\n" in rest]
 
 
 def _without_nulls(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -381,11 +307,3 @@ def _without_nulls(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, A
         else message
         for message in prompt
     ]
-
-
-def _digest(images: Sequence[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for image in images:
-        pixels = np.asarray(image.convert("RGBA") if getattr(image, "mode", None) == "P" else image)
-        digest.update(repr(pixels.shape).encode() + pixels.tobytes())
-    return digest.hexdigest()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from datasets import load_from_disk
 from peft import LoraConfig
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.distributed.train import describe, finish, leave, prepare_cpu
 from tests.training import logged, make_trainer
-from tests.vision import vision_step_rows
+from tests.vision import VISION_MODELS, vision_step_rows
 
 OPTIONS = {"train_sampling_strategy": "sequential", "max_length": None}
 MODES = {
@@ -22,6 +22,10 @@ MODES = {
     # With the vision tower
     "lora": {"peft_config": LoraConfig(r=4, target_modules=r".*(q_proj|v_proj)"), "precompute_ref_log_probs": True},
 }
+
+
+# A model and a mode, such as "llava-shared"
+CELLS = {f"{model}-{mode}": (model, mode) for model in VISION_MODELS for mode in MODES}
 
 
 def mixed_rows():
@@ -33,24 +37,22 @@ def mixed_rows():
 
 
 def main() -> None:
-    """Train, save the model and write a report in each mode."""
+    """Train, save the model and write a report for each model and mode."""
     parser = argparse.ArgumentParser()
     parser.add_argument("strategy", choices=["ddp", "zero2", "zero3", "fsdp2"])
-    parser.add_argument("model")
+    parser.add_argument("models", help="folder with the models")
     parser.add_argument("pairs")
     parser.add_argument("output_dir")
-    parser.add_argument("modes", nargs="+", choices=MODES)
+    parser.add_argument("cells", nargs="+", choices=CELLS)
     args = parser.parse_args()
     pairs = load_from_disk(args.pairs)  # the processes must share a file for precomputed scores
-    for mode in args.modes:
-        folder = Path(args.output_dir) / mode
+    for cell in args.cells:
+        name, mode = CELLS[cell]
+        folder, path = Path(args.output_dir) / cell, str(Path(args.models) / name)
         options = {**OPTIONS, **MODES[mode], **prepare_cpu(args.strategy)}
         # ZeRO-3 draws other random numbers while it loads a model, so the adapters would start differently
-        model = (
-            LlavaForConditionalGeneration.from_pretrained(args.model, dtype="float32")
-            if mode == "lora"
-            else args.model
-        )
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype="float32") if mode == "lora" else path
+        options["processing_class"] = VISION_MODELS[name][0]()
         trainer = make_trainer(model, folder, pairs, per_device_train_batch_size=2, **options)
         trainer.train()
         trainer.save_model()

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -521,6 +522,30 @@ def test_sums_with_images_match_the_logs_of_the_trainer(number, pairs_with_image
     if rows[number]["images"]:
         assert "each image shown as one placeholder" in " ".join(out.split())
         assert out.count("<image>") == 2
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pairs_without_a_list_of_images_are_refused_as_in_training(column, chat_model, tmp_path, capsys, monkeypatch):
+    source = write_rows(tmp_path / "null.jsonl", {**STEP_ROW, column: None})
+    status, _, err = inspect(capsys, monkeypatch, source)
+    message = f"`{column}` of row 0 of {{}} is None. It must be "
+    assert status == 2
+    assert message.format(source) in " ".join(err.split())
+    dataset = load_dataset("json", data_files=str(source), split="train")
+    llava = save_llava(tmp_path / "llava")
+    with pytest.raises(ValueError, match=re.escape(message.format("the train dataset"))):
+        make_trainer(llava, tmp_path / "out", dataset)
+
+
+def test_image_that_a_dataset_cannot_decode(tmp_path, capsys, monkeypatch):
+    row = step_rows()[5]
+    features = Features({**{name: Value("string") for name in row}, "images": List(ImageFeature())})
+    rows = [{**row, "images": [{"bytes": data, "path": None}]} for data in (b"no image", b"")]
+    source = tmp_path / "pairs.parquet"
+    Dataset.from_list(rows, features=features).to_parquet(source)
+    status, _, err = inspect(capsys, monkeypatch, source, "--row", 1)
+    assert status == 2
+    assert "An image of row 1 of " in err
 
 
 def test_images_that_cannot_be_shown(pairs_with_images, chat_model, tmp_path, capsys, monkeypatch):

@@ -20,14 +20,18 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from stepdpo_trl.shared_prefix import support
 from stepdpo_trl.shared_prefix.forward import share_prefixes
 from stepdpo_trl.shared_prefix.mixin import TREE, SharedPrefixCollator
-from stepdpo_trl.shared_prefix.vision import (
-    ENCODED_ONCE,
-    VISION_MODEL_TYPES,
+from stepdpo_trl.shared_prefix.repeated_images import (
     HalfOfImages,
-    ImageLayout,
     encode_images_once,
     image_arguments,
     images_are_repeated,
+)
+from stepdpo_trl.shared_prefix.vision import (
+    ANYRES,
+    ENCODED_ONCE,
+    TILES,
+    VISION_MODEL_TYPES,
+    ImageLayout,
     with_image_positions,
 )
 
@@ -228,21 +232,28 @@ def test_each_image_and_each_token_once(name, packs):
     batch = Batch(model, PAIRS["mixed"])
     share_prefixes(model)
     tree = batch.tree(model, packs)
-    tower = next(module for part, module in model.base_model.named_children() if part in TOWERS)
+    encoded = count_pixels(model)
+    gradients(model, shared(model, tree))
+    (pixels,) = encoded
+    images = [image["pixel_values"] for image in draw_images(model, 4)]
+    if name == "llava_onevision":  # the images 0 and 3 are split where they are alone in their row
+        assert pixels == (3 + 3 + 3) * images[0].shape[-3:].numel()
+    else:
+        assert pixels == sum(images[i].numel() for i in (0, 1, 3))
+    assert len(tree.packs) > 1 if packs else tree.tokens == batch.unique_tokens(model)
+
+
+def count_pixels(model):
+    """Return a list of the numbers of pixel values that the vision tower encodes in each run from now on."""
     encoded = []
 
     def count(module, args, kwargs):
-        encoded.append(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])
+        pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        encoded.append(pixels.numel())
 
+    tower = next(module for part, module in model.base_model.named_children() if part in TOWERS)
     tower.register_forward_pre_hook(count, with_kwargs=True)
-    gradients(model, shared(model, tree))
-    (pixels,) = encoded
-    images = draw_images(model, 4)
-    if name == "llava_onevision":  # the images 0 and 3 are split where they are alone in their row
-        assert len(pixels) == 3 + 3 + 3
-    else:
-        assert pixels.numel() == sum(images[i]["pixel_values"].numel() for i in (0, 1, 3))
-    assert len(tree.packs) > 1 if packs else tree.tokens == batch.unique_tokens(model)
+    return encoded
 
 
 def test_tokens_of_an_image_attend_to_later_ones():
@@ -323,12 +334,19 @@ def test_padded_rows_with_each_image_once(name):
             )
         ]
 
+    encoded = count_pixels(model)
     expected = logps()
     expected_gradients = gradients(model, expected)
     assert images_are_repeated(inputs, image_arguments(model))
     encode_images_once(model)
     encode_images_once(model)
     found = logps(repeated_images=True)
+    pixels = [image["pixel_values"].numel() for image in draw_images(model, 4)]
+    of_all_rows = 2 * sum(pixels[i] for own in PAIRS["mixed"] for i in own)
+    if name in TILES + ANYRES:
+        assert encoded[1] == encoded[0] / 2
+    else:
+        assert encoded == [of_all_rows, sum(pixels[i] for i in (0, 1, 3))]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert_same_gradients(gradients(model, found), expected_gradients)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from importlib import resources
 
 import accelerate
 import pytest
@@ -30,6 +31,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
 from stepdpo_trl.shared_prefix.vision import ANYRES, PATCHES, STACKED, TILES, VISION_MODEL_TYPES
+from stepdpo_trl.step_dpo.model_card import METHOD, QUICK_START
 
 from ..shared_prefix.vision_architectures import collate, count_tokens, draw_images, tiny_vision_model
 
@@ -136,6 +138,13 @@ def test_fields_and_images_of_the_vision_collator():
     assert "images = None" in source, "batches without images no longer leave them out"
     read = set(re.findall(r"self\.processor\.?([\w.]*)", source))
     assert read == {"", "tokenizer.pad_token_id", "tokenizer.eos_token_id"}, "TokenizedSteps must have these too"
+
+
+def test_parts_of_the_model_card_that_images_replace():
+    template = resources.files("trl").joinpath("templates/lm_model_card.md").read_text()
+    assert len(QUICK_START.findall(template)) == len(METHOD.findall(template)) == 1
+    source = inspect.getsource(DPOTrainer.create_model_card)
+    assert 'model_card.save(os.path.join(self.args.output_dir, "README.md"))' in source, "describe_images reads it"
 
 
 # Names of each architecture that shared_prefix/vision.py reads

@@ -2,27 +2,30 @@
 
 import re
 import tempfile
+from copy import copy
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, List, Value
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stepdpo_trl import SDPOCallback, StepDPOConfig, measure_gamma
 from stepdpo_trl.step_dpo.dataset import make_step_tokenizer
+from stepdpo_trl.step_dpo.model_card import describe_training
 from stepdpo_trl.step_dpo.vision import VisionStepCollator, shorter_prefixes
 
+from ..distributed.vision import CELLS, OPTIONS, mixed_rows
 from ..distributed.vision import MODES as DISTRIBUTED_MODES
-from ..distributed.vision import OPTIONS, mixed_rows
 from ..reference_dpo import step_dpo_loss
-from ..tiny import CHATML, byte_level_tokenizer, plain_rows, step_rows, tiny_model
+from ..tiny import plain_rows, step_rows
 from ..training import BETA, assert_same_weights, config, logged, make_trainer, weights
 from ..vision import PROCESSORS, VISION_MODELS, make_image, vision_plain_rows, vision_step_rows
 from .test_distributed import launch_strategy, read_report
@@ -65,10 +68,10 @@ def inference_inputs(name, row):
     return inputs.pop("input_ids")[0].tolist(), inputs
 
 
-def encode(name="llava", row=None, **options):
+def encode(name="llava", row=None, images=True, **options):
     processor = processor_named(name)
     encoder = make_step_tokenizer(
-        processor, StepDPOConfig(tempfile.gettempdir(), bf16=False, **{"max_length": None, **options}), images=True
+        processor, StepDPOConfig(tempfile.gettempdir(), bf16=False, **{"max_length": None, **options}), images=images
     )
     return encoder(ROW if row is None else row, "row 0")
 
@@ -336,17 +339,54 @@ def length(row, **options):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "expected"),
+    ("prefix", "step", "expected"),
     [
-        ("Step 1: a\nStep 2: b\nStep 3:", ["Step 2: b\nStep 3:", "Step 3:"]),
-        ("Let's think. Step 1: a\nStep 2:", ["Step 2:"]),
-        ("One.\n\nTwo.\n\n", ["Two.\n\n", ""]),
-        ("Step 3:", []),
-        ("", []),
+        ("Step 1: a\nStep 2: b\nStep 3:", " c", ["Step 2: b\nStep 3:", "Step 3:"]),
+        ("Let's think. Step 1: a\nStep 2:", " b", ["Step 2:"]),
+        ("One.\n\nTwo.\n\n", "Three.", ["Two.\n\n", ""]),
+        ("Step 3:", " c", []),
+        ("", "Step 1: a", []),
+        # A step that begins a line: the steps before it are complete
+        ("Step 1: a\nStep 2: b", "\nStep 3: c", ["Step 2: b", ""]),
+        ("Step 1: a", " \n\nStep 2: b", [""]),
+        ("One.\n\nTwo.", "\n\nThree.", ["Two.", ""]),
+        ("Step 1: a\nStep 2:", "\nb", ["Step 2:"]),
+        # A step that continues a line
+        ("Step 1: a\nStep 2: b", " and\nStep 3: c", ["Step 2: b"]),
     ],
 )
-def test_shorter_prefixes(prefix, expected):
-    assert shorter_prefixes(prefix) == expected
+def test_shorter_prefixes(prefix, step, expected):
+    assert shorter_prefixes(prefix, [step, f"{step} or not"]) == expected
+
+
+def test_shorter_prefixes_of_steps_that_differ_in_their_first_line():
+    assert shorter_prefixes("Step 1: a\nStep 2: b", ["\nStep 3: c", " or not"]) == ["Step 2: b"]
+
+
+def test_truncation_of_complete_steps():
+    row = {
+        **ROW,
+        "initial_reason_steps": "Step 1: two are blue",
+        "chosen": "\nStep 2: so 3",
+        "rejected": "\nStep 2: so 4",
+    }
+    bare = {**row, "initial_reason_steps": ""}
+    assert {**encode(row=row, max_length=length(bare)), "overlong": 0} == encode(row=bare)
+    with pytest.raises(ValueError, match=r"row 0 has more than max_length=\d+ tokens, even without the reasoning"):
+        encode(row=row, max_length=length(bare) - 1)
+
+
+def test_messages_about_overlong_rows_with_images():
+    limit = length(ROW) - 1
+    tokens = encode()
+    prefix, step = len(tokens["prompt_ids"]), max(len(tokens["chosen_ids"]), len(tokens["rejected_ids"]))
+    message = (
+        f"row 0 has {prefix} prefix tokens (with those of its images) and {step} step tokens, 1 more than "
+        f"max_length={limit}. Increase `max_length`, or set `overlong_prefix` to 'truncate' (such rows are shortened "
+        "by removing their first reasoning steps, with images and steps kept whole) or 'drop' (they are dropped)."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        encode(max_length=limit, overlong_prefix="error")
 
 
 def test_truncation_removes_the_first_reasoning_steps():
@@ -382,194 +422,6 @@ def test_overlong_rows_of_a_stream():
     stream = Dataset.from_list(rows).to_iterable_dataset()
     trainer = vision_trainer(rows=stream, max_length=length(rows[0]), overlong_prefix="drop", max_steps=1)
     assert [row["prompt"] for row in trainer.train_dataset] == ["a", "a"]
-
-
-# -------------------------------------------------------------------------------------------- invalid input
-
-
-def rows_with(index, **change):
-    rows = vision_step_rows(4)
-    rows[index] = {**rows[index], **change}
-    return rows
-
-
-def with_image_column(index, value):
-    rows = [{**row, "image": make_image(i)} for i, row in enumerate(vision_step_rows(4))]
-    for row in rows:
-        del row["images"]
-    rows[index]["image"] = value
-    return rows
-
-
-BAD_ROWS = {
-    "None instead of an image": (with_image_column(2, None), r"`image` of row 2 of the train dataset is None"),
-    "None instead of a list": (rows_with(2, images=None), r"`images` of row 2 of the train dataset is None"),
-    "None in a list": (
-        [{**row, "images": ["0.png", None]} for row in vision_step_rows(2)],
-        r"`images` of row 0 of the train dataset is \['0.png', None\]\. Remove the null values",
-    ),
-    "more placeholders than images": (
-        rows_with(1, prompt="<image><image><image>?"),
-        r"row 1 of the train dataset has 3 image placeholders \('<image>'\) in its prompt but 2 images",
-    ),
-    "fewer placeholders than images": (
-        rows_with(1, prompt="<image>?"),
-        r"row 1 of the train dataset has 1 image placeholders \('<image>'\) in its prompt but 2 images",
-    ),
-    "placeholder without image": (
-        rows_with(2, prompt="<image>?"),
-        r"row 2 of the train dataset has 1 image placeholders \('<image>'\) in its prompt but 0 images",
-    ),
-    "placeholder in a step": (
-        rows_with(3, chosen=" <image>"),
-        r"`chosen` of row 3 of the train dataset contains the image placeholder '<image>'",
-    ),
-    "both columns": (
-        [{**row, "image": make_image()} for row in vision_step_rows(2)],
-        r"row 0 of the train dataset has both columns `image` and `images`",
-    ),
-}
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
-@pytest.mark.parametrize(("rows", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
-def test_bad_rows(rows, message, stream):
-    dataset = Dataset.from_list(rows)
-    if stream:
-        dataset = dataset.to_iterable_dataset()
-        number = message.partition("row ")[2][:1]
-        prompt = rows[int(number)]["prompt"].replace("?", r"\?")
-        message = message.replace(f"row {number} of the train dataset", "the row of the train dataset")
-        message = message.replace("the row of the train dataset", f"the row of the train dataset with .* '{prompt}'")
-    with pytest.raises(ValueError, match=message):
-        vision_trainer(rows=dataset, max_steps=4).train()
-
-
-def messages_with(*types):
-    parts = [{"type": kind, "text": "How many?" if kind == "text" else None} for kind in types]
-    return [{"role": "user", "content": parts}]
-
-
-def test_messages_with_other_placeholders_than_images():
-    rows = [{**ROW, "prompt": messages_with("image", "image", "text")}] * 2
-    rows[1] = {**ROW, "prompt": messages_with("image", "text")}
-    message = r"The images of row 1 of the train dataset .* Number of images provided \(2\) does not match"
-    with pytest.raises(ValueError, match=message):
-        vision_trainer(rows=rows)
-
-
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_placeholder_in_rows_without_image_column(name):
-    processor = processor_named(name)
-    placeholder = getattr(processor, "boi_token", processor.image_token)
-    options = {"processing_class": processor, "model": model_named("llava"), "ref_model": model_named("llava")}
-    rows = step_rows(4)
-    rows[2]["prompt"] += placeholder
-    message = f"row 2 of the train dataset has no images, but its prompt contains the image placeholder '{placeholder}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        vision_trainer(rows=rows, **options)
-    rows = step_rows(4)
-    rows[1]["rejected"] += placeholder
-    with pytest.raises(ValueError, match="`rejected` of row 1 of the train dataset contains the image placeholder"):
-        vision_trainer(rows=rows, **options)
-    rows = [{**row, "prompt": messages_with("image", "text")} for row in step_rows(2)]
-    with pytest.raises(ValueError, match=r"cannot render row 0 .* Number of images provided \(0\) does not match"):
-        vision_trainer(rows=rows, **options)
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (3, "TypeError: a value of type `int` is not an image. Use a PIL image, a path, a URL or bytes, or cast"),
-        ([[1, 2], [3, 4]], "TypeError: a value of type `list` is not an image."),
-        ({"bytes": None, "path": None}, "TypeError: neither `bytes` nor `path` is set. Fix the image, or remove"),
-        (b"", "cannot be read: UnidentifiedImageError: "),
-        ("", "FileNotFoundError: there is no file ''. Fix the image, or remove the row."),
-        ("http://127.0.0.1:9/a.png", "cannot be read: Connect"),
-    ],
-)
-def test_values_that_are_not_images(image, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        encode(row={**ROW, "images": [image]})
-    assert str(error.value).startswith("An image of row 0 ")
-
-
-def test_image_that_the_processor_refuses():
-    message = r"Processor cannot process row 0: ValueError: absolute aspect ratio .*\. Fix or remove the row\."
-    with pytest.raises(ValueError, match=message):
-        encode("qwen2_5_vl", {**ROW, "images": [make_image(1, 1000, 2)]})
-
-
-def test_path_that_does_not_exist(tmp_path):
-    rows = [{**ROW, "images": [image_file(tmp_path)]}, {**ROW, "images": [str(tmp_path / "missing.png")]}]
-    with pytest.raises(ValueError, match=r"An image of row 1 of the train dataset cannot be read: FileNotFoundError"):
-        vision_trainer(rows=rows)
-    encoded = Dataset.from_list(rows).cast_column("images", List(Image()))
-    with pytest.raises(ValueError, match=r"An image of row 1 of the train dataset cannot be read: FileNotFoundError"):
-        vision_trainer(rows=encoded)
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
-def test_corrupt_image(stream, tmp_path):
-    good = {"bytes": (tmp_path / image_file(tmp_path)).read_bytes(), "path": None}
-    rows = [{**ROW, "images": [good]}, {**ROW, "prompt": "What?", "images": [{**good, "bytes": good["bytes"][:60]}]}]
-    dataset = Dataset.from_list(rows, features=FEATURES)
-    where = "row 1 of the train dataset"
-    if stream:
-        dataset, where = dataset.to_iterable_dataset(), "the row of the train dataset with the prompt 'What.'"
-    with pytest.raises(ValueError, match=f"An image of {where} cannot be read: "):
-        vision_trainer(rows=dataset, max_steps=2).train()
-
-
-def test_stream_whose_first_row_has_no_image_column():
-    stream = IterableDataset.from_generator(lambda: iter([*step_rows(2), *vision_step_rows(2)]))
-    with pytest.raises(ValueError, match=r"has images, but the first row has neither `image` nor `images`"):
-        vision_trainer(rows=stream, max_steps=2).train()
-
-
-def test_text_only_model():
-    tokenizer = byte_level_tokenizer(CHATML)
-    with pytest.raises(ValueError, match=r"The train dataset has images, but a \w+ cannot process them"):
-        vision_trainer(model=tiny_model(400), ref_model=tiny_model(400), processing_class=tokenizer)
-    with pytest.raises(ValueError, match=r"The data has images, but Qwen2ForCausalLM is a text-only model"):
-        vision_trainer(model=tiny_model(400), ref_model=tiny_model(400))
-
-
-def test_processor_without_chat_template():
-    processor = VISION_MODELS["llava"][0]()
-    processor.chat_template = None
-    message = r"row 0 of the train dataset has 0 image placeholders .* The processor has no chat template"
-    with pytest.raises(ValueError, match=message):
-        vision_trainer(processing_class=processor)
-    rows = [{**ROW, "prompt": [{"role": "user", "content": "How many?"}]}]
-    with pytest.raises(ValueError, match=r"`prompt` of row 0 .* has no chat template"):
-        vision_trainer(rows=rows, processing_class=processor)
-
-
-def test_shared_prefix_on_where_it_is_not_exact():
-    with pytest.raises(ValueError, match=r"`shared_prefix='on'` is not possible because"):
-        vision_trainer(shared_prefix="on", accelerator_config={"dispatch_batches": True})
-
-
-def test_padding_to_a_multiple():
-    with pytest.raises(ValueError, match=r"`pad_to_multiple_of=8` is not supported for data with images"):
-        vision_trainer(pad_to_multiple_of=8)
-
-
-def test_plain_pairs_with_images_in_evaluation():
-    evaluation = {"charts": Dataset.from_list(vision_plain_rows(2))}
-    with pytest.raises(ValueError, match=r"The charts dataset has ordinary preference pairs with images"):
-        vision_trainer(eval_dataset=evaluation)
-    with pytest.raises(ValueError, match=r"The charts dataset has ordinary preference pairs with images"):
-        vision_trainer(rows=step_rows(4), eval_dataset=evaluation)
-    with pytest.raises(ValueError, match=r"The eval dataset has ordinary preference pairs with images"):
-        vision_trainer(rows=step_rows(4)).evaluate(evaluation["charts"])
-
-
-def test_images_only_in_new_evaluation_data():
-    trainer = vision_trainer(rows=step_rows(4))
-    with pytest.raises(ValueError, match=r"the data that the trainer was created with has none"):
-        trainer.evaluate(Dataset.from_list(vision_step_rows(2)))
 
 
 # -------------------------------------------------------------------------------------------- training
@@ -734,6 +586,73 @@ def test_sdpo_stages_with_images(kind):
     assert first == pytest.approx([np.log(2)] * 2, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # deprecated upstream
+@pytest.mark.parametrize("rows", [vision_step_rows(3), step_rows(3)], ids=["images", "text"])
+def test_predict_on_raw_rows(rows):
+    trainer = vision_trainer(rows=rows)
+    raw = trainer.predict(Dataset.from_list(rows))
+    prepared = DPOTrainer.predict(trainer, trainer.train_dataset)
+    assert raw.predictions.shape[1] == trainer.data_collator(list(trainer.train_dataset))["input_ids"].shape[1]
+    np.testing.assert_array_equal(raw.predictions, prepared.predictions)
+    assert raw.metrics["test_loss"] == prepared.metrics["test_loss"]
+
+
+def test_predict_without_reference_scores():
+    trainer = vision_trainer(precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="`predict` does not compute reference scores"):
+        trainer.predict(Dataset.from_list(vision_step_rows(2)))
+
+
+def test_model_card(tmp_path, monkeypatch, capsys):
+    trainer = vision_trainer(output_dir=tmp_path)
+    trainer.hub_model_id = str(tmp_path)
+    trainer.save_model()
+    trainer.create_model_card(model_name="reader", tags=["charts"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert {"charts", "step-dpo"} <= set(card.data.tags)
+    shared = "used" if trainer.shares_prefixes else "did not use"
+    sentence = f"updated all weights of the language model and the vision tower and {shared} shared prefixes."
+    (line,) = re.findall(r"^This model was trained with Step-DPO.*$", card.text, re.MULTILINE)
+    assert line.endswith(f" The training on step pairs with images {sentence}")
+    assert "text-generation" not in card.text
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    image_file(tmp_path, name="chart.png")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace("max_new_tokens=128", "max_new_tokens=4"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"peft_config": r".*language_model.*q_proj"},
+            "adapters of the language model (the vision tower was frozen) and did not use shared prefixes.",
+        ),
+        (
+            {"peft_config": r".*q_proj"},
+            "adapters of the language model and the vision tower and did not use shared prefixes.",
+        ),
+        (
+            {"freeze": "language_model"},
+            "weights of the vision tower (the language model was frozen) and did not use shared prefixes.",
+        ),
+    ],
+    ids=["lora", "lora with tower", "tower"],
+)
+def test_model_card_says_what_was_trained(options, sentence):
+    options = dict(options)
+    if "peft_config" in options:
+        options["peft_config"] = LoraConfig(r=2, target_modules=options["peft_config"])
+    model = model_named("llava", 1)
+    if options.pop("freeze", None):
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    trainer = vision_trainer(model=model, shared_prefix="off", **options)
+    assert describe_training(trainer).endswith(f" updated {sentence}")
+
+
 def test_model_and_processor_loaded_by_name(tmp_path):
     model_named("llava", 1).save_pretrained(tmp_path / "model")
     processor_named("llava").save_pretrained(tmp_path / "model")
@@ -762,49 +681,59 @@ def test_plain_vision_pairs_are_trained_as_by_dpo_trainer(name, config_cls):
 
 def trained_model(model, folder, lora):
     """Load the weights written by `save_model` as a user would."""
-    base = LlavaForConditionalGeneration.from_pretrained(model if lora else folder, dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(model if lora else folder, dtype=torch.float32)
     return dict((PeftModel.from_pretrained(base, folder) if lora else base).named_parameters())
 
 
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory):
-    """Folders of a model and of pairs, and trainers and folders of the runs on one process, by mode."""
-    model, pairs, runs = str(tmp_path_factory.mktemp("model")), str(tmp_path_factory.mktemp("pairs")), {}
+    """Folders of models and of pairs, and a function that trains on one process and returns trainer and folder."""
+    models, pairs = tmp_path_factory.mktemp("models"), str(tmp_path_factory.mktemp("pairs"))
     Dataset.from_list(mixed_rows()).save_to_disk(pairs)
-    model_named("llava", 1).save_pretrained(model)
-    processor_named("llava").save_pretrained(model)
-    for mode, options in DISTRIBUTED_MODES.items():
-        folder = str(tmp_path_factory.mktemp(mode))
-        options = {name: value for name, value in options.items() if name == "peft_config"}
-        trainer = make_trainer(model, folder, mixed_rows(), shared_prefix="off", **OPTIONS, **options)
+    for name in VISION_MODELS:
+        model_named(name, 1).save_pretrained(models / name)
+
+    @cache
+    def train(name, mode):
+        folder = str(tmp_path_factory.mktemp(f"{name}-{mode}"))
+        options = {option: copy(value) for option, value in DISTRIBUTED_MODES[mode].items() if option == "peft_config"}
+        options |= {"processing_class": processor_named(name), "shared_prefix": "off"}
+        trainer = make_trainer(str(models / name), folder, mixed_rows(), **OPTIONS, **options)
         trainer.train()
         trainer.save_model()
-        runs[mode] = trainer, folder
-    return model, pairs, runs
+        return trainer, folder
+
+    return models, pairs, train
+
+
+LLAVA = ["llava-shared", "llava-padded", "llava-lora"]
+QWEN = ["qwen2_5_vl-shared", "qwen2_5_vl-padded", "qwen2_5_vl-lora"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "modes"),
+    ("strategy", "cells"),
     [
-        ("ddp", ["shared"]),
-        ("zero3", ["shared", "padded", "lora"]),
-        ("fsdp2", ["shared"]),
-        pytest.param("ddp", ["padded", "lora"], marks=pytest.mark.long),
-        pytest.param("zero2", ["shared", "padded", "lora"], marks=pytest.mark.long),
-        pytest.param("fsdp2", ["padded", "lora"], marks=pytest.mark.long),
+        ("ddp", LLAVA[:1]),
+        ("zero3", LLAVA),
+        ("fsdp2", LLAVA[:1]),
+        pytest.param("ddp", [*LLAVA[1:], *QWEN], marks=pytest.mark.long),
+        pytest.param("zero2", LLAVA, marks=pytest.mark.long),
+        pytest.param("zero3", QWEN, marks=pytest.mark.long),
+        pytest.param("fsdp2", LLAVA[1:], marks=pytest.mark.long),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_two_processes_equal_one(strategy, modes, single_process, tmp_path):
-    model, pairs, runs = single_process
+def test_two_processes_equal_one(strategy, cells, single_process, tmp_path):
+    models, pairs, train = single_process
     # CLIP's default list contains a class that only its text model has
     layers = ("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,CLIPEncoderLayer")
     options = layers if strategy == "fsdp2" else ()
-    launch_strategy("vision.py", strategy, model, pairs, tmp_path, *modes, options=options)
-    for mode in modes:
-        trainer, folder = runs[mode]
-        report = read_report(tmp_path / mode, strategy)
-        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), mode
-        one, two = (trained_model(model, path, mode == "lora") for path in (folder, str(tmp_path / mode)))
+    launch_strategy("vision.py", strategy, models, pairs, tmp_path, *cells, options=options)
+    for cell in cells:
+        name, mode = CELLS[cell]
+        trainer, folder = train(name, mode)
+        report = read_report(tmp_path / cell, strategy)
+        assert report["loss"] == pytest.approx(logged(trainer, "loss"), abs=1e-5), cell
+        one, two = (trained_model(models / name, path, mode == "lora") for path in (folder, str(tmp_path / cell)))
         assert_same_weights(one, two, rtol=1e-4, atol=1e-6)
