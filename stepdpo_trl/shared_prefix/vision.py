@@ -9,7 +9,6 @@ placeholders through the argument `mm_encoder_outputs`.
 """
 
 import dataclasses
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
