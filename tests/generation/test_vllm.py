@@ -68,6 +68,12 @@ def test_groups_of_gpus(arguments, gpus, expected):
         ("-tp 0", "'0' is not a whole number"),
         ("--tensor-parallel-size", "expected one argument"),
         ("--kv-cache-dtype 'fp8", "No closing quotation"),
+        ("--config=serve.yaml", "contains --config. The arguments in that file would not be checked, nor stored"),
+        ("--hf_token hf_x", "contains --hf-token. It would be written to the files of the run. Set the environment"),
+        ("--por 8000", "contains --por, an abbreviation. Write --port."),
+        ("--tensor-par 2", "contains --tensor-par, an abbreviation. Write --tensor-parallel-size."),
+        ("--data-parallel-size-l=2", "Write --data-parallel-size-local."),
+        ("--max-num 2", "Write --max-num-batched-tokens or --max-num-partial-prefills or --max-num-seqs."),
     ],
 )
 def test_arguments_that_cannot_be_passed(arguments, message):
@@ -89,6 +95,10 @@ def test_too_few_gpus():
         ("--quantization fp8 -tp 4", "--quantization fp8"),
         ("--kv_cache_dtype=fp8 --max-num-seqs 64 --seed -1", "--kv-cache-dtype fp8 --seed -1"),
         ("--compilation-config.level 3 --hf-overrides '{\"a\": 1}'", "--hf-overrides '{\"a\": 1}'"),
+        ("-O3 --api-server-count 4 --data-parallel-size-local 2 -dpl 2 -cc.mode 3 -asc=2", None),
+        ("-O 3 -O=2 -O.level=3 -O '{\"level\": 3}' --optimization-level 1", None),
+        ("--no-enable-prefix-caching --no-async-scheduling --enable-prompt-embeds", "--enable-prompt-embeds"),
+        ("-q fp8 -dcp 2 --nnodes 2 -r 1", "-q fp8"),
     ],
 )
 def test_arguments_that_answers_depend_on(arguments, expected):
