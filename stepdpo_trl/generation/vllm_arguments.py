@@ -123,7 +123,7 @@ def _check_names(words: list[str]) -> None:
 
 
 def _name(word: str) -> str | None:
-    """Return the name of an argument, without `=VALUE`, `.KEY` and `no-`. `None` for a value, which may be negative."""
+    """Return the name of an argument, without `=VALUE`, `.KEY` and `no-`. `None` for a value, such as `-1`."""
     if not word.startswith("-") or word == "--" or word[1:2].isdigit():
         return None
     if word.startswith("-O"):  # -O3, -O=3, -O.level=3, -O 3
