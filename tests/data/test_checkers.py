@@ -162,6 +162,8 @@ def test_outcomes_of_a_function(pool):
         Check("unreadable", reason="the solution is blank"),
     ]
     assert pool.check(solutions[:1], of_users("with_more")) == [Check("right")]
+    lengths = [({"length": 1}, "ab"), ({"length": 2}, "ab")]
+    assert pool.check(lengths, of_users("numpy_bool")) == [Check("right"), Check("wrong")]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,10 @@ def test_a_function_that_fails(pool, name, reason):
     assert pool.check([({"word": "a"}, "a")], of_users("last_word")) == [Check("right")]
 
 
-@pytest.mark.parametrize(("name", "value"), [("text", r"'yes' \(str\)"), ("number", r"1 \(int\)")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("text", r"'yes' \(str\)"), ("number", r"1 \(int\)"), ("numpy_array", r"array\(\[ True\]\) \(ndarray\)")],
+)
 def test_a_function_that_returns_something_else(pool, name, value):
     with pytest.raises(CheckerError, match=rf"'checkers_of_users.py:{name}' returned {value} for the problem 'p7'"):
         pool.check([({"id": "p7"}, "x")], of_users(name))
