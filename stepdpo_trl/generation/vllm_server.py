@@ -98,19 +98,11 @@ class VLLMServer:
     def is_ready(self) -> bool:
         """Return whether the server accepts requests."""
         try:
-            self._get("/health")
+            # Without the proxies of the environment
+            with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return True
         except (OSError, HTTPException):
             return False
-        return True
-
-    def max_length(self) -> int:
-        """Return the maximum number of tokens of a prompt with its completion."""
-        return int(json.loads(self._get("/v1/models"))["data"][0]["max_model_len"])
-
-    def _get(self, path: str) -> bytes:
-        # Without the proxies of the environment
-        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as reply:
-            return bytes(reply.read())
 
     def is_running(self) -> bool:
         """Return whether the server has not ended."""

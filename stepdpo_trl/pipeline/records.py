@@ -339,13 +339,13 @@ def _problem(row: Any, any_answer: bool) -> Problem | str:
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
         return f"contains text that cannot be encoded ({error.reason}: {error.object[error.start]!r})"
-    kept: dict[str, Any] | None = {} if any_answer else None
-    for column in row if kept is not None else ():
+    kept: dict[str, Any] = {}
+    for column in row if any_answer else ():
         try:
             kept[str(column)] = json.loads(json.dumps(row[column]))
         except (TypeError, ValueError) as error:
             return f"the column `{column}` cannot be stored as JSON ({error}; {text[:40]!r})"
-    return Problem(name, text.strip(), answer.strip(), solution, kept)
+    return Problem(name, text.strip(), answer.strip(), solution, kept if any_answer else None)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:
