@@ -72,6 +72,23 @@ def left_processes(folder: Path) -> list[int]:
     return [pid for started in records(folder, "started") for pid in session_of(started["pid"])]
 
 
+def leave_server(model: str, folder: Path, kill_leader: bool = False):
+    """Start a server in a run folder as a command that is gone has, and return it."""
+    from stepdpo_trl.generation import ModelSpec, make_generator
+
+    generator = make_generator(ModelSpec(model, "vllm"), folder)
+    generator.prepare()
+    file = folder / "vllm-0.pid"
+    starter = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    starter.wait()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "owner": starter.pid}))
+    server = generator._servers.pop()
+    if kill_leader:
+        server.process.kill()
+        server.process.wait()
+    return server
+
+
 def records(folder: Path, kind: str) -> list[dict]:
     """Return the records of a kind, `started` or `asked`."""
     file = folder / "records.jsonl"

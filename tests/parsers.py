@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stepdpo_trl.data.answer_rules import agrees, final_answer, is_text, normalize, split_unit, text_key
-from stepdpo_trl.data.answers import check_answer
+from stepdpo_trl.data.answers import check_answer, check_choice
+from stepdpo_trl.data.choices import correct_option
 from stepdpo_trl.data.prompts import JUDGE_PROMPTS, STEP_PROMPTS
 from stepdpo_trl.data.schema import StepPreference
 from stepdpo_trl.data.steps import STYLES, split_steps
@@ -66,6 +67,8 @@ def parsers(folder: Path):
         "final_answer": final_answer,
         "check_answer": lambda text: check_answer("7", f"\\boxed{{{text}}}"),
         "check_answer/gold": lambda text: check_answer(text, "\\boxed{7}"),
+        "check_choice": lambda text: (check_choice("B", text), check_choice("B", f"\\boxed{{(B) {text}}}")),
+        "correct_option": lambda text: correct_option(f"correct option is {text}"),
         "normalize": normalize,
         "is_text": is_text,
         "text_key": text_key,

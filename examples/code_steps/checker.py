@@ -17,7 +17,7 @@ from typing import Any
 
 TIME_LIMIT = 4.0  # seconds
 MEMORY_LIMIT = 512 * 2**20  # bytes
-_BLOCK = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.S | re.M)
+_BLOCK = re.compile(r"^```(?i:python[\d.]*|py3?)?[ \t]*\n(.*?)(?:^```|\Z)", re.S | re.M)
 
 if os.environ.get("ALLOW_CODE_EXECUTION") != "1":
     raise RuntimeError(

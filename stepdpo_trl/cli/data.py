@@ -1,6 +1,7 @@
 """Commands that make step pairs: collect, localize, rectify, build, data, report, import."""
 
 import argparse
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..data.checkers import MATH, Checker, resolve_checker
 from ..data.files import write_atomically
+from ..data.messages import counted
 from ..data.steps import check_style
 from ..generation import ModelSpec, Sampling
 from ..pipeline.judge_options import DEFAULT_CHECK
@@ -20,6 +22,8 @@ from .data_options import add_build, add_collect, add_data, add_import, add_loca
 from .dry_run import estimate, show_servers
 from .options import model_changes, model_spec, text_of
 from .problems import load_training_problems
+
+logger = logging.getLogger(__name__)
 
 
 def add_commands(commands: Any) -> None:
@@ -156,7 +160,16 @@ def _collect(args: argparse.Namespace) -> None:
     if args.dry_run:
         _print_estimate(args, args.output_dir, ["collect"], len(problems))
         return
-    _each(args, args.output_dir, "collect", work)
+
+    def work_and_warn(session: Any, folder: Path, shard: tuple[int, int]) -> Any:
+        from ..pipeline.collect import no_wrong_answers
+
+        counts = work(session, folder, shard)
+        if not counts["wrong"]:  # `stepdpo data` ends with this message
+            logger.warning(no_wrong_answers(counts, checker.name))
+        return counts
+
+    _each(args, args.output_dir, "collect", work_and_warn)
 
 
 def _localize(args: argparse.Namespace) -> None:
@@ -335,4 +348,4 @@ def _import(args: argparse.Namespace) -> None:
     if not rows:
         raise RunError(f"{args.file} has no rows to import ({table}). Check that it is in the format {args.format}.")
     where = save(rows, args.output_file, write_import_card(args.format, counts, len(rows)))
-    print(f"{len(rows)} rows in {where} ({table}).")
+    print(f"{counted(len(rows), 'row')} in {where} ({table}).")

@@ -127,12 +127,16 @@ def final_answer(text: str) -> str | None:
     matches = list(_ANSWER.finditer(text))
     if not matches:
         return None
-    answer = text[matches[-1].end() :]
-    end = _SENTENCE_END.search(answer)
-    answer = answer[: end.start()] if end else answer
-    clause = _CLAUSE.search(answer)
-    answer = answer[: clause.start()] if clause else answer
-    return answer.strip().strip("*_ ") or None
+    return first_clause(text[matches[-1].end() :]) or None
+
+
+def first_clause(text: str) -> str:
+    """Return a text up to the end of its first sentence or to a clause such as "because ...", without emphasis."""
+    end = _SENTENCE_END.search(text)
+    text = text[: end.start()] if end else text
+    clause = _CLAUSE.search(text)
+    text = text[: clause.start()] if clause else text
+    return text.strip().strip("*_ ")
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -199,7 +203,7 @@ def is_text(answer: str) -> bool:
         `bool`: `True` if the answer must be compared as text.
     """
     answer = normalize(answer)
-    plain = _unwrap(answer)
+    plain = unwrap(answer)
     if not re.match(r"\(?[^\W\d_]", plain) or re.search(r"[\\=+^_<>{}|]", plain):
         return False
     return re.match(rf"\(?{_WRAPPER.pattern}", answer) is not None or (
@@ -220,7 +224,7 @@ def text_key(answer: str) -> str:
     Returns:
         `str`: The comparison key.
     """
-    plain = re.sub(r"[.'\"`]", "", _unwrap(normalize(answer)).lower())
+    plain = re.sub(r"[.'\"`]", "", unwrap(normalize(answer)).lower())
     items = []
     for item in re.split(r"[,;]|\band\b|\bor\b", plain):
         item = re.sub(r"^\s*(?:an?|the)\s+(?=\w{2})", "", item)
@@ -229,7 +233,8 @@ def text_key(answer: str) -> str:
     return ", ".join(sorted(item for item in items if item))
 
 
-def _unwrap(answer: str) -> str:
+def unwrap(answer: str) -> str:
+    r"""Replace `\text{}`, `\mathbf{}` and the like by their content."""
     for _ in range(4):
         answer = _WRAPPER.sub(r"\1", answer)
     return answer.strip()
@@ -252,7 +257,7 @@ def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
     if len(answer) > MAX_LENGTH:
         return answer, None
     if re.match(r"^\\text\s*\{\s*[-+]?\d[^{}]*\}$", answer):  # "\text{10:30 a.m.}"
-        answer = _unwrap(answer)
+        answer = unwrap(answer)
     unit: tuple[str, Fraction] | None
     if match := _CURRENCY.match(answer):
         unit = ("dollars" if match[2] else "euros" if match[3] else "pounds", Fraction(1))
@@ -261,7 +266,7 @@ def split_unit(answer: str) -> tuple[str, tuple[str, Fraction] | None]:
     if match := _SIGN_UNIT.search(answer):
         value, unit = answer[: match.start()], _unit("°" if match[2] else match[1].lstrip("\\"))
     elif match := _WRAPPED_UNIT.search(answer):
-        value, unit = answer[: match.start()], _unit(_unwrap(match[0]))
+        value, unit = answer[: match.start()], _unit(unwrap(match[0]))
     elif match := _PLAIN_UNIT.search(answer):
         if _FUNCTIONS & set(re.findall(r"[a-z]+", match[1].lower())):
             return answer, None
@@ -319,7 +324,7 @@ def agrees(gold: str, answer: str | None, equal: Callable[[str, str], bool]) -> 
     if text_key(gold) == text_key(answer) and (is_text(gold) or normalize(gold) == normalize(answer)):
         return True
     if is_text(gold):
-        option = re.match(r"\(?([a-z])[).:]", _unwrap(normalize(answer)).lower())
+        option = re.match(r"\(?([a-z])[).:]", unwrap(normalize(answer)).lower())
         return len(text_key(gold)) == 1 and option is not None and option[1] == text_key(gold)
     bases = [_BASE.match(normalize(side)) for side in (gold, answer)]
     if any(bases):

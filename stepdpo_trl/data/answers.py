@@ -20,15 +20,13 @@ from pebble import ProcessExpired, ProcessPool
 from .answer_rules import MAX_LENGTH, agrees, final_answer
 from .apart import adopt_orphans, call_apart, limit_memory
 from .checkers import MATH, Checker, CheckerError, load_function
+from .choices import CHOICES, correct_option, read_choice
 
 RIGHT, WRONG, UNREADABLE = "right", "wrong", "unreadable"
 TIME_LIMIT = 10.0  # seconds
 MEMORY_LIMIT = 2 * 2**30  # bytes
 NO_ANSWER = "no final answer"
-CHOICES = "ABCDE"
 _WRAPPED = re.compile(r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"(?:option |choice )?(?:\(([A-Z])\).*|([A-Z])(?:[).:].*)?)", re.I)
-_SECOND_CHOICE = re.compile(r"(?:\band|\bor|[,&])\s*\(?[A-Z](?:[).:]|$)", re.I)
 _SCHEDULED_PER_PROCESS = 16
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -142,9 +140,7 @@ def _plain(answer: str) -> str:
 
 def check_choice(gold: str, text: str) -> Check:
     r"""
-    Compare the letter that a solution chooses with the gold letter.
-
-    `B`, `(B)`, `b)`, `\text{B}` and `B. Paris` are read as B. An answer without a single letter is unreadable.
+    Compare the letter that a solution chooses with the gold letter, see [`~stepdpo_trl.data.choices.read_choice`].
 
     Args:
         gold (`str`):
@@ -155,14 +151,13 @@ def check_choice(gold: str, text: str) -> Check:
     Returns:
         `Check`: The result. Its answer is the letter.
     """
-    answer = final_answer(text)
-    if answer is None:
-        return Check(UNREADABLE, reason=NO_ANSWER)
-    chosen = _CHOICE.fullmatch(_plain(answer).strip("*_ "))
-    if chosen is None or _SECOND_CHOICE.search(chosen[0]):
-        return Check(UNREADABLE, answer, "the answer is not a letter")
-    letter = (chosen[1] or chosen[2]).upper()
-    return Check(RIGHT if letter == gold.strip() else WRONG, letter)
+    answers = [answer for answer in (final_answer(text), correct_option(text)) if answer is not None]
+    letters = [letter for answer in answers if (letter := read_choice(answer[:MAX_LENGTH])) is not None]
+    if letters:
+        return Check(RIGHT if letters[0] == gold.strip() else WRONG, letters[0])
+    if answers:
+        return Check(UNREADABLE, answers[0], "the answer is not one of the letters A to E")
+    return Check(UNREADABLE, reason=NO_ANSWER)
 
 
 _BY_ANSWER: dict[str, Callable[[str, str], Check]] = {

@@ -120,7 +120,7 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], writer: int, me
         _prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit_memory(memory_limit)
-        value = function(*arguments)
+        value = _as_bool(function(*arguments))
         known = value is None or isinstance(value, bool)
         reply = {"value": value} if known else {"other": f"{_short(repr(value))} ({type(value).__name__})"}
     except MemoryError:
@@ -132,6 +132,12 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], writer: int, me
         if os.getpid() == this:  # not a fork that has returned from the function too
             os.write(writer, json.dumps(reply).encode() + b"\n")
         os._exit(0)
+
+
+def _as_bool(value: Any) -> Any:
+    """Convert a `numpy.bool_`, as comparisons in numpy return it. Other values stay as they are."""
+    numpy = sys.modules.get("numpy")
+    return bool(value) if numpy is not None and isinstance(value, numpy.bool_) else value
 
 
 def _short(text: str) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .messages import did_you_mean, similar_file
+
 ANSWER_CHECKERS = ("math", "exact", "choice")  # compare the final answer with the column `answer`
 FORMS = f"{', '.join(ANSWER_CHECKERS)}, FILE.py:FUNCTION or package.module:FUNCTION"
 
@@ -83,10 +85,7 @@ def resolve_checker(text: str) -> Checker:
     if source.endswith(".py"):
         path = Path(source).absolute()
         if not path.is_file():
-            siblings = [file.name for file in path.parent.glob("*.py")]
-            near = get_close_matches(path.name, siblings, n=1)
-            hint = f" Did you mean {Path(source).with_name(near[0])}?" if near else ""
-            raise CheckerError(f"--checker {text!r}: there is no file {source}.{hint}")
+            raise CheckerError(f"--checker {text!r}: there is no file {source}.{similar_file(Path(source), '*.py')}")
         checker = Checker(f"{path.name}:{function}", str(path), _digest(path))
     else:
         checker = Checker(text, source)
@@ -124,8 +123,7 @@ def load_function(checker: Checker) -> CheckFunction:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        near = get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [n for n, value in vars(module).items() if callable(value)])
         raise CheckerError(f"--checker {checker.name!r}: {checker.source} has no function {name!r}.{hint}")
     try:
         inspect.signature(function).bind({}, "")

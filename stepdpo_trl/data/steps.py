@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 
+from .step_patterns import try_pattern
+
 AUTO = "auto"  # the name of automatic detection on the command line
 
 # "Step 3:", "**Step 3:**", "### Step 3.", "Step 3 -" at the start of a line. The label ends before the space
@@ -114,33 +116,20 @@ def check_style(style: str) -> str | None:
     Args:
         style (`str`):
             `"auto"`, a key of [`STYLES`], or a regular expression. A step starts after each match, which is a label
-            such as "Step 3:" and belongs to the prefix. A match may be empty, as those of `^(?=def )`. `^` and `$`
-            match at lines.
+            such as "Step 3:" and belongs to the prefix. A match may be empty, as those of `^(?=def )`, but not at
+            several places of an ordinary line. `^` and `$` match at lines.
 
     Returns:
         `str` or `None`: The style for [`split_steps`]. `None` for `"auto"`.
 
     Raises:
-        ValueError: If the style looks like a name but is unknown, or the regular expression is invalid or matches
-            the empty string.
+        ValueError: If the style looks like a name but is unknown, or the regular expression is invalid, matches
+            the empty string anywhere, or takes too long on hard texts.
     """
     if style == AUTO or style in STYLES:
         return None if style == AUTO else style
-    if re.fullmatch(r"[\w-]*", style):
-        nearest = get_close_matches(style.lower(), [AUTO, *STYLES], n=1, cutoff=0)[0]
-        raise ValueError(
-            f"--steps {style!r} is not known. Did you mean {nearest!r}? Use {', '.join([AUTO, *STYLES])}, or a "
-            "regular expression of the text that starts a step, such as '^Thought [0-9]+:'."
-        )
-    try:
-        empty = _compile(style).search("")
-    except re.error as error:
-        raise ValueError(f"--steps {style!r} is not a valid regular expression: {error}.") from error
-    if empty:
-        raise ValueError(
-            f"--steps {style!r} matches the empty string, so a step would start anywhere. Use a regular expression of "
-            "the text that starts a step."
-        )
+    _compile(style)
+    try_pattern(style)
     return style
 
 
@@ -155,12 +144,27 @@ def _spans(text: str, marks: list[Mark]) -> tuple[StepSpan, ...]:
 
 
 @lru_cache
-def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.M)
+def _compile(style: str) -> re.Pattern[str]:
+    """Compile a style that is no name."""
+    if re.fullmatch(r"[\w-]*", style):
+        nearest = get_close_matches(style.lower(), [AUTO, *STYLES], n=1, cutoff=0)[0]
+        raise ValueError(
+            f"--steps {style!r} is not known. Did you mean {nearest!r}? Use {', '.join([AUTO, *STYLES])}, or a "
+            "regular expression of the text that starts a step, such as '^Thought [0-9]+:'."
+        )
+    try:
+        pattern = re.compile(style, re.M)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"--steps {style!r} is not a valid regular expression: {error}.") from error
+    if pattern.search(""):
+        raise ValueError(
+            f"--steps {style!r} matches the empty string, so a step would start anywhere. Use a regular expression of "
+            "the text that starts a step."
+        )
+    return pattern
 
 
 def _matches(text: str, pattern: str) -> list[Mark]:
-    check_style(pattern)
     return [match.span() for match in _compile(pattern).finditer(text)]
 
 

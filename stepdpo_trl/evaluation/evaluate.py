@@ -16,6 +16,7 @@ from ..data.steps import split_steps
 from ..generation import ModelSpec, Sampling
 from ..generation.model_folders import fingerprint
 from ..generation.vllm_arguments import answer_arguments
+from ..generation.vllm_server import stop_orphans
 from ..pipeline.collect import keep_problems, not_sampled
 from ..pipeline.policy import Policy
 from ..pipeline.records import Problem, digest_of
@@ -160,7 +161,8 @@ def open_evaluation(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
     Open the output folder of an evaluation, and check the settings of an evaluation that it already holds.
 
     The settings of a new evaluation are not written yet. The caller writes them with the first answer, so that a
-    first attempt with a wrong model does not lock the folder.
+    first attempt with a wrong model does not lock the folder. vLLM servers that a killed command has left running in
+    the folder are stopped.
 
     Args:
         path (`Path`):
@@ -182,7 +184,8 @@ def open_evaluation(path: Path, settings: Mapping[str, Any]) -> RunDirectory:
             raise RunError(f"{path} is the folder of a run ({', '.join(others)}). Pass another --output-dir.")
         if "eval" in kept:
             run.keep_settings("eval", settings)
-    except RunError:
+        stop_orphans(path)
+    except BaseException:
         run.__exit__(None, None, None)
         raise
     return run

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..data.files import write_atomically
 from ..generation import ModelSpec
-from ..generation.protocol import DEFAULT_CONCURRENT_REQUESTS
 from ..runs.run_directory import RunError
+from .harness_models import connect, naming_the_task
 
 logger = logging.getLogger(__name__)
 
@@ -98,21 +98,19 @@ def evaluate_tasks(
         "limit": limit,
         "num_fewshot": num_fewshot,
     }
-    with open_evaluation(path, settings) as run, ExitStack() as servers:
+    with open_evaluation(path, settings) as run, ExitStack() as resources:
         done = run.log("tasks")
         arguments: dict[str, Any] = {}
         for task in tasks:
             if task.name in done:
                 continue
-            arguments = arguments or _arguments(model, batch_size, path, servers)
-            found = simple_evaluate(
-                **arguments,
-                tasks=[task.name],
-                num_fewshot=task.shots,
-                limit=limit,
-                # Resumes an interrupted task. Named after the model, because lm-eval looks answers up by prompt alone
-                use_cache=str(path / f"answers.{task.name}.{answers_name(model)}"),
-            )
+            arguments = arguments or connect(model, batch_size, path, resources)
+            # Resumes an interrupted task. Named after the model, because lm-eval looks answers up by prompt alone
+            cache = str(path / f"answers.{task.name}.{answers_name(model)}")
+            with naming_the_task(task.name, model):
+                found = simple_evaluate(
+                    **arguments, tasks=[task.name], num_fewshot=task.shots, limit=limit, use_cache=cache
+                )
             missing = [metric for metric in task.metrics if metric not in found["results"][task.name]]
             if missing:
                 raise RunError(
@@ -130,64 +128,6 @@ def evaluate_tasks(
             results["h4"] = fmean(done[task.name]["results"][task.name][task.metrics[0]] for task in HARNESS["h4"])
         write_atomically(path / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def _arguments(model: ModelSpec, batch_size: int | None, path: Path, servers: ExitStack) -> dict[str, Any]:
-    """Return the arguments of `simple_evaluate`. With vLLM, a server is started, which ends with `servers`."""
-    if model.backend != "vllm":
-        return model_arguments(model, batch_size)
-    from ..generation.vllm import VLLMGenerator
-    from ..generation.vllm_command import one_server
-
-    generator = VLLMGenerator(one_server(model), path)  # lm-evaluation-harness has one address
-    servers.callback(generator.close)
-    generator.prepare()
-    arguments = model_arguments(replace(generator.server_specs()[0], api_key_env="OPENAI_API_KEY"), None)
-    # lm-evaluation-harness would cut few-shot prompts to 2048 tokens
-    arguments["model_args"]["max_length"] = generator.max_length()
-    return arguments
-
-
-def model_arguments(model: ModelSpec, batch_size: int | None) -> dict[str, Any]:
-    """
-    Return the arguments of `simple_evaluate` that describe a model.
-
-    Args:
-        model (`ModelSpec`):
-            The model.
-        batch_size (`int`, *optional*):
-            Number of sequences per batch, defaults to the largest that fits on a GPU, and to 1 on a CPU.
-
-    Returns:
-        `dict[str, Any]`: The arguments.
-
-    Raises:
-        RunError: If lm-evaluation-harness cannot use the model.
-    """
-    if model.backend == "openai":
-        if model.api_key_env != "OPENAI_API_KEY":
-            raise RunError(
-                f"--api-key-env {model.api_key_env} has no effect with --tasks: lm-evaluation-harness reads the key "
-                "from OPENAI_API_KEY. Set that variable and remove the option."
-            )
-        server: dict[str, Any] = {"base_url": f"{str(model.base_url).rstrip('/')}/completions"}
-        server["num_concurrent"] = model.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
-        arguments = {"model": model.model, **server, "tokenizer": model.tokenizer or model.model}
-        return {"model": "local-completions", "model_args": arguments, "batch_size": 1}
-    arguments = {"pretrained": model.model, "dtype": model.dtype}
-    arguments |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
-    arguments |= {"revision": model.revision} if model.revision else {}
-    if model.revision != model.tokenizer_revision:
-        raise RunError(
-            f"--revision {model.revision} and --tokenizer {model.tokenizer} cannot be combined with --tasks: "
-            "lm-evaluation-harness would load that revision of the tokenizer as well. Remove --tokenizer."
-        )
-    from torch.cuda import is_available
-
-    arguments |= {"peft": model.adapter} if model.adapter else {}
-    # lm-eval defaults to a GPU, even where there is none
-    device, default_batch_size = ("cuda", "auto") if is_available() else ("cpu", 1)
-    return {"model": "hf", "model_args": arguments, "batch_size": batch_size or default_batch_size, "device": device}
 
 
 def show_tasks(results: dict[str, Any]) -> str:

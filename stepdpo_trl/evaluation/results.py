@@ -135,7 +135,8 @@ def table(results: dict[str, Any]) -> str:
             majority = measured["majority"]
             rows.append(("  majority", majority["problems"], show(majority["accuracy"], majority["interval"])))
     width = min(max(len(name) for name, _, _ in rows) + 2, NAME_WIDTH)
-    lines = [f"{results['problems']['count']} problems of {results['problems']['name']}, {decoding}", ""]
+    count = results["problems"]["count"]
+    lines = [f"{count} problem{'' if count == 1 else 's'} of {results['problems']['name']}, {decoding}", ""]
     lines.append(f"{'':<{width}}{header[0]:>8}{header[1]:>8}{header[2]:>12}   {header[3]}")
     for name, counts, accuracy in rows:
         if len(name) > width - 2:  # too long to fit into 80 columns beside its figures

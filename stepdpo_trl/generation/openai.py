@@ -80,6 +80,7 @@ class OpenAIGenerator:
         self.spec, self.tries, self.timeout = spec, tries, timeout
         self.concurrent = spec.max_concurrent_requests or DEFAULT_CONCURRENT_REQUESTS
         self._checked = False
+        self.max_length: int | None = None  # of a prompt with its completion, if the server lists it with its models
         self._answered = False
         self._refused: dict[str, tuple[Request, Completion]] = {}  # held back until another request is answered
         self._stopping = threading.Event()
@@ -137,6 +138,8 @@ class OpenAIGenerator:
         try:
             listed = self._loop.call(self.client.models.list(timeout=CHECK_TIMEOUT), 2 * CHECK_TIMEOUT)
             served = [model.id for model in listed.data if isinstance(model.id, str)]
+            lengths = [getattr(model, "max_model_len", None) for model in listed.data if model.id == self.spec.model]
+            self.max_length = next((length for length in lengths if isinstance(length, int) and length > 0), None)
         except (self._openai.APIConnectionError, ReplyError) as error:
             self._check_connection(error)
             return

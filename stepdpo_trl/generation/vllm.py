@@ -101,10 +101,6 @@ class VLLMGenerator:
             for server in self._servers
         ]
 
-    def max_length(self) -> int:
-        """Return the maximum number of tokens of a prompt with its completion."""
-        return self._servers[0].max_length()
-
     def complete(self, request: Request, sampling: Sampling) -> Completion:
         """Send a request, see [`~stepdpo_trl.generation.ServerGenerator`]."""
         with self._lock:  # tokenizers are not thread-safe

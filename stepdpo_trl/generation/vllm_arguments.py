@@ -17,18 +17,34 @@ _OWN = {
     **dict.fromkeys(("--host", "--port", "--uds", "--api-key", "--served-model-name", "--headless"), ""),
     **dict.fromkeys(("--root-path", "--ssl-keyfile", "--ssl-certfile"), ""),
 }
-# Arguments for hardware, memory and speed. A run may resume with others: answers do not depend on them, apart from
-# rounding and from texts that are too long for `--max-model-len`.
+_REFUSED = {
+    "--config": "The arguments in that file would not be checked, nor stored with the run. Write them here.",
+    "--hf-token": "It would be written to the files of the run. Set the environment variable HF_TOKEN.",
+}
+# Arguments for hardware, memory, speed and logs. A run may resume with others: answers do not depend on them, apart
+# from rounding and from texts that are too long for `--max-model-len`. `--no-NAME` belongs to `--NAME`.
 OPERATIONAL = (
-    *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"),
-    *("--distributed-executor-backend", "--disable-custom-all-reduce", "--max-parallel-loading-workers"),
-    *("--enable-expert-parallel", "--gpu-memory-utilization", "--kv-cache-memory-bytes", "--swap-space"),
-    *("--cpu-offload-gb", "--block-size", "--max-model-len", "--max-num-seqs", "--max-num-batched-tokens"),
-    *("--enable-prefix-caching", "--no-enable-prefix-caching", "--enable-chunked-prefill", "--load-format"),
-    *("--no-enable-chunked-prefill", "--async-scheduling", "--no-async-scheduling", "--enforce-eager"),
-    *("--no-enforce-eager", "--compilation-config", "--attention-backend", "--max-lora-rank", "--max-loras"),
-    *("--max-cpu-loras", "--fully-sharded-loras", "--download-dir", "--disable-log-stats", "--uvicorn-log-level"),
+    *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "-ep"),
+    *("--data-parallel-size", "-dp", "--data-parallel-size-local", "-dpl", "--data-parallel-rank", "-dpn"),
+    *("--data-parallel-start-rank", "-dpr", "--data-parallel-address", "-dpa", "--data-parallel-rpc-port", "-dpp"),
+    *("--data-parallel-backend", "-dpb", "--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
+    *("--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp", "--device-ids"),
+    *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--numa-bind", "--numa-bind-nodes"),
+    *("--numa-bind-cpus", "--api-server-count", "-asc", "--renderer-num-workers", "--distributed-executor-backend"),
+    *("--distributed-timeout-seconds", "--disable-custom-all-reduce", "--max-parallel-loading-workers"),
+    *("--all2all-backend", "--enable-eplb", "--eplb-config", "--enable-dbo", "--device", "--gpu-memory-utilization"),
+    *("--device-memory-utilization", "--kv-cache-memory-bytes", "--num-gpu-blocks-override", "--swap-space"),
+    *("--cpu-offload-gb", "--cpu-offload-params", "--kv-offloading-size", "--kv-offloading-backend", "--block-size"),
+    *("--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--max-num-partial-prefills"),
+    *("--long-prefill-token-threshold", "--enable-prefix-caching", "--prefix-caching-hash-algo"),
+    *("--enable-chunked-prefill", "--async-scheduling", "--scheduling-policy", "--stream-interval", "--enforce-eager"),
+    *("--optimization-level", "--compilation-config", "-cc", "--cudagraph-capture-sizes"),
+    *("--max-cudagraph-capture-size", "--attention-backend", "--attention-config", "-ac", "--disable-cascade-attn"),
+    *("--max-lora-rank", "--max-loras", "--max-cpu-loras", "--fully-sharded-loras", "--load-format"),
+    *("--safetensors-load-strategy", "--download-dir", "--use-tqdm-on-load", "--disable-log-stats", "--log-level"),
+    *("--aggregate-engine-logging", "--enable-log-requests", "--uvicorn-log-level", "--shutdown-timeout"),
 )
+_NAMES = {*_OWN, *_REFUSED, *OPERATIONAL}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,27 +89,47 @@ def parse_arguments(text: str | None) -> VLLMArguments:
         `VLLMArguments`: The arguments.
 
     Raises:
-        ValueError: If the text cannot be split, sets what this package sets, or a number of GPUs is invalid.
+        ValueError: If the text cannot be split, an argument cannot be used here or is abbreviated, or a number of GPUs
+            is invalid.
     """
     try:
         words = shlex.split(text or "")
     except ValueError as error:
         raise ValueError(f"--vllm-args {text!r} cannot be split ({error}). Close the quotes in it.") from error
-    parser = _Parser(add_help=False, argument_default=None)  # accepts abbreviations, as vLLM does
-    for name in _OWN:
-        parser.add_argument(name, nargs="?", const="")
+    words_with_dashes = _dashed(words)
+    _check_names(words_with_dashes)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for name in ("tensor", "pipeline", "data"):
         parser.add_argument(f"-{name[0]}p", f"--{name}-parallel-size", dest=name, type=_positive, default=1)
     parser.add_argument("--max-num-seqs", default="")
     parser.add_argument("--distributed-executor-backend")
-    found, _ = parser.parse_known_args(_dashed(words))
-    for name, instead in _OWN.items():
-        if getattr(found, name[2:].replace("-", "_")) is not None:
-            hint = f"Use {instead} of this command instead." if instead else "Remove it: this command sets it."
-            raise ValueError(f"--vllm-args contains {name}. {hint}")
+    found, _ = parser.parse_known_args(words_with_dashes)
     shares_gpus = found.data > 1 or found.distributed_executor_backend == "ray"
     most = int(found.max_num_seqs) if found.max_num_seqs.isdigit() else None
     return VLLMArguments(tuple(words), found.tensor * found.pipeline, shares_gpus, found.data, most)
+
+
+def _check_names(words: list[str]) -> None:
+    for name in filter(None, map(_name, words)):
+        if name in _OWN:
+            hint = f"Use {_OWN[name]} of this command instead." if _OWN[name] else "Remove it: this command sets it."
+            raise ValueError(f"--vllm-args contains {name}. {hint}")
+        if name in _REFUSED:
+            raise ValueError(f"--vllm-args contains {name}. {_REFUSED[name]}")
+        # vLLM accepts abbreviations, which could not be told from other arguments here
+        full = sorted(known for known in _NAMES if known.startswith(name) and name.startswith("--"))
+        if name not in _NAMES and full:
+            raise ValueError(f"--vllm-args contains {name}, an abbreviation. Write {' or '.join(full[:3])}.")
+
+
+def _name(word: str) -> str | None:
+    """Return the name of an argument, without `=VALUE`, `.KEY` and `no-`. `None` for a value, such as `-1`."""
+    if not word.startswith("-") or word == "--" or word[1:2].isdigit():
+        return None
+    if word.startswith("-O"):  # -O3, -O=3, -O.level=3, -O 3
+        return "--optimization-level"
+    name = word.partition("=")[0].partition(".")[0]
+    return f"--{name[5:]}" if name.startswith("--no-") else name
 
 
 def _positive(text: str) -> int:
@@ -123,12 +159,12 @@ def answer_arguments(text: str | None) -> str | None:
     kept: list[str] = []
     operational = False
     for word in _dashed(shlex.split(text or "")):
-        is_option = word.startswith("-") and not word[1:2].isdigit()  # a negative number is a value
-        name, _, value = word.partition("=") if is_option else (word, "", "")
-        if is_option:
-            operational = name.partition(".")[0] in OPERATIONAL
+        name = _name(word)
+        if name is not None:
+            operational = name in OPERATIONAL
         if not operational:
-            kept += [name, value] if value else [name]
+            option, _, value = word.partition("=") if name is not None else (word, "", "")
+            kept += [option, value] if value else [option]
     return shlex.join(kept) or None
 
 

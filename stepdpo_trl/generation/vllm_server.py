@@ -3,7 +3,8 @@ Processes of `vllm serve`: start, log, health and end.
 
 A server leads a session of its own, so that Ctrl-C in a terminal does not reach it while answers are in flight. All
 processes of vLLM belong to this session and end with it. While the server runs, a file next to its log names the
-process and the process that has started it. If the latter was killed, the next one finds the server by this file.
+process and the process that has started it. If the latter was killed, the next one finds the server by this file. The
+file exists before vLLM does: until then, the process waits for a line on its standard input.
 """
 
 import json
@@ -34,6 +35,7 @@ from .vllm_log import error_in, last_line
 GRACE = 20.0  # seconds for a server to end after SIGTERM
 _CLOCK = 2.0  # seconds by which two readings of the start time of a process may differ
 _PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections
+_WAIT_FOR_LINE = 'read -r line && exec "$@" < /dev/null'  # ends without a line if the process that starts it is killed
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ class VLLMServer:
             log.flush()
             self._start = log.tell()
             self.process = subprocess.Popen(
-                [find_vllm(), *command[1:]],
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _WAIT_FOR_LINE, "sh", find_vllm(), *command[1:]],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -79,9 +81,13 @@ class VLLMServer:
             owner = {"owner": os.getpid(), "owner_started": psutil.Process().create_time(), "host": platform.node()}
             record = {"server": self.process.pid, "started": self.started, **owner}
             write_atomically(self._pid_file, json.dumps(record) + "\n")
+            assert self.process.stdin is not None
+            with self.process.stdin as waiting:
+                waiting.write(b"start\n")
         except BaseException:  # such as a full disk
             self.process.kill()
             self.process.wait()
+            self._pid_file.unlink(missing_ok=True)
             raise
 
     @property
@@ -92,19 +98,11 @@ class VLLMServer:
     def is_ready(self) -> bool:
         """Return whether the server accepts requests."""
         try:
-            self._get("/health")
+            # Without the proxies of the environment
+            with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return True
         except (OSError, HTTPException):
             return False
-        return True
-
-    def max_length(self) -> int:
-        """Return the maximum number of tokens of a prompt with its completion."""
-        return int(json.loads(self._get("/v1/models"))["data"][0]["max_model_len"])
-
-    def _get(self, path: str) -> bytes:
-        # Without the proxies of the environment
-        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as reply:
-            return bytes(reply.read())
 
     def is_running(self) -> bool:
         """Return whether the server has not ended."""
@@ -120,10 +118,13 @@ class VLLMServer:
         ended = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
         if status == -signal.SIGKILL:
             ended += ", possibly by the out-of-memory killer (see `dmesg`)"
-        message = error_in(self.log, self._start)
+        lines = error_in(self.log, self._start).splitlines()
+        # The command line joins the lines of an error
+        message = " ".join(line if line.endswith((".", "!", "?")) else f"{line}." for line in lines)
+        said = f"Its last message: {message}" if message else "It wrote no message."
         return GenerationError(
-            f"vLLM {ended}. Its last message: {message or 'none'}\nThe log is {self.log}. Fix the cause, for example "
-            "with --vllm-args, and rerun the same command to resume: completed answers are kept."
+            f"vLLM {ended}. {said} The log is {self.log}. Fix the cause, for example with --vllm-args, and rerun the "
+            "same command to resume: completed answers are kept."
         )
 
     def _status(self) -> int:
@@ -195,20 +196,38 @@ def stop_orphans(folder: Path) -> None:
             Folder with the logs of the servers.
     """
     for file in sorted(folder.glob("vllm-*.pid")):
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if record["host"] != platform.node():
+        try:
+            host, owner, server = _read(file)
+        except (ValueError, KeyError, TypeError) as error:
             logger.warning(
-                f"An interrupted command may have left a vLLM server running on {record['host']} (process "
-                f"{record['server']}). Stop it there if it still runs."
+                f"Removing {file}, which is damaged ({type(error).__name__}: {error}). If an interrupted command has "
+                "left a vLLM server running, stop it."
             )
-        elif _is_running(record["owner"], record["owner_started"]):
+            file.unlink(missing_ok=True)
             continue
-        elif any(_members(record["server"], record["started"])):
+        if host != platform.node():
             logger.warning(
-                f"Stopping a vLLM server (process {record['server']}) that an interrupted command has left running."
+                f"An interrupted command may have left a vLLM server running on {host} (process {server[0]}). Stop "
+                "it there if it still runs."
             )
-            _stop([(record["server"], record["started"])])
+        elif _is_running(*owner):
+            continue
+        elif any(_members(*server)):
+            logger.warning(
+                f"Stopping a vLLM server (process {server[0]}) that an interrupted command has left running."
+            )
+            _stop([server])
         file.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> tuple[str, tuple[int, float], tuple[int, float]]:
+    """Return host, owner and server in a file that names a process. A process is its id and start time."""
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    owner = int(record["owner"]), float(record["owner_started"])
+    server = int(record["server"]), float(record["started"])
+    if min(owner[0], server[0]) < 1:
+        raise ValueError("the id of a process is not positive")
+    return str(record["host"]), owner, server
 
 
 def _signal_name(number: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.files import DATA_FILES, file_pattern
+from ..data.messages import counted, similar_file
 from ..data.schema import (
     IMAGE_COLUMNS,
     PREFIX_COLUMN,
@@ -98,7 +99,9 @@ def read_run(path: Path, numbers: Sequence[int], key: str | None = None) -> list
         if not any(key in shard.solutions for shard in shards):
             near = [one for _, one in islice(_keys(shards), _COMPARED)]
             nearest = (*get_close_matches(key, near, n=1), near[0])[0]
-            raise RunError(f"{path} has no solution {key!r}. It has {count} solutions, such as {nearest!r}.")
+            raise RunError(
+                f"{path} has no solution {key!r}. It has {counted(count, 'solution')}, such as {nearest!r}."
+            )
         numbers = [next(number for number, (_, one) in enumerate(_keys(shards)) if one == key)]
     located = (number for number, (shard, one) in enumerate(_keys(shards)) if shard.is_located(one))
     numbers = _choose(count, numbers or [next(located, 0)], str(path), "solutions")
@@ -162,7 +165,7 @@ def _load(source: str, split: str) -> "Dataset":
     except (DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
         reason = f"{type(error).__name__}: {error.__cause__ or error}".splitlines()[0]
         kind = "read" if is_file else "loaded as a file, a run folder or a dataset of the Hub"
-        raise ValueError(f"{source} cannot be {kind} ({reason}).{_nearest(path)}") from error
+        raise ValueError(f"{source} cannot be {kind} ({reason}).{similar_file(path)}") from error
     assert isinstance(data, DatasetDict)
     if split not in data:
         raise ValueError(f"{source} has no split {split!r}, only {', '.join(data)}. Pass one of them with --split.")
@@ -175,15 +178,9 @@ def _check_file(path: Path) -> None:
     if path.suffix not in DATA_FILES:
         raise ValueError(f"{path} is not a supported file. Pass a file that ends in {', '.join(DATA_FILES)}.")
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.{_nearest(path)}")
+        raise ValueError(f"There is no file {path}.{similar_file(path)}")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty. Pass a file with at least one row.")
-
-
-def _nearest(path: Path) -> str:
-    siblings = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-    nearest = get_close_matches(path.name, siblings, n=1)
-    return f" Did you mean {path.parent / nearest[0]}?" if nearest and not path.exists() else ""
 
 
 def _read(dataset: "Dataset", number: int, source: str) -> dict[str, Any]:

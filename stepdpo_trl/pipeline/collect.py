@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from ..data.answers import RIGHT, UNREADABLE, WRONG
+from ..data.checkers import ANSWER_CHECKERS, MATH
+from ..data.messages import counted
 from ..data.prompts import StepPrompt
 from ..data.steps import split_steps
 from ..generation import ModelSpec, Sampling
@@ -83,8 +85,8 @@ def collect(
 def not_split(style: str, solutions: int) -> str:
     """Return the error for solutions in which no step was found."""
     return (
-        f"--steps {style!r} splits none of the first {solutions} solutions into several steps. Read one with `stepdpo "
-        "inspect`, and use other --steps with another --output-dir."
+        f"--steps {style!r} splits none of the first {counted(solutions, 'solution')} into several steps. Read one "
+        "with `stepdpo inspect`, and use other --steps with another --output-dir."
     )
 
 
@@ -264,27 +266,35 @@ def wrong_solutions(run: RunDirectory) -> SelectedSolutions:
     if not counts:
         raise RunError(f"{run.path} holds no solutions yet. Run `stepdpo collect` first.")
     if not counts[WRONG]:
-        if read_settings(run)["shard"] == [0, 1]:
-            raise RunError(no_wrong_answers(counts))
-        logger.warning(f"{run.path}: {no_wrong_answers(counts)}")  # other shards may have wrong solutions
+        settings = read_settings(run)
+        message = no_wrong_answers(counts, settings.get("checker", MATH.name))
+        if settings["shard"] == [0, 1]:
+            raise RunError(message)
+        logger.warning(f"{run.path}: {message}")  # other shards may have wrong solutions
     return SelectedSolutions(counts[WRONG], lambda: (s for s in read_solutions(run) if s.outcome == WRONG))
 
 
-def no_wrong_answers(counts: Mapping[str, int]) -> str:
+def no_wrong_answers(counts: Mapping[str, int], checker: str = MATH.name) -> str:
     """
     Return the message for a run without wrong answers.
 
     Args:
         counts (`Mapping[str, int]`):
             Number of solutions per outcome.
+        checker (`str`, *optional*, defaults to `"math"`):
+            Name of the checker of the solutions.
     """
     if counts[UNREADABLE] > counts[RIGHT]:
+        advice = (
+            "Use a --prompt that asks for the final answer in \\boxed{}"
+            if checker in ANSWER_CHECKERS
+            else f"Use a --prompt that asks for solutions as {checker} reads them, fix that function"
+        )
         return (
             f"No wrong answers, but {counts[UNREADABLE]} unreadable and {counts[RIGHT]} right ones. Unreadable "
-            "solutions cannot be used. `stepdpo report` counts the reasons. Use a --prompt that asks for the answer "
-            "as the --checker reads it, such as in \\boxed{}, or increase --max-new-tokens."
+            f"solutions cannot be used. `stepdpo report` counts the reasons. {advice}, or increase --max-new-tokens."
         )
     return (
-        f"No wrong answers among {sum(counts.values())} solutions, so there is nothing to learn from. Use harder "
-        "problems, or increase --num-samples."
+        f"No wrong answers among {counted(sum(counts.values()), 'solution')}, so there is nothing to learn from. Use "
+        "harder problems, or increase --num-samples."
     )

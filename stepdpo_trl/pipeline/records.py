@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..data.checkers import MATH, Checker
+from ..data.messages import counted
 from ..runs.run_directory import RunError
 from .row_files import open_rows
 
@@ -262,8 +263,8 @@ def check_rows(rows: Sequence[Any], where: str, limit: int | None = None, checke
             first_errors.append(f"row {number}: {error}")
     if errors:
         raise RunError(
-            f"{errors:,} rows of {where} cannot be used: {'; '.join(first_errors)}{' ...' if errors > 5 else ''}. Fix "
-            "or remove them."
+            f"{counted(errors, 'row')} of {where} cannot be used: {'; '.join(first_errors)}"
+            f"{' ...' if errors > 5 else ''}. Fix or remove such rows."
         )
     if not row_numbers:
         raise RunError(f"{where} has no problems. Pass a file with at least one row.")
@@ -338,11 +339,13 @@ def _problem(row: Any, any_answer: bool) -> Problem | str:
         f"{name}{text}{answer}{solution}".encode()
     except UnicodeEncodeError as error:
         return f"contains text that cannot be encoded ({error.reason}: {error.object[error.start]!r})"
-    try:
-        kept = json.loads(json.dumps(row)) if any_answer else None
-    except (TypeError, ValueError) as error:
-        return f"a column cannot be stored as JSON ({error}; {text[:40]!r})"
-    return Problem(name, text.strip(), answer.strip(), solution, kept)
+    kept: dict[str, Any] = {}
+    for column in row if any_answer else ():
+        try:
+            kept[str(column)] = json.loads(json.dumps(row[column]))
+        except (TypeError, ValueError) as error:
+            return f"the column `{column}` cannot be stored as JSON ({error}; {text[:40]!r})"
+    return Problem(name, text.strip(), answer.strip(), solution, kept if any_answer else None)
 
 
 def write_problem(problem: Problem) -> dict[str, Any]:

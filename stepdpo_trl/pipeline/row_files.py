@@ -4,11 +4,11 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, overload
 
 from ..data.files import file_pattern
+from ..data.messages import similar_file
 from ..runs.run_directory import RunError
 
 
@@ -27,9 +27,7 @@ def open_rows(path: Path) -> Sequence[Any]:
         RunError: If the file does not exist or cannot be read.
     """
     if not path.is_file():
-        names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        near = get_close_matches(path.name, names, n=1, cutoff=0.75)
-        raise RunError(f"There is no file {path}.{f' Did you mean {path.parent / near[0]}?' if near else ''}")
+        raise RunError(f"There is no file {path}.{similar_file(path)}")
     if path.suffix != ".parquet":
         return JsonLines(path)
     from datasets import Dataset

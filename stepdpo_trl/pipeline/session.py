@@ -1,7 +1,6 @@
 """The pipeline stages with their models, judges and answer checker, as the command line and Ray run them."""
 
 import gc
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..data.answers import AnswerChecker, check_golds
 from ..data.checkers import MATH, Checker
+from ..data.messages import counted
 from ..data.prompts import StepPrompt
 from ..generation import Generator, ModelSpec, Sampling, ServerGenerator, StartedServers, make_generator
 from ..runs.run_directory import RunDirectory, RunError
@@ -36,8 +36,6 @@ from .records import Problem, shard_of, text_digest
 from .run_model import model_of_run, model_settings, server_settings
 from .stage_directory import StageDirectory
 from .task import checker_of, task_settings
-
-logger = logging.getLogger(__name__)
 
 _GOLDS = 10_000  # gold answers that are checked at the same time
 
@@ -99,14 +97,13 @@ class Session:
             unusable += len(found)
         if unusable and checker.name == "choice":
             raise RunError(
-                f"{unusable} gold answers are not one of the letters A to E ({'; '.join(named)}"
-                f"{' ...' if unusable > 5 else ''}). Write them as letters (0 is A), or use another --checker."
+                f"{counted(unusable, 'gold answer')} cannot be compared with the letters A to E ({'; '.join(named)}"
+                f"{' ...' if unusable > 5 else ''}). Write gold answers as letters (0 is A), or use another --checker."
             )
         if unusable:
             raise RunError(
-                f"{unusable} gold answers cannot be read as an answer ({'; '.join(named)}"
-                f"{' ...' if unusable > 5 else ''}), so no solution can be compared with them. Fix or remove "
-                "these problems."
+                f"{counted(unusable, 'gold answer')} cannot be read as an answer ({'; '.join(named)}"
+                f"{' ...' if unusable > 5 else ''}), so no solution can be compared. Fix or remove these problems."
             )
 
     def collect(
@@ -188,8 +185,6 @@ class Session:
             self._stop_unused(runner)
             counts = collecting.collect(runner, policy, mine, num_samples, steps)
             run.write_settings()
-            if not counts["wrong"]:
-                logger.warning(collecting.no_wrong_answers(counts))
             return counts
 
     def localize(

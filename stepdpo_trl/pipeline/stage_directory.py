@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from ..data.files import write_atomically
+from ..generation.vllm_server import stop_orphans
 from ..runs.log import BATCH, Log, RunError
 from ..runs.run_directory import RunDirectory
 from .reading import reading
@@ -55,6 +56,8 @@ class StageDirectory(RunDirectory):
         """
         Check the settings of a stage, and write them with its first record.
 
+        vLLM servers that a killed command has left running in the folder are stopped, whatever this command uses.
+
         Args:
             stage (`str`):
                 Name of the stage.
@@ -69,6 +72,7 @@ class StageDirectory(RunDirectory):
             RunError: As for [`check_stage`].
         """
         self.check_stage(stage, settings, growing)
+        stop_orphans(self.path)
         self._stage, self._settings, self._growing = stage, settings, growing
         self._on_first_record = on_first_record
         self._started, self._saved = time.monotonic(), 0.0

@@ -20,6 +20,18 @@ def number(problem, solution):
     return 1
 
 
+def numpy_bool(problem, solution):
+    import numpy
+
+    return numpy.float64(len(solution)) > problem["length"]
+
+
+def numpy_array(problem, solution):
+    import numpy
+
+    return numpy.array([True])
+
+
 def raises(problem, solution):
     return problem["no such column"]
 

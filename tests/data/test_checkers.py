@@ -45,23 +45,105 @@ def test_exact(gold, text, outcome, answer):
     assert (check.outcome, check.answer) == (outcome, answer)
 
 
-@pytest.mark.parametrize(
-    "text", ["B", "(B)", "b)", "B.", r"\text{B}", r"\textbf{(B)}", "B. Paris", "(B) Vitamin C", "B:x"]
-)
-def test_choice_is_read(text):
-    assert check_choice("B", rf"So \boxed{{{text}}}") == Check("right", "B")
-    assert check_choice("C", rf"So \boxed{{{text}}}") == Check("wrong", "B")
+# What a person reads in these answers: a letter, or None if it is not certain which
+CHOICES = {
+    r"\boxed{B}": "B",
+    r"\boxed{(B)}": "B",
+    r"\boxed{b)}": "B",
+    r"\boxed{B.}": "B",
+    r"\boxed{\text{B}}": "B",
+    r"\boxed{\textbf{(B)}}": "B",
+    r"\boxed{\mathrm{(B)}}": "B",
+    r"\boxed{(\text{B})}": "B",
+    r"\boxed{B. Paris}": "B",
+    r"\boxed{B.Paris}": "B",
+    r"\boxed{(B) Vitamin C}": "B",
+    r"\boxed{B:x}": "B",
+    r"$\boxed{B}$": "B",
+    r"\boxed{\textbf{(C)}\ 59}": "C",
+    r"\boxed{\textbf{(C) }59}": "C",
+    r"\boxed{\text{(C) }59}": "C",
+    r"\boxed{\text{C. }59}": "C",
+    r"\boxed{C)\,59}": "C",
+    r"\boxed{\mathbf{(C)}~\frac{1}{2}}": "C",
+    r"\boxed{\text{(C) }\frac{1}{2}\text{ of A and B}}": "C",
+    r"\boxed{\text{Option C}}": "C",
+    r"\boxed{\text{choice (C)}}": "C",
+    r"\boxed{A. Vitamins B and C}": "A",
+    r"\boxed{A. Hepatitis B}": "A",
+    r"\boxed{(b) Both (A) and (C)}": "B",
+    r"\boxed{(C), not (D)}": "C",
+    r"\boxed{A. Hepatitis A or B.}": "A",
+    r"\boxed{(D) A and B}": "D",
+    r"\boxed{D. Both (A) and (B)}": "D",
+    r"\boxed{E: None of A, B, C, D}": "E",
+    r"\boxed{(A) (3, 4)}": "A",
+    r"\boxed{(A) a = 1, b = 2}": "A",
+    "Hence the correct answer is (D) both of them.": "D",
+    "The answer is D because A and B are false.": "D",
+    "**Answer: E**": "E",
+    "The answer is **C**. Paris is the capital.": "C",
+    "The answer is option C.": "C",
+    "#### C": "C",
+    "The correct option is C.": "C",
+    "So the correct choice is: **(C) 59**.": "C",
+    "The best option is B, and the correct option is C.": "C",
+    "The answer is not A. The correct option is C.": "C",
+    r"The correct option is C. \boxed{D}": "D",
+    # Other letters, words, values
+    r"\boxed{F}": None,
+    "Answer: F": None,
+    r"\boxed{Z) no}": None,
+    r"\boxed{(I) only}": None,
+    "The answer is I think C.": None,
+    r"\boxed{Paris}": None,
+    r"\boxed{A cat}": None,
+    r"\boxed{Always}": None,
+    r"\boxed{59}": None,
+    r"\boxed{E = mc^2}": None,
+    r"\boxed{C_2}": None,
+    r"\boxed{a + b}": None,
+    r"\boxed{A.M.}": None,
+    r"\boxed{}": None,
+    "It is D": None,
+    "The correct option is clear.": None,
+    "The correct option is a difficult one.": None,
+    # Several options
+    r"\boxed{A and B}": None,
+    r"\boxed{A, B}": None,
+    r"\boxed{AB}": None,
+    r"\boxed{A/B}": None,
+    r"\boxed{(A) and (B)}": None,
+    r"\boxed{(A), (B) and (C)}": None,
+    r"\boxed{(A)(B)}": None,
+    r"\boxed{(a) and (b)}": None,
+    r"\boxed{a) 3, b) 4}": None,
+    r"\boxed{A) or B)}": None,
+    r"\boxed{A. and B.}": None,
+    r"\boxed{\text{A} or \text{B}}": None,
+    r"\boxed{\textbf{(A)}\text{ or }\textbf{(B)}}": None,
+    r"\boxed{(A) Paris and (B) London}": None,
+    r"\boxed{A. Paris, B. London}": None,
+    r"\boxed{A. Paris; C) Rome}": None,
+    r"\boxed{A}, \boxed{B}": None,
+    "The correct option is A or B.": None,
+}
 
 
-@pytest.mark.parametrize("text", ["Paris", "A and B", "(A) and (B)", "A, B", "A cat", "A) or B)", ""])
-def test_choice_is_unreadable(text):
-    assert check_choice("B", rf"So \boxed{{{text}}}").outcome == "unreadable"
+@pytest.mark.parametrize("text", CHOICES)
+def test_choice(text):
+    letter = CHOICES[text]
+    for gold in "ABCDE":
+        check = check_choice(gold, f"Let me see.\n{text}")
+        if letter is None:
+            assert check.outcome == "unreadable"
+        else:
+            assert check == Check("right" if gold == letter else "wrong", letter)
 
 
-def test_choice_after_words():
-    assert check_choice("D", "Hence the correct answer is (D) both of them.") == Check("right", "D")
-    assert check_choice("D", "Answer: F").outcome == "wrong"
+def test_choice_without_an_answer():
     assert check_choice("D", "It is D").reason == "no final answer"
+    assert check_choice("D", "Answer: F") == Check("unreadable", "F", "the answer is not one of the letters A to E")
 
 
 def test_choice_golds(pool):
@@ -80,6 +162,8 @@ def test_outcomes_of_a_function(pool):
         Check("unreadable", reason="the solution is blank"),
     ]
     assert pool.check(solutions[:1], of_users("with_more")) == [Check("right")]
+    lengths = [({"length": 1}, "ab"), ({"length": 2}, "ab")]
+    assert pool.check(lengths, of_users("numpy_bool")) == [Check("right"), Check("wrong")]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +186,10 @@ def test_a_function_that_fails(pool, name, reason):
     assert pool.check([({"word": "a"}, "a")], of_users("last_word")) == [Check("right")]
 
 
-@pytest.mark.parametrize(("name", "value"), [("text", r"'yes' \(str\)"), ("number", r"1 \(int\)")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("text", r"'yes' \(str\)"), ("number", r"1 \(int\)"), ("numpy_array", r"array\(\[ True\]\) \(ndarray\)")],
+)
 def test_a_function_that_returns_something_else(pool, name, value):
     with pytest.raises(CheckerError, match=rf"'checkers_of_users.py:{name}' returned {value} for the problem 'p7'"):
         pool.check([({"id": "p7"}, "x")], of_users(name))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdpo_trl.data.messages import did_you_mean, printable
+from stepdpo_trl.data.messages import counted, did_you_mean, printable, similar_file
 from stepdpo_trl.data.prompts import resolve_text
 from stepdpo_trl.generation import ModelSpec
 from stepdpo_trl.pipeline.judges.expressions import JUDGES, parse_judges
@@ -26,6 +26,35 @@ def test_other_names_without_a_suggestion():
         resolve_text("", {"plain": "x"}, "prompt")
     with pytest.raises(ValueError, match=r"does not exist\. Available: transformers"):
         ModelSpec("m", "sglang")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("problem.jsonl", "problems.jsonl"),
+        ("poblems.jsonl", "problems.jsonl"),
+        ("chekcs.py", "checks.py"),
+        ("gold.jsonl", None),  # only the suffix is similar
+        ("words.jsonl", None),
+        ("test.py", None),
+        ("checks.py", None),  # exists
+    ],
+)
+def test_suggested_files_have_similar_names(tmp_path, name, expected):
+    for known in ("problems.jsonl", "checks.py", "run"):
+        (tmp_path / known).touch()
+    assert similar_file(tmp_path / name) == (f" Did you mean {tmp_path / expected}?" if expected else "")
+
+
+def test_suggested_files_of_one_kind(tmp_path):
+    (tmp_path / "check.json").touch()
+    assert similar_file(tmp_path / "check.py", "*.py") == ""
+    assert similar_file(tmp_path / "absent" / "check.py") == ""
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_counted(count, expected):
+    assert counted(count, "row") == expected
 
 
 @pytest.mark.parametrize(

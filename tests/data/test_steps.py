@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdpo_trl.data.steps import STYLES, split_steps
+from stepdpo_trl.data import step_patterns
+from stepdpo_trl.data.steps import STYLES, check_style, split_steps
 
 OPENING = "Let's think step by step."
 
@@ -97,3 +98,42 @@ def test_continuations_keep_the_steps_of_their_prefix(texts):
 def test_unknown_style():
     with pytest.raises(ValueError, match="Did you mean 'line'"):
         split_steps("a", "lines")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "steps"),
+    [
+        (r"^(?=def )", "def f(x):\n    x\ndef g(x):\n    x", ["def f(x):\n    x", "def g(x):\n    x"]),
+        (r"^(?!```)(?=.*\w)", "```python\na = 1\n\nb = 2\n```", ["a = 1", "b = 2\n```"]),
+        (r"(?<=[.] )(?=[A-Z])", "One. Two and 3.5. Four", ["Two and 3.5.", "Four"]),
+        (r"(?=Thought [0-9])", "So: Thought 1 is. Thought 2 is not.", ["Thought 1 is.", "Thought 2 is not."]),
+        (r"^Thought \d+:", "Thought 1: a\nThought 2: b", ["a", "b"]),
+    ],
+)
+def test_regular_expressions_that_are_accepted(pattern, text, steps):
+    assert list(split_steps(text, check_style(pattern)).texts()) == steps
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?=.)", r"\b", r"\B", r"(?= )", r"(?<=\w)", r"(?=[A-Z])", r"\b(?=\w)|^A", r"(?<! )"]
+)
+def test_regular_expressions_that_match_everywhere(pattern):
+    with pytest.raises(ValueError, match=r"matches (an|the) empty string.*, so a step would start anywhere"):
+        check_style(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"^(\w+\s*)+:", *(pytest.param(p, marks=pytest.mark.long) for p in (r"(x+x+)+y", r"(.*,)*$(?!.)-", r"(-|--)+#"))],
+)
+def test_regular_expressions_that_take_exponential_time(monkeypatch, pattern):
+    monkeypatch.setattr(step_patterns, "TIME_LIMIT", 0.5)
+    with pytest.raises(ValueError, match=r"takes more than 0\.5 s on texts of 4,000 characters\. Simplify"):
+        check_style(pattern)
+
+
+def test_regular_expressions_that_cannot_be_compiled():
+    with pytest.raises(ValueError, match="is not a valid regular expression: the repetition number is too large"):
+        check_style("a{99999999999999999999}")
+    with pytest.raises(ValueError, match="Did you mean 'label'"):
+        split_steps("text", "lable")

@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import sys
 import types
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from stepdpo_trl.cli.main import main
-from stepdpo_trl.evaluation import harness
+from stepdpo_trl.evaluation import harness, harness_models
 from stepdpo_trl.evaluation.evaluate import answers_name
 from stepdpo_trl.generation import ModelSpec
 from stepdpo_trl.quickstart import MODEL_PATH
@@ -154,21 +156,96 @@ def test_gsm8k_and_math(tmp_path, calls, capsys):
 
 def test_arguments_of_other_inference_backends():
     server = ModelSpec("m", "openai", "http://localhost:8000/v1", max_concurrent_requests=7)
-    assert harness.model_arguments(server, None) == {
+    assert harness_models.model_arguments(server, None) == {
         "model": "local-completions",
         "model_args": {
             "model": "m",
             "base_url": "http://localhost:8000/v1/completions",
             "num_concurrent": 7,
+            "max_retries": 10,
+            "timeout": 600,
             "tokenizer": "m",
+            "tokenizer_backend": "huggingface",
         },
         "batch_size": 1,
     }
-    assert harness.model_arguments(ModelSpec("m", revision="v2"), None)["model_args"]["revision"] == "v2"
+    assert harness_models.model_arguments(ModelSpec("m", revision="v2"), None)["model_args"]["revision"] == "v2"
     with pytest.raises(RunError, match="--revision v2 and --tokenizer t cannot be combined with --tasks"):
-        harness.model_arguments(ModelSpec("m", revision="v2", tokenizer="t"), None)
-    with pytest.raises(RunError, match="OPENAI_API_KEY"):
-        harness.model_arguments(ModelSpec("m", "openai", "http://h/v1", api_key_env="KEY"), None)
+        harness_models.model_arguments(ModelSpec("m", revision="v2", tokenizer="t"), None)
+
+
+@pytest.fixture
+def server():
+    pytest.importorskip("openai", reason="needs the extra openai")
+    from ..generation.test_openai import Server
+
+    server = Server()
+    yield server
+    server.http.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("listed", "length"), [({"max_model_len": 777}, 777), ({"max_model_len": "?"}, None), ({}, None)]
+)
+def test_a_server_is_tested_and_asked_for_its_length(server, tmp_path, monkeypatch, caplog, listed, length):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    monkeypatch.setenv("OWN_KEY", "sk-own")
+    models = [{"id": "other", "object": "model", "max_model_len": 5}, {"id": "m", "object": "model", **listed}]
+    server.models = (200, json.dumps({"object": "list", "data": models}).encode())
+    with ExitStack() as resources:
+        spec = ModelSpec("m", "openai", server.url, api_key_env="OWN_KEY")
+        arguments = harness_models.connect(spec, None, tmp_path, resources)["model_args"]
+        assert os.environ["OPENAI_API_KEY"] == "sk-own"  # where lm-evaluation-harness reads it
+    assert os.environ["OPENAI_API_KEY"] == "sk-of-another-server"
+    assert arguments.get("max_length") == length
+    assert ("cuts few-shot prompts to 2,048 tokens" in caplog.text) == (length is None)
+    assert [(path, authorization) for path, _, authorization in server.bodies] == [
+        ("/v1/completions", "Bearer sk-own")
+    ]
+
+
+def test_the_environment_is_restored_without_a_key(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with ExitStack() as resources:
+        harness_models.connect(ModelSpec("m", "openai", server.url), None, tmp_path, resources)
+        assert os.environ["OPENAI_API_KEY"] == ""
+    assert "OPENAI_API_KEY" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            lambda handler, body: handler.reply(307, b"", location="http://127.0.0.1:9/v1"),
+            "It redirects to http://127.",
+        ),
+        ("401", "Set the environment variable OPENAI_API_KEY to a valid API key"),
+    ],
+)
+def test_a_server_that_cannot_be_used(server, tmp_path, calls, capsys, reply, message):
+    """lm-evaluation-harness, which would follow a redirect with the prompts, is not started."""
+    server.script = [reply]
+    command = ("eval", "--tasks", "gsm8k", "--model", "m", "--base-url", server.url, "--tokenizer", MODEL_PATH)
+    assert stepdpo(*command, "--output-dir", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert calls == []
+
+
+def test_errors_of_lm_eval_at_a_server(server, tmp_path, calls, monkeypatch, capsys):
+    """Its handling of an HTTP error raises another one, which hides the first."""
+
+    def fail(**arguments):
+        try:
+            raise LookupError("503, message='Service Unavailable'")
+        except LookupError:
+            raise UnboundLocalError("cannot access local variable 'outputs'")  # noqa: B904
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", fail)
+    command = ("eval", "--tasks", "gsm8k", "--model", "m", "--base-url", server.url, "--tokenizer", MODEL_PATH)
+    assert stepdpo(*command, "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "ended gsm8k with an error (LookupError: 503, message='Service Unavailable')" in error
+    assert "rerun the same command to resume" in error
 
 
 @pytest.mark.long
@@ -176,6 +253,15 @@ def test_tasks_with_vllm(tmp_path, calls, fake_vllm, monkeypatch):
     """One server with all GPUs, whose address lm-evaluation-harness receives. It has stopped afterwards."""
     pytest.importorskip("openai", reason="needs the extra openai")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
+    keys = []
+    evaluate = sys.modules["lm_eval"].simple_evaluate
+
+    def with_key(**arguments):
+        keys.append(os.environ["OPENAI_API_KEY"])
+        return evaluate(**arguments)
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", with_key)
     command = ("eval", "--tasks", "gsm8k", "arc_easy", "--model", MODEL_PATH, "--output-dir", tmp_path / "out")
     assert stepdpo(*command, "--backend", "vllm", "--vllm-args", "-tp 2") == 0
     (started,) = records(fake_vllm, "started")
@@ -186,9 +272,14 @@ def test_tasks_with_vllm(tmp_path, calls, fake_vllm, monkeypatch):
         "model": str(MODEL_PATH),
         "base_url": f"http://127.0.0.1:{port}/v1/completions",
         "num_concurrent": 512,
+        "max_retries": 10,
+        "timeout": 600,
         "tokenizer": str(MODEL_PATH),
+        "tokenizer_backend": "huggingface",
         "max_length": 512,
     }
+    assert {request["authorization"] for request in records(fake_vllm, "asked")} == {"Bearer none"}
+    assert keys == ["", ""]
 
 
 def test_math_needs_its_parser(tmp_path, calls, monkeypatch, capsys):

@@ -92,7 +92,10 @@ ADD = {"function": "add", "tests": ["assert add(1, 2) == 3"]}
         (in_block("def sub(a, b):\n    return a + b"), None),
         ("Sure:\n```\nx = 1\n```\n" + in_block("def add(a, b):\n    return a + b"), True),
         ("```python\ndef add(a, b):\n    return a + b\n", True),  # without the end of the block
+        *((f"```{name}\ndef add(a, b):\n    return a + b\n```", True) for name in ("", "Python", "python3", "py ")),
+        ("```json\ndef add(a, b):\n    return a + b\n```", None),
         (in_block("def add(a, b):\n    return a - b"), False),
+        (in_block("import numpy\ndef add(a, b):\n    return a + b"), False),  # no site-packages
         (in_block("def add(a, b:\n    return a + b"), False),
         (in_block("def add(a, b):\n    return a + b\nraise SystemExit(0)"), False),
         (in_block("import os\ndef add(a, b):\n    os._exit(0)"), False),

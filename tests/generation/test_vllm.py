@@ -8,17 +8,18 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 pytest.importorskip("openai", reason="needs the extra openai")
 
-from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, make_generator
+from stepdpo_trl.generation import GenerationError, ModelSpec, Request, Sampling, make_generator, vllm_server
 from stepdpo_trl.generation.vllm_arguments import answer_arguments, gpu_groups, parse_arguments
 from stepdpo_trl.generation.vllm_command import describe_servers, one_server, serve_command
-from stepdpo_trl.generation.vllm_server import stop_orphans
+from stepdpo_trl.generation.vllm_server import VLLMServer, stop_orphans
 from stepdpo_trl.quickstart import MODEL_PATH
 
-from ..fake_vllm import records, session_of
+from ..fake_vllm import leave_server, records, session_of
 
 MODEL = str(MODEL_PATH)
 
@@ -68,6 +69,12 @@ def test_groups_of_gpus(arguments, gpus, expected):
         ("-tp 0", "'0' is not a whole number"),
         ("--tensor-parallel-size", "expected one argument"),
         ("--kv-cache-dtype 'fp8", "No closing quotation"),
+        ("--config=serve.yaml", "contains --config. The arguments in that file would not be checked, nor stored"),
+        ("--hf_token hf_x", "contains --hf-token. It would be written to the files of the run. Set the environment"),
+        ("--por 8000", "contains --por, an abbreviation. Write --port."),
+        ("--tensor-par 2", "contains --tensor-par, an abbreviation. Write --tensor-parallel-size."),
+        ("--data-parallel-size-l=2", "Write --data-parallel-size-local."),
+        ("--max-num 2", "Write --max-num-batched-tokens or --max-num-partial-prefills or --max-num-seqs."),
     ],
 )
 def test_arguments_that_cannot_be_passed(arguments, message):
@@ -89,6 +96,10 @@ def test_too_few_gpus():
         ("--quantization fp8 -tp 4", "--quantization fp8"),
         ("--kv_cache_dtype=fp8 --max-num-seqs 64 --seed -1", "--kv-cache-dtype fp8 --seed -1"),
         ("--compilation-config.level 3 --hf-overrides '{\"a\": 1}'", "--hf-overrides '{\"a\": 1}'"),
+        ("-O3 --api-server-count 4 --data-parallel-size-local 2 -dpl 2 -cc.mode 3 -asc=2", None),
+        ("-O 3 -O=2 -O.level=3 -O '{\"level\": 3}' --optimization-level 1", None),
+        ("--no-enable-prefix-caching --no-async-scheduling --enable-prompt-embeds", "--enable-prompt-embeds"),
+        ("-q fp8 -dcp 2 --nnodes 2 -r 1", "-q fp8"),
     ],
 )
 def test_arguments_that_answers_depend_on(arguments, expected):
@@ -155,11 +166,15 @@ def test_prompts_are_token_ids_without_another_bos(fake_vllm, tmp_path):
 @pytest.mark.parametrize(
     ("failure", "arguments", "message"),
     [
-        ("", "--no-such-argument 3", "status 2. Its last message: vllm: error: unrecognized arguments: --no-such"),
+        (
+            "",
+            "--no-such-argument 3",
+            "status 2. Its last message: vllm: error: unrecognized arguments: --no-such-argument 3. The log is ",
+        ),
         pytest.param(
             "out of memory",
             None,
-            "Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB.\n",
+            "Its last message: torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB. The log is ",
             marks=pytest.mark.long,
         ),
         ("killed", None, "was killed by SIGKILL, possibly by the out-of-memory killer (see `dmesg`)."),
@@ -195,25 +210,10 @@ def test_ctrl_c_during_the_start(fake_vllm, tmp_path, monkeypatch):
         generator.prepare()
 
 
-def leave_server(fake_vllm, tmp_path, monkeypatch, kill_leader=False):
-    """Start a server whose starter is gone, and return the process id of the server."""
-    generator = make_generator(ModelSpec(MODEL, "vllm"), tmp_path)
-    generator.prepare()
-    file = tmp_path / "vllm-0.pid"
-    starter = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
-    starter.wait()
-    file.write_text(json.dumps({**json.loads(file.read_text()), "owner": starter.pid}))
-    server = generator._servers.pop()
-    if kill_leader:
-        server.process.kill()
-        server.process.wait()
-    return server
-
-
 @pytest.mark.parametrize("kill_leader", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_an_orphan_is_stopped(fake_vllm, tmp_path, monkeypatch, caplog, kill_leader):
+def test_an_orphan_is_stopped(fake_vllm, tmp_path, caplog, kill_leader):
     """Also if only a worker is left, as after a kill of the server's first process."""
-    server = leave_server(fake_vllm, tmp_path, monkeypatch, kill_leader)
+    server = leave_server(MODEL, tmp_path, kill_leader)
     assert len(session_of(server.process.pid)) == 2 - kill_leader
     stop_orphans(tmp_path)
     assert not session_of(server.process.pid)
@@ -239,6 +239,58 @@ def test_other_processes_are_not_stopped(fake_vllm, tmp_path, caplog):
         other.kill()
         other.wait()
         generator.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "JSONDecodeError"),
+        ('{"server": 1', "JSONDecodeError"),
+        ("[1]", "TypeError"),
+        ('{"server": 7, "started": 1.5}', "KeyError: 'owner'"),
+        ('{"server": -7, "started": 1, "owner": 5, "owner_started": 1, "host": "h"}', "ValueError: the id"),
+        ('{"server": 7, "started": "soon", "owner": 5, "owner_started": 1, "host": "h"}', "ValueError: could not"),
+    ],
+)
+def test_a_damaged_file_of_a_process_is_removed(tmp_path, caplog, content, reason):
+    file = tmp_path / "vllm-3.pid"
+    file.write_text(content)
+    stop_orphans(tmp_path)
+    assert f"Removing {file}, which is damaged ({reason}" in caplog.text
+    assert not file.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_kill_before_the_file_of_the_process_is_written(fake_vllm, tmp_path, monkeypatch):
+    """Nobody would find the server, so it must not have started."""
+    monkeypatch.setattr(vllm_server, "write_atomically", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    starter = os.fork()
+    if not starter:
+        VLLMServer(["vllm", "serve", MODEL, "--port", "1", "--mark", str(tmp_path)], [], 1, tmp_path)
+        os._exit(0)
+    assert os.waitpid(starter, 0)[1] == signal.SIGKILL
+    left = [process for process in psutil.process_iter() if str(tmp_path) in words_of(process)]
+    psutil.wait_procs(left, timeout=10)
+    assert not any(process.is_running() for process in left)
+    assert not records(fake_vllm, "started")
+
+
+def words_of(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_full_disk_before_the_file_of_the_process_is_written(fake_vllm, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vllm_server, "write_atomically", fail)
+    with pytest.raises(OSError, match="No space left"):
+        VLLMServer(["vllm", "serve", MODEL, "--port", "1"], [], 1, tmp_path)
+    assert not records(fake_vllm, "started")
+    assert not list(tmp_path.glob("*.pid"))
 
 
 def write_adapter(folder, **config):

@@ -11,9 +11,12 @@ import urllib.request
 
 import pytest
 
+from stepdpo_trl.pipeline.judges import human_page
+from stepdpo_trl.pipeline.judges.human import HumanRequest
 from stepdpo_trl.pipeline.judges.human_markdown import to_markdown
-from stepdpo_trl.pipeline.judges.human_page import Labeling, ToLabel, label
+from stepdpo_trl.pipeline.judges.human_page import Labeling, Person, ToLabel, label
 from stepdpo_trl.pipeline.judges.local_only import LocalOnly
+from stepdpo_trl.pipeline.records import Problem, Solution
 from stepdpo_trl.runs.log import Log
 
 ITEMS = [
@@ -30,14 +33,25 @@ ITEMS = [
             r"$a\) ![x](http://127.0.0.1:9/b.png) \(b$",
             r"\[\begin{matrix}" + 500 * r"1\\" + r"\end{matrix}\]",
         ),
+        "of a",
     ),
-    ToLabel("b", "Is 1 < 2 & 3 > 2?", "yes", "", ("<script>document.title = 'broken'</script> **no**", "so no", "no")),
-    ToLabel("c", "Count.", "12", "", tuple(f"{n}" for n in range(1, 13))),
+    ToLabel(
+        "b",
+        "Is 1 < 2 & 3 > 2?",
+        "yes",
+        "",
+        ("<script>document.title = 'broken'</script> **no**", "so no", "no"),
+        "of b",
+    ),
+    ToLabel("c", "Count.", "12", "", tuple(f"{n}" for n in range(1, 13)), "of c"),
 ]
 
 
 def read(path):
-    return dict(Log(path))
+    """Read labels. Each is about the text of its solution."""
+    records = dict(Log(path))
+    assert all(record.pop("solution") == f"of {key}" for key, record in records.items())
+    return records
 
 
 def test_label_skip_undo_and_resume(tmp_path):
@@ -69,9 +83,41 @@ def test_an_outdated_page(tmp_path):
     assert read(tmp_path / "labels.jsonl") == {"a": {"step": 1}}
 
 
+def test_labels_belong_to_a_problem_and_a_text(tmp_path, monkeypatch):
+    """Neither another problem with the same solution nor another solution in its place gets a label."""
+
+    def solution(problem, text):
+        return Solution(f"{problem}/prefix/0", Problem(problem, "?", "1"), text, "wrong", "stop", style="line")
+
+    def label_as(number):
+        def label(items, labels, port=None):
+            labeling = Labeling(items, labels)
+            while (item := labeling.current()) is not None:
+                asked.append(item.key)
+                labeling.add(item.key, {"step": number})
+
+        asked = []
+        monkeypatch.setattr(human_page, "label", label)
+        return asked
+
+    def answer(*solutions):
+        found = Person(Log(tmp_path / "labels.jsonl")).answer([HumanRequest(one.key, one) for one in solutions])
+        return {key: record.get("step") for key, record in found.items()}
+
+    first, second = solution("p", "a\nb"), solution("q", "a\nb")
+    assert (label_as(1), answer(first)) == (["p/prefix/0"], {"p/prefix/0": 1})
+    assert (label_as(2), answer(first, second)) == (["q/prefix/0"], {"p/prefix/0": 1, "q/prefix/0": 2})
+    replaced = solution("p", "a\nc")
+    monkeypatch.setattr(human_page, "label", lambda *_, **__: None)  # the page is closed
+    assert answer(replaced, second) == {"p/prefix/0": None, "q/prefix/0": 2}
+    assert (label_as(2), answer(replaced)) == (["p/prefix/0"], {"p/prefix/0": 2})
+    Log(tmp_path / "labels.jsonl").append("r/prefix/0", {"step": 2})  # as earlier releases wrote it
+    assert (label_as(1), answer(solution("r", "x\ny"))) == ([], {"r/prefix/0": 2})
+
+
 def test_no_page_is_shown_if_all_are_labeled(tmp_path):
     log = Log(tmp_path / "labels.jsonl")
-    log.extend((item.key, {"step": 1}) for item in ITEMS)
+    log.extend((item.key, {"step": 1, "solution": item.digest}) for item in ITEMS)
     label(ITEMS, log)
 
 

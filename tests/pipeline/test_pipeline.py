@@ -497,7 +497,7 @@ def test_gsm8k_problems(tmp_path):
 def test_gold_answers_that_cannot_be_parsed(tmp_path, checker):
     student = Student()
     problems = [*draw_records(2), type(draw_records(1)[0])("odd", "What is 1 + 1?", "\\frac{1}{")]
-    with pytest.raises(RunError, match=r"1 gold answers cannot be read .*'odd'"):
+    with pytest.raises(RunError, match=r"1 gold answer cannot be read .*'odd'"):
         run_all(tmp_path, checker, student, problems)
     assert student.asked == []
 
@@ -510,10 +510,9 @@ def test_warning_if_all_samples_are_the_same(tmp_path, checker, caplog):
     assert "the model is not sampled" in caplog.text
 
 
-def test_no_wrong_answers(tmp_path, checker, caplog):
+def test_no_wrong_answers(tmp_path, checker):
     session = Session({MODEL: Student(mistakes=0.0)}, checker)
     session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
-    assert "Use harder problems, or increase --num-samples" in caplog.text
     with pytest.raises(RunError, match="harder problems"):
         session.localize(tmp_path, "arithmetic", JudgeOptions())
 
@@ -529,11 +528,12 @@ def test_refused_and_truncated_solutions(tmp_path, checker):
     assert summarize([tmp_path]).unreadable == expected
 
 
-def test_unreadable_answers(tmp_path, checker, caplog):
+def test_unreadable_answers(tmp_path, checker):
     session = Session({MODEL: Student(unreadable=1.0)}, checker)
     counts = session.collect(tmp_path, draw_records(3), "drawn", MODEL, STEP_PROMPTS["plain"], SAMPLING, 2)
     assert counts == {"unreadable": 6}
-    assert "Unreadable solutions cannot be used" in caplog.text
+    with pytest.raises(RunError, match=r"Unreadable solutions cannot be used.* for the final answer in \\boxed\{\}"):
+        session.localize(tmp_path, "arithmetic", JudgeOptions())
 
 
 @pytest.mark.parametrize(

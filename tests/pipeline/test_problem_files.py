@@ -93,7 +93,7 @@ def test_problems_passed_twice(tmp_path, count, capsys):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     first = "; ".join(f"row {count + n}: same text as row {n}" for n in range(1, 6))
-    assert str(error.value) == f"{count:,} rows of {path} cannot be used: {first} .... Fix or remove them."
+    assert str(error.value) == f"{count:,} rows of {path} cannot be used: {first} .... Fix or remove such rows."
     assert peak < 300 * count + 100_000
     arguments = ["--model", "student", "--problems", str(path), "--output-dir", str(tmp_path / "run")]
     assert main(["collect", *arguments]) == 2

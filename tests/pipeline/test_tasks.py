@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from stepdpo_trl.evaluation.evaluate import evaluate
 from stepdpo_trl.evaluation.results import table
 from stepdpo_trl.generation import Completion, ModelSpec, Sampling
 from stepdpo_trl.pipeline.build import build
-from stepdpo_trl.pipeline.collect import read_solutions
+from stepdpo_trl.pipeline.collect import no_wrong_answers, read_solutions
 from stepdpo_trl.pipeline.judge_options import DEFAULT_CHECK, JudgeOptions
 from stepdpo_trl.pipeline.records import problems_of
 from stepdpo_trl.pipeline.session import Session
@@ -377,12 +378,12 @@ def write(path, rows):
         (["--steps", "lines"], "--steps 'lines' is not known. Did you mean 'line'?"),
         (["--steps", "(a"], "--steps '(a' is not a valid regular expression: missing ), unterminated subpattern"),
         (["--steps", r"\n*"], r"--steps '\\n*' matches the empty string"),
-        (["--checker", "choice"], "1 gold answers are not one of the letters A to E ('q1': '0')"),
+        (["--checker", "choice"], "1 gold answer cannot be compared with the letters A to E ('q1': '0')"),
         (
             ["--checker", "exact", "--problems", "no_answer.jsonl"],
-            "1 rows of no_answer.jsonl cannot be used: row 1: no",
+            "1 row of no_answer.jsonl cannot be used: row 1: no",
         ),
-        (["--problems", "no_answer.jsonl"], "1 rows of no_answer.jsonl cannot be used: row 1: no `answer`"),
+        (["--problems", "no_answer.jsonl"], "1 row of no_answer.jsonl cannot be used: row 1: no `answer`"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, command, options, message):
@@ -399,6 +400,31 @@ def test_bad_input(tmp_path, monkeypatch, capsys, command, options, message):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "settings.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("checker", "advice"), [("choice", "in \\boxed{}, or"), ("own.py:f", "as own.py:f reads them")]
+)
+def test_advice_for_unreadable_solutions(checker, advice):
+    message = no_wrong_answers(Counter(unreadable=2), checker)
+    assert advice in message
+    assert ("boxed" in message) == (checker == "choice")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["collect", "data"])
+def test_a_function_that_reads_no_solution(tmp_path, monkeypatch, capsys, command):
+    """The advice is given once, and does not concern a box."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def check(problem, solution):\n    return None\n")
+    write(tmp_path / "p.jsonl", [{"problem": "?"}])
+    given = ["--checker", "own.py:check", "--problems", "p.jsonl", "--model", str(MODEL_PATH), "--output-dir", "run"]
+    given += ["--prompt", "plain", "--max-new-tokens", "4", *(["--output-file", "o.jsonl"] * (command == "data"))]
+    assert main([command, *given]) == (2 if command == "data" else 0)
+    printed = capsys.readouterr().err
+    assert printed.count("No wrong answers, but 2 unreadable and 0 right ones.") == 1
+    assert "Use a --prompt that asks for solutions as own.py:check reads them, fix that function, or" in printed
+    assert "boxed" not in printed
 
 
 @pytest.mark.parametrize(
@@ -451,7 +477,9 @@ def test_missing_answers_are_accepted_by_functions_only(checker):
     given = {"problem": "?", "answer": ["a", "b"], "tests": {"x": [1, None]}}
     (problem,) = problems_of([given], "rows", checker=checker)
     assert (problem.answer, problem.as_row()) == ("", given)
-    with pytest.raises(RunError, match="a column cannot be stored as JSON"):
+    with pytest.raises(
+        RunError, match="1 row of rows cannot be used: row 1: the column `when` cannot be stored as JSON"
+    ):
         problems_of([{"problem": "?", "when": {1, 2}}], "rows", checker=checker)
 
 

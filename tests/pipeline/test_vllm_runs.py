@@ -15,14 +15,16 @@ pytest.importorskip("openai", reason="needs the extra openai")
 from stepdpo_trl.cli.main import main
 from stepdpo_trl.data.answers import check_answer
 from stepdpo_trl.data.prompts import StepPrompt
+from stepdpo_trl.evaluation.evaluate import open_evaluation
 from stepdpo_trl.generation import ModelSpec, Sampling
 from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.records import Problem
 from stepdpo_trl.pipeline.session import Session
+from stepdpo_trl.pipeline.stage_directory import StageDirectory
 from stepdpo_trl.quickstart import MODEL_PATH
 from stepdpo_trl.runs.run_directory import RunError
 
-from ..fake_vllm import left_processes, records, session_of
+from ..fake_vllm import leave_server, left_processes, records, session_of
 from ..test_docs import RECIPES, commands
 
 MODEL = str(MODEL_PATH)
@@ -241,6 +243,25 @@ def test_the_next_command_stops_the_servers_of_a_killed_one(fake_vllm, problems,
     assert not left_processes(fake_vllm)
     assert main(collect(problems, tmp_path / "uninterrupted")) == 0
     assert contents(tmp_path / "run") == contents(tmp_path / "uninterrupted")
+
+
+def start_a_stage(folder):
+    with StageDirectory(folder) as run:
+        run.start_stage("collect", {})
+
+
+def start_an_evaluation(folder):
+    with open_evaluation(folder, {}):
+        pass
+
+
+@pytest.mark.parametrize("start", [start_a_stage, start_an_evaluation])
+def test_commands_without_vllm_stop_the_servers_of_a_killed_one(fake_vllm, tmp_path, caplog, start):
+    server = leave_server(MODEL, tmp_path)
+    start(tmp_path)
+    assert not session_of(server.process.pid)
+    assert "Stopping a vLLM server" in caplog.text
+    assert not (tmp_path / "vllm-0.pid").exists()
 
 
 @pytest.mark.long

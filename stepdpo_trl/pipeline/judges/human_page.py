@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ...data.steps import split_steps
 from ...runs.log import Log, RunError
+from ..records import text_digest
 from .human import HumanRequest
 from .human_markdown import to_markdown
 from .local_only import LocalOnly
@@ -30,6 +31,8 @@ class ToLabel:
             The gold solution. May be empty.
         steps (`tuple[str, ...]`):
             The steps of the incorrect solution.
+        digest (`str`):
+            Digest of the text of the incorrect solution.
     """
 
     key: str
@@ -37,13 +40,14 @@ class ToLabel:
     answer: str
     solution: str
     steps: tuple[str, ...]
+    digest: str
 
 
 class LabelStore(Protocol):
     """Append-only log of labels. The last record of a key counts, and is on disk when `append` returns."""
 
-    def __contains__(self, key: object) -> bool: ...
     def __getitem__(self, key: str) -> Mapping[str, Any]: ...
+    def get(self, key: str, default: Mapping[str, Any], /) -> Mapping[str, Any]: ...  # noqa: D102
     def append(self, key: str, record: Mapping[str, Any]) -> None: ...  # noqa: D102
 
 
@@ -65,8 +69,10 @@ class Labeling:
         self.lock = threading.Lock()
 
     def is_labeled(self, key: str) -> bool:
-        """Return whether a solution has a label that was not undone."""
-        return key in self.labels and not self.labels[key].get("undone")
+        """Return whether a solution has a label that was not undone and is not about an earlier text."""
+        record = self.labels.get(key, {"undone": True})
+        # Labels of earlier releases have no digest
+        return not record.get("undone") and record.get("solution") in (None, self.items[key].digest)
 
     def current(self) -> ToLabel | None:
         """Return the first solution without a label, or `None` if all have one."""
@@ -76,7 +82,7 @@ class Labeling:
         """Store the label of a solution, unless another page has labeled it in the meantime."""
         with self.lock:
             if not self.is_labeled(key):
-                self.labels.append(key, record)
+                self.labels.append(key, {**record, "solution": self.items[key].digest})
                 self.history.append(key)
 
     def undo(self) -> None:
@@ -121,8 +127,8 @@ def label(items: Sequence[ToLabel], labels: LabelStore, port: int | None = None)
     """
     Open the page in the browser and serve it until every solution has a label, or until Ctrl-C.
 
-    A label is one of `{"step": k}`, `{"step": None, "skipped": True}`, `{"step": None, "no_error": True}` and
-    `{"undone": True}`.
+    A label is one of `{"step": k}`, `{"step": None, "skipped": True}` and `{"step": None, "no_error": True}`, with the
+    digest of the solution's text as `"solution"`, or `{"undone": True}`.
 
     Args:
         items (`Sequence[ToLabel]`):
@@ -242,6 +248,8 @@ class Person:
         for request in requests:
             solution, problem = request.solution, request.solution.problem
             steps = split_steps(solution.text, solution.style).texts()
-            items.append(ToLabel(request.key, problem.problem, problem.answer, problem.solution, steps))
+            digest = text_digest(solution.text)
+            items.append(ToLabel(request.key, problem.problem, problem.answer, problem.solution, steps, digest))
         label(items, self.labels, port=self.port)
-        return {request.key: self.labels.get(request.key, {"skipped": True}) for request in requests}
+        labeling = Labeling(items, self.labels)
+        return {key: self.labels[key] if labeling.is_labeled(key) else {"skipped": True} for key in labeling.items}
