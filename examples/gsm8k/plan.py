@@ -149,7 +149,7 @@ def quick_settings(settings: Settings) -> Settings:
         shards=2,
         pairs=4,
         rates=(3e-4,),
-        betas=(0.1, 0.5),
+        betas=(0.1,),
         batch=2,
         rank=4,
         dtype="float32",

@@ -1,7 +1,6 @@
 """The comparison on GSM8K: its data against a hand-made run, its statistics, its commands, and that it resumes."""
 
 import json
-import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -164,8 +163,8 @@ class Commands:
         write_lines(folder / "stage-2" / "pairs.jsonl", [PAIR_A])
 
     def eval(self, folder, words):
-        rate = float(folder.parent.name.rpartition("-")[0]) if "tuning" in folder.parts else 0
-        solved = rate == 3e-5 or "step-dpo" in folder.parts
+        tuning = "tuning" in folder.parts
+        solved = "3e-05" in folder.parent.name if tuning else "step-dpo" in folder.parts
         outcomes = ["right" if solved else "wrong", "wrong" if solved else "right", "unreadable", "right"]
         folder.mkdir(parents=True)
         for number, outcome in enumerate(outcomes):
@@ -425,7 +424,7 @@ def test_sampling_stops_when_there_are_enough_pairs(tmp_path):
 
 
 def test_methods_have_as_many_trials():
-    from plan import METHODS, Settings, quick_settings
+    from plan import METHODS, Settings
 
     settings = Settings(rates=(1e-4, 1e-6, 1e-5), betas=(0.5, 0.1))
     trials = {name: settings.trials(method) for name, method in METHODS.items()}
@@ -435,8 +434,6 @@ def test_methods_have_as_many_trials():
     assert rates == pytest.approx([1e-6 * 100 ** (number / 5) for number in range(6)], rel=0.05)
     assert {beta for _, beta in trials["sft"]} == {0.0}
     assert Settings(rates=(2e-5,), betas=(0.3,)).trials(METHODS["sft"]) == [(2e-5, 0.0)]
-    quick = quick_settings(Settings())
-    assert len(set(quick.trials(METHODS["sft"]))) <= 2
 
 
 def test_ties_between_trials_go_to_the_lowest():
@@ -547,7 +544,7 @@ def test_failed_command_quotes_its_output(tmp_path, capsys):
     log = tmp_path / "logs" / "one.log"
     log.parent.mkdir()
     log.write_text("earlier\n")
-    with pytest.raises(CommandError, match=r"`stepdpo report` ended with status 2.*no-such-run") as error:
+    with pytest.raises(CommandError, match=r"(?s)`stepdpo report` ended with status 2.*no-such-run is not") as error:
         run_command(["stepdpo", "report", str(tmp_path / "no-such-run")], log)
     assert "earlier" not in error.value.output
     assert log.read_text().startswith("earlier\n")
@@ -584,7 +581,7 @@ def test_interrupted_comparison_resumes_at_every_command(tmp_path, monkeypatch):
     monkeypatch.setattr("tables.draw", lambda results, file: None)
     write_run(tmp_path / "run")
     tables = []
-    for name in ("whole", "stopped"):
+    for name in ("uninterrupted", "stopped"):
         write_problem_files(tmp_path / name / "problems")
         commands, isolated = Commands(tmp_path / name), Isolated()
         for stop_at in range(0, 500, 7) if name == "stopped" else (None,):
@@ -598,13 +595,14 @@ def test_interrupted_comparison_resumes_at_every_command(tmp_path, monkeypatch):
         assert len(set(shown)) == len(shown)  # nothing was done twice
         tables.append((shown, isolated.seen))
     whole, listed, stopped, listed_again = tables
-    assert listed == listed_again
+    assert listed_again[0] == listed[0]
+    assert listed_again[1] == listed[1]
     assert without_minutes(whole) == without_minutes(stopped)
     finals = [words for words in listed[0] if "/final/" in words and "eval" in words]
     assert len(finals) == 2 * (1 + 2 * len(SIX) + 1)
-    assert not list((tmp_path / "whole" / "tuning").glob("*/*/model"))  # weights of trials are not kept
-    assert not list((tmp_path / "whole").glob("**/checkpoint-1"))
-    changes = json.loads((tmp_path / "whole" / "report" / "results.json").read_text())
+    assert not list((tmp_path / "uninterrupted" / "tuning").glob("*/*/model"))  # weights of trials are not kept
+    assert not list((tmp_path / "uninterrupted").glob("**/checkpoint-1"))
+    changes = json.loads((tmp_path / "uninterrupted" / "report" / "results.json").read_text())
     assert changes["results"]["step-dpo"]["learning_rate"] == 3e-5  # the better one
     assert changes["results"]["step-dpo"]["outcomes"]["greedy"][0]["solved"] == "1001"
     assert changes["results"]["loop"]["rows"] == 3
@@ -765,41 +763,59 @@ def test_changed_settings_and_misspelled_models_are_refused(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------ real commands
 
 
-def in_this_process(command, log):
-    """Run a command without a new process, which would import torch again."""
-    from stepdpo_trl.cli import train
+def test_evaluation_of_a_real_model_is_read(tmp_path):
+    from plan import Connection, Settings, backend_options, eval_options, quick_settings
+    from scores import accuracy_of, read_outcomes, read_records
 
-    program, name, *words = command
-    if program == "trl-sft":
-        from trl.scripts import sft
+    settings = quick_settings(Settings())
+    words = [*eval_options(settings, 0.0), *backend_options(settings, Connection()), "--max-new-tokens", "40"]
+    command = ["eval", "--problems", "arithmetic", "--limit", "12", "--model", settings.model]
+    assert cli.main([*command, "--output-dir", str(tmp_path), *words]) == 0
+    counts = json.loads((tmp_path / "results.json").read_text())["results"][0]["solutions"]
+    found, records = read_outcomes(tmp_path), read_records(tmp_path)
+    assert sum(found.solved) == counts["right"] == round(12 * accuracy_of(tmp_path))
+    assert found.unreadable == counts["unreadable"]
+    assert 0 < found.cut <= 12  # at 40 tokens
+    assert 10 < found.tokens <= 40
+    assert [record["outcome"] == "right" for record in records] == [bool(solved) for solved in found.solved]
 
-        script, config, model, data = sft.make_parser().parse_args_and_config([name, *words])
-        sft.main(script, config, model, data)
-    elif name == "train":
-        train.main(words)
-    else:
-        assert cli.main([name, *words]) == 0
+
+PROBLEM = "What is 7 + 12 - 5?"
+STEPS = " 7 + 12 = 19, leaving 19 - 5", " 7 + 12 = 18, leaving 18 - 5"
 
 
-def test_small_comparison(tmp_path, monkeypatch):
-    """Step-DPO from problems to the report, with the quickstart's model."""
-    import units
-    from compare import compare, parse_args
+def test_gamma_orders_the_stages(tmp_path):
+    """The pair whose preferred step is the right one is easier for the model than the same pair reversed."""
+    from method_data import write_staged
 
-    monkeypatch.setattr("sys.argv", ["pytest"])
-    monkeypatch.setattr(
-        units.Units.__init__, "__defaults__", (in_this_process, lambda function, *arguments: function(*arguments))
-    )
-    options = ["--quick", "--methods", "step-dpo", "--seeds", "1", "--betas", "0.1", "--output-dir", str(tmp_path)]
-    text = compare(*parse_args(options))
-    assert "| Step-DPO |" in text
-    results = json.loads((tmp_path / "report" / "results.json").read_text())
-    base, trained = (results["results"][name] for name in ("base", "step-dpo"))
-    assert len(base["outcomes"]["greedy"][0]["solved"]) == len(trained["outcomes"]["sampled"][0]["solved"]) == 8
-    assert trained["rows"] == 4
-    assert trained["tokens"] > 100
-    assert math.isfinite(trained["training_minutes"])
-    assert (tmp_path / "report" / "accuracy.png").stat().st_size > 1000
+    start = "Let's think step by step.\nStep 1:"
+    right = {"prompt": PROBLEM, "initial_reason_steps": start, "chosen": STEPS[0], "rejected": STEPS[1]}
+    right |= {"chosen_ends_solution": False, "rejected_ends_solution": False, "problem_id": "A"}
+    reversed_ = {**right, "chosen": STEPS[1], "rejected": STEPS[0], "problem_id": "B"}
+    write_lines(tmp_path / "step.jsonl", [reversed_, right])
+    write_staged(tmp_path / "step.jsonl", tmp_path / "staged.jsonl", str(MODEL_PATH), "float32")
+    rows = [json.loads(line) for line in (tmp_path / "staged.jsonl").open()]
+    assert rows == [{**right, "stage": 1}, {**reversed_, "stage": 2}]
+
+
+def test_page_of_changes(tmp_path):
+    from changes import find_changes, write_changes
+    from plan import Settings, quick_settings
+
+    texts = [f"Let's think step by step.\nStep 1:{step}" for step in STEPS]
+    record = {"problem": PROBLEM, "gold": "14", "answer": "14"}
+    right, wrong = ({**record, "outcome": o, "text": text} for o, text in zip(("right", "wrong"), texts, strict=True))
+    rows = find_changes([wrong, right], [right, wrong], "{{ problem }}")
+    write_changes(rows, str(MODEL_PATH), quick_settings(Settings()), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<section") == 2
+    assert "1: wrong before, right after training" in page
+    assert "2: right before, wrong after training" in page
+    first, second = page.split("<section")[1:]
+    # The right step comes first: after training in the first case, before training in the second
+    assert first.index("step after training") < first.index("step before training")
+    assert second.index("step before training") < second.index("step after training")
+    assert "ratio +0.0" in page or "ratio 0.0" in page  # both models are the same
 
 
 @pytest.mark.long
