@@ -101,12 +101,18 @@ class DataStage:
         run, shards = self.out / "pairs", self.settings.shards
         for shard in range(shards):
             name = f"pairs/{shard}-of-{shards}"
-            if not self.units.is_done(name) and len(self._all_pairs()) >= self.settings.pairs:
+            if len(self._pairs_before(run, shard)) >= self.settings.pairs:
                 return
             command = ["stepdpo", "data", "--problems", str(self.files.train), "--output-dir", str(run)]
             command += ["--output-file", str(self.out / "shard.jsonl"), "--shard", f"{shard}/{shards}"]
             options = data_options(self.settings, self.files.excluded)
             self.units.command(name, [*command, *policy_options(self.settings, self.connection), *options])
+
+    def _pairs_before(self, run: Path, shard: int) -> Rows:
+        """Return the pairs of the shards before a shard, which are complete."""
+        names = {f"shard-{number}-of-{self.settings.shards}" for number in range(shard)}
+        folders = [folder for folder in started_folders(run) if folder.name in names]
+        return read_step_pairs(folders, self.files.excluded)
 
     def _all_pairs(self) -> Rows:
         return [row for run in self.runs for row in read_step_pairs(started_folders(run), self.files.excluded)]
@@ -198,7 +204,8 @@ class DataStage:
         """Write the data of sDPO, ordered by the initial model."""
         source, target = self.data_file(STEP), self.data_file("sdpo")
         target.parent.mkdir(exist_ok=True)
-        self.units.run_isolated(write_staged, source, target, self.settings.model, self.settings.dtype)
+        model, dtype = self.settings.model, self.settings.dtype
+        self.units.call_function("data/staged", write_staged, source, target, model, dtype)
         self._write_facts("sdpo", **self.facts_of(STEP))
 
     def make_random(self) -> None:
@@ -211,7 +218,7 @@ class DataStage:
             if len(rows) < count:
                 done.append(self.out / "random" / f"{number}-{source.name}")
                 attempts = self.settings.max_attempts
-                self.units.run_isolated(correct_at_random, source, done[-1], changes, attempts)
+                self.units.call_function("data/random", correct_at_random, source, done[-1], changes, attempts)
                 rows += read_step_pairs(done[-1:], self.files.excluded)
         tokens, minutes = costs(done)
         share = min(1.0, count / max(len(rows), 1))

@@ -94,7 +94,7 @@ def _write_changes(stage: TrainingStage, file: Path) -> None:
     rows = find_changes(before, after, user_template(stage.settings))
     if rows:
         model = str(final / STEP / "seed-0" / "model")
-        stage.units.run_isolated(write_changes, rows, model, stage.settings, file)
+        stage.units.call_function("report/changes", write_changes, rows, model, stage.settings, file)
 
 
 def versions() -> dict[str, str]:

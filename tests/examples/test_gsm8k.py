@@ -1,6 +1,7 @@
 """The comparison on GSM8K: its data against a hand-made run, its statistics, its commands, and that it resumes."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -143,10 +144,7 @@ class Commands:
             for name in "ABC"
             for number in range(count)
         }
-        for file in folder.glob("*"):
-            file.unlink()
-        if folder.exists():
-            folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
         write_run(folder, more, {}, {})
 
     def train(self, folder, words):
@@ -191,7 +189,7 @@ class Isolated:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, function, *arguments):
+    def __call__(self, function, arguments, log):
         self.seen.append(function.__name__)
         if function.__name__ == "write_staged":
             from method_data import staged_rows
@@ -406,6 +404,7 @@ def test_sampling_stops_when_there_are_enough_pairs(tmp_path):
     class Sampling(Commands):
         def data(self, folder, words):
             number = words[words.index("--shard") + 1].partition("/")[0]
+            shutil.rmtree(folder / f"shard-{number}-of-9", ignore_errors=True)
             rename = {f"{number}{key}": (number + value[0], *value[1:]) for key, value in SOLUTIONS.items()}
             write_run(folder / f"shard-{number}-of-9", rename, {f"{number}{k}": v for k, v in CORRECTIONS.items()})
 
@@ -414,7 +413,11 @@ def test_sampling_stops_when_there_are_enough_pairs(tmp_path):
     commands = Sampling(out)
     run, stage = open_stage(out, commands, runs=(), shards=9, pairs=5)
     with run:
-        stage.data.collect()
+        commands.stop_at = 1
+        with pytest.raises(KeyboardInterrupt):
+            stage.data.collect()
+        commands.data(out / "pairs", ["--shard", "1/9"])  # as far as it came
+        stage.data.collect()  # the second shard is not complete, so it is resumed
         stage.data.collect()
     assert [words[words.index("--shard") + 1] for words in commands.seen] == ["0/9", "1/9"]  # three pairs each
     cli.make_parser().parse_args(commands.seen[0][1:])
@@ -514,6 +517,17 @@ def test_changes_are_ten_in_each_direction():
 
 
 # ------------------------------------------------------------------------------------------------ units and resuming
+
+
+def test_failed_function_quotes_its_output(tmp_path):
+    from units import CommandError, run_function
+
+    log = tmp_path / "logs" / "one.log"
+    run_function(print, ["written"], log)
+    with pytest.raises(CommandError, match=r"(?s)`divmod` ended with status 1.*ZeroDivisionError") as error:
+        run_function(divmod, [1, 0], log)
+    assert "written" not in error.value.output
+    assert log.read_text().startswith("written\n")
 
 
 def test_units_are_done_once_and_add_up_their_time(tmp_path, monkeypatch):
