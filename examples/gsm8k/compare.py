@@ -24,20 +24,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from plan import FULL_RATES, LOOP, METHODS, RANDOM, STEP, Connection, Settings, quick_settings  # noqa: E402
 
+from stepdpo_trl.cli.parsing import CommandParser  # noqa: E402
+
 NAMES = (*METHODS, LOOP)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Create the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(prog="compare.py", description=__doc__)
     default = Settings()
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)
 
-    add("--output-dir", "folder of the comparison (default: %(default)s)", type=Path, default=Path("outputs/gsm8k"))
+    add("--output-dir", "folder of the comparison", type=Path, default=Path("outputs/gsm8k"), metavar="DIR")
     add("--model", f"model id or folder (default: {default.model})")
     add("--train", f"training problems: gsm8k or a file (default: {default.train})", metavar="SET")
     add("--test", f"test problems: gsm8k or a file (default: {default.test})", metavar="SET")
@@ -47,17 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
         type=_count,
         metavar="N",
     )
-    add("--run", "existing run of `stepdpo data` to use instead of sampling; can be repeated", action="append")
+    text = "existing run of `stepdpo data` to use instead of sampling; can be repeated"
+    add("--run", text, action="append", metavar="DIR")
     add("--pairs", f"number of step pairs to train on (default: {default.pairs})", type=_count, metavar="N")
     add(
         "--methods",
-        f"methods to compare (default: all but {RANDOM})",
+        f"{', '.join(NAMES)} (default: all but {RANDOM})",
         nargs="+",
         choices=NAMES,
         metavar="METHOD",
         default=[name for name in NAMES if name != RANDOM],
     )
-    add("--seeds", "number of training seeds (default: 2)", type=_count, metavar="N", default=2)
+    add("--seeds", "number of training seeds", type=_count, metavar="N", default=2)
     add(
         "--rates",
         "learning rates to try (default: 3e-6 3e-5 3e-4, and with --full 1e-7 1e-6 1e-5)",

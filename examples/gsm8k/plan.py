@@ -210,11 +210,12 @@ def data_options(settings: Settings, exclude: Sequence[Path]) -> list[str]:
 
 def training_options(settings: Settings, rate: float, seed: int, on_cpu: bool) -> list[str]:
     """Return the options that `stepdpo train` and `trl sft` share, without model, data and output folder."""
+    micro_batch = MICRO_BATCH if settings.batch % MICRO_BATCH == 0 else 1
     options: dict[str, Any] = {
         "learning_rate": rate,
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": min(MICRO_BATCH, settings.batch),
-        "gradient_accumulation_steps": max(1, settings.batch // MICRO_BATCH),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": settings.batch // micro_batch,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "seed": seed,

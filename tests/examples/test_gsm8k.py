@@ -439,6 +439,15 @@ def test_methods_have_as_many_trials():
     assert Settings(rates=(2e-5,), betas=(0.3,)).trials(METHODS["sft"]) == [(2e-5, 0.0)]
 
 
+@pytest.mark.parametrize(("batch", "parts"), [(1, [1, 1]), (2, [2, 1]), (3, [1, 3]), (8, [2, 4])])
+def test_updates_have_the_size_of_the_batch(batch, parts):
+    from plan import Settings, training_options
+
+    words = training_options(Settings(batch=batch), 1e-5, 0, on_cpu=True)
+    names = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+    assert [int(words[words.index(name) + 1]) for name in names] == parts
+
+
 def test_ties_between_trials_go_to_the_lowest():
     from training_stage import best_trial
 
@@ -723,7 +732,7 @@ def stage_options(words):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pair", "3"], "unrecognized arguments: --pair"),
+        (["--pair", "3"], "Did you mean --pairs?"),
         (["--pairs", "0"], "'0' is not a whole number of at least 1"),
         (["--rates", "1e-5", "x"], "'x' is not a number above 0"),
         (["--betas", "-1"], "'-1' is not a number above 0"),
@@ -731,7 +740,7 @@ def stage_options(words):
         (["--methods", "sft", "loop"], "loop continues from step-dpo"),
         (["--served-model", "q"], "--served-model has no effect without --base-url"),
         (["--max-concurrent-requests", "9"], "no effect without --base-url"),
-        (["--vllm-args", "--seed 1"], "--vllm-args needs --backend vllm"),
+        (["--vllm-args", "--enforce-eager"], "--vllm-args needs --backend vllm"),
         (["--run", "no/such/run"], "--run 'no/such/run' is not a folder"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
     ],
