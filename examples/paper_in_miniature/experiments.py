@@ -28,8 +28,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are so small that 
 warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402
+from experiment_parts import read_rows, write_rows  # noqa: E402
 from joined import KINDS, first_pairs, loop_run  # noqa: E402
-from pairs import make_shard, read_pairs, read_rows, write_rows  # noqa: E402
+from pairs import make_shard, read_pairs  # noqa: E402
 from report import best_settings, write_report  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from training import ARMS, load, margins, measure, set_up, train  # noqa: E402

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pairs import fresh_pairs, read_rows, write_rows
+from experiment_parts import read_rows, write_rows
+from pairs import fresh_pairs
 from training import fit, load, measure, options, rows_for, tokenizer
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer

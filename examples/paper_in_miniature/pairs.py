@@ -1,25 +1,23 @@
 """Collect step pairs from the model's own mistakes with the data pipeline, with several judges and rectifiers."""
 
-import json
-import random
 from collections.abc import Container, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from experiment_parts import random_judge
+
 from stepdpo_trl.data.prompts import STEP_PROMPTS
-from stepdpo_trl.data.steps import split_steps
 from stepdpo_trl.generation import Completion, ModelSpec, Request, Sampling
 from stepdpo_trl.pipeline.build import build
 from stepdpo_trl.pipeline.collect import wrong_solutions
 from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.localize import localize, read_verdicts
-from stepdpo_trl.pipeline.records import Problem, Solution, Verdict, text_digest
+from stepdpo_trl.pipeline.records import Problem, text_digest
 from stepdpo_trl.pipeline.session import Session
 from stepdpo_trl.quickstart import MODEL_PATH, ArithmeticProblem, first_lost_step, make_problems
 from stepdpo_trl.runs.run_directory import RunDirectory, RunError
 from stepdpo_trl.runs.runner import TaskRunner
-from stepdpo_trl.runs.tasks import Task
 
 OPERATIONS = (2, 6)  # per problem. In longer problems, the model also makes mistakes for lack of training
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=256)
@@ -58,13 +56,6 @@ class OtherModel:
             steps.append(f"{result}, {then.expression} is left")
         rest = "".join(f"\nStep {number + index}:{step}" for index, step in enumerate(steps))
         return Completion(f"{rest.partition(':')[2]}\nThe answer is \\boxed{{{then.numbers[0]}}}.", "stop", 0, 0)
-
-
-def random_judge(solution: Solution) -> Task[Verdict]:
-    """Name a random step, as a control."""
-    step = random.Random(solution.key).randint(1, len(split_steps(solution.text)))
-    return Verdict(step, "random", {})
-    yield  # makes this function a generator, as tasks must be
 
 
 def make_shard(folder: str, shard: tuple[int, int], count: int, batch_size: int) -> None:
@@ -133,13 +124,3 @@ def fresh_pairs(folder: Path, model: str, count: int, seed: int, batch_size: int
             f"{len(problems)} problems yield only {len(rows)} pairs instead of {count}. Draw more problems."
         )
     return rows[:count]
-
-
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows to a JSON Lines file."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSON Lines file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from experiment_parts import BLUE, GREEN, GREY, ORANGE, STYLE, draw_bars
 from joined import KINDS
 from report import METHODS, STAGED, mean_and_half, results_of, solved, trials
 
@@ -13,12 +14,10 @@ from stepdpo_trl.runs.log import Log
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563eb", "#d97706", "#16803c"
-
 
 def draw(log: Log, out: Path) -> None:
     """Draw all figures and save them to a folder."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
+    plt.rcParams.update(STYLE)
     for name, picture in PICTURES:
         figure = picture(log)
         figure.savefig(out / f"{name}.png", bbox_inches="tight", facecolor="white")
@@ -28,14 +27,11 @@ def draw(log: Log, out: Path) -> None:
 def methods(log: Log) -> Any:
     """Plot the greedy accuracy of each method."""
     figure, axis = plt.subplots(figsize=(7, 2.8))
-    arms = ("before", *METHODS)
-    for place, arm in enumerate(reversed(arms)):
-        results = results_of(log, arm)
-        mean, half = mean_and_half(solved(results, "greedy"))
-        color = BLUE if arm == "Step-DPO" else GREY
-        axis.barh(place, mean, color=color, height=0.62, xerr=half, error_kw={"ecolor": "#222", "capsize": 3})
-        axis.text(mean + half + 0.8, place, f"{mean:.1f}", va="center", color=color, fontweight="bold")
-    axis.set_yticks(range(len(arms)), reversed(arms))
+    bars = []
+    for arm in ("before", *METHODS):
+        mean, half = mean_and_half(solved(results_of(log, arm), "greedy"))
+        bars.append((arm, mean, (mean - half, mean + half)))
+    draw_bars(axis, bars, "Step-DPO")
     axis.set_xlim(0, 109)
     axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel("test problems solved, greedy, % (five seeds, 95% intervals)")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from experiment_parts import compact, markdown
 from joined import KINDS
 from training import ARMS
 
@@ -62,12 +63,6 @@ def percent(table: np.ndarray, signed: bool = False) -> str:
     """Format the mean and half-width of the interval, such as "81.2 +- 1.4"."""
     mean, half = mean_and_half(table)
     return f"{mean:{'+' if signed else ''}.1f} +- {half:.1f}"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Format a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def comparison(log: Log, arms: Sequence[str], against: str) -> str:
@@ -159,15 +154,6 @@ def used(log: Log) -> dict[str, Any]:
     tests = {arm: results_of(log, arm) for arm in ("before", *ARMS)}
     others = {key: log[key]["result"] for key in log if key.split("/")[0] in ("facts", "tune", "loop")}
     return compact({"test": tests, **others})
-
-
-def compact(value: Any) -> Any:
-    """Shorten results: join lists of 0 and 1 to strings, and round floats to five significant digits."""
-    if isinstance(value, dict):
-        return {name: compact(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return "".join(map(str, value)) if set(map(str, value)) <= {"0", "1"} else list(map(compact, value))
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write_report(log: Log, out: Path) -> str:

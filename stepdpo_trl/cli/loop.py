@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -161,7 +162,7 @@ def _resume(output_dir: Path) -> list[str]:
 
 def _run(folder: Path, argv: list[str]) -> None:
     print(f"\n{folder.name}: stepdpo {shlex.join(argv)}", flush=True)
-    status = _run_process([sys.executable, "-m", "stepdpo_trl.cli.main", *argv])
+    status = run_process([sys.executable, "-m", "stepdpo_trl.cli.main", *argv])
     if status:
         raise RunError(
             f"{folder.name}: `stepdpo {argv[0]}` ended with status {status}; see its message above. Fix the "
@@ -170,10 +171,21 @@ def _run(folder: Path, argv: list[str]) -> None:
         )
 
 
-def _run_process(command: list[str]) -> int:
-    """Run a part of the loop and return its status. It also stops at Ctrl-C or SIGTERM."""
-    # With close_fds=False the process inherits the lock of the loop's folder
-    process = subprocess.Popen(command, close_fds=False)
+def run_process(command: list[str], output: IO[bytes] | None = None) -> int:
+    """
+    Run a command and return its status. It also stops at Ctrl-C or SIGTERM.
+
+    Args:
+        command (`list[str]`):
+            The command. It inherits the lock of a folder that was opened with `inherited=True`.
+        output (`IO[bytes]`, *optional*):
+            File for its output. By default, it is printed.
+
+    Returns:
+        `int`: The exit status.
+    """
+    stderr = None if output is None else subprocess.STDOUT
+    process = subprocess.Popen(command, close_fds=False, stdout=output, stderr=stderr)
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
+from stepdpo_trl.quickstart import MODEL_PATH, PAIRS_PATH
+
 from ..distributed.launcher import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -95,6 +97,27 @@ def test_positions_and_equality(examples, tiny_config, tmp_path, lora):
     frozen = [name for name, weight in weights[0].items() if not weight.requires_grad]
     assert bool(frozen) == lora
     assert all(weights[0][name] is weights[1][name] for name in frozen)
+
+
+def test_pairs_of_a_file_and_a_model_folder(examples, tmp_path):
+    """Both trainers get the tokens of the model's own tokenizer for real pairs, and precompute the reference."""
+    base = examples.inputs.load_model(str(MODEL_PATH), "small", torch.float32, "cpu")
+    tokenizer = examples.inputs.load_tokenizer(str(MODEL_PATH), base.config.vocab_size)
+    pairs = examples.inputs.load_pairs(str(PAIRS_PATH), 4, seed=0)
+    stored = [json.loads(line) for line in PAIRS_PATH.read_text().splitlines()]
+    assert all(pair in stored for pair in pairs)
+    args = argparse.Namespace(batch_size=2, dtype="float32", output_dir=str(tmp_path), peft=True, seed=0, steps=2)
+    sides = examples.script.make_sides(base, tokenizer, pairs, {"shared_prefix": "on"}, "tuned", args)
+    tokens = sides[1].trainer.train_dataset
+    for pair, row in zip(pairs, tokens, strict=True):
+        chat = [{"role": "user", "content": pair["prompt"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(row["prompt_ids"]) == prompt + pair["initial_reason_steps"]
+        assert tokenizer.decode(row["rejected_ids"]) == pair["rejected"]
+    differences = examples.script.check_first_step(sides, tokens.select(range(2)), "float32")
+    assert max(differences.values()) < 1e-3
+    with pytest.raises(SystemExit, match=f"has only {len(stored)} pairs"):
+        examples.inputs.load_pairs(str(PAIRS_PATH), len(stored) + 1, seed=0)
 
 
 def test_difference_between_sides_raises(examples):

@@ -22,6 +22,7 @@ ROWS = [{**json.loads(line), **ENDS} for line in PAIRS_PATH.read_text().splitlin
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))  # parts that are shared with other experiments
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the script sets it for the whole process
 

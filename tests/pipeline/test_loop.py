@@ -203,7 +203,7 @@ def test_two_stages_with_adapters(tmp_path, monkeypatch, capfd):
         what, *argv = command[3:]
         return (main([what, *argv]) if what == "data" else train.main(argv)) or 0
 
-    monkeypatch.setattr("stepdpo_trl.cli.loop._run_process", run)
+    monkeypatch.setattr("stepdpo_trl.cli.loop.run_process", run)
     with (tmp_path / "problems.jsonl").open("w") as file:
         for problem in make_problems(24, "pairs"):
             file.write(json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n")
