@@ -1,16 +1,16 @@
 """
 Share of a server's slots that the data pipeline keeps busy, measured with a simulated server.
 
-    python examples/benchmark_pipeline.py                      # all settings below, about 25 minutes
+    python examples/benchmark_pipeline.py                      # all settings below, about 55 minutes
     python examples/benchmark_pipeline.py --slots 64 --ms 5 --problems 800 --num_samples 2 --tail 0.02
 
 The server answers as many requests at the same time as it has slots. An answer takes its number of tokens times
 `--ms`, and with `--tail 0.02`, 2% of the answers take twenty times as long. The share counts from the first request of
 a stage to its last answer, so it includes the wait for the last answers, when there is nothing left to send.
 
-The column "possible" is the share of an ideal client: the same tasks and answers in simulated time, where sending,
-receiving, storing and checking an answer take no time. It is far below 100% if there are few requests per slot. Since
-answers arrive in another order there, the measured share can be slightly higher.
+No client can be above the column "bound": a stage takes at least the total time of its answers divided by the slots,
+and at least as long as the longest chain of answers of one task that depend on each other. The column "half" is the
+progress at half of the time, without the tasks whose answers were all stored before.
 
 The answers depend on the seeds of the requests only. 30% are right. The others contain one false equation, so that
 `rectify` can use the verdicts of the judge `arithmetic`, independently of `localize` with the judge `rollout`.
@@ -39,7 +39,9 @@ SETTINGS = [  # slots, milliseconds per token, tail, problems, samples per probl
     (64, 5.0, 0.0, 800, 2),
     (64, 5.0, 0.02, 800, 2),
     (256, 20.0, 0.0, 400, 2),
+    (256, 20.0, 0.02, 400, 2),
     (256, 20.0, 0.0, 400, 16),
+    (256, 20.0, 0.02, 400, 16),
 ]
 
 
@@ -147,26 +149,24 @@ def simulated_server(slots: int, ms: float, tail: float = 0.0) -> Iterator[str]:
             process.kill()
 
 
-class IdealClient:
+class UnlimitedSlots:
     """
-    Client that runs tasks in simulated time and needs no time itself.
+    Run tasks in simulated time, at a server with a slot for each request, and with a client that needs no time.
 
     Args:
-        slots (`int`):
-            Number of answers at the same time. Other requests wait.
         answer (`Callable`):
             Function that returns the reply to a request and its duration in seconds.
     """
 
-    def __init__(self, slots: int, answer: Callable[[Any], tuple[Any, float]]) -> None:
-        self.slots, self.answer = slots, answer
+    def __init__(self, answer: Callable[[Any], tuple[Any, float]]) -> None:
+        self.answer = answer
         self.answers: dict[str, Any] = {}  # including those that have not arrived yet
         self.replies: dict[str, Any] = {}  # those that have arrived, in this stage or an earlier one
         self.time = self.total = 0.0
 
-    def busy(self) -> float:
-        """Return the share of busy slots since the last call."""
-        share = self.total / (self.slots * (self.time or 1))
+    def bound(self, slots: int) -> float:
+        """Return the highest possible share of busy slots since the last call."""
+        share = self.total / max(self.total, slots * self.time, 1e-9)
         self.time = self.total = 0.0
         return share
 
@@ -176,7 +176,6 @@ class IdealClient:
         results: dict[int, Any] = {}
         asked: dict[int, Any] = {}  # what each task waits for
         askers: dict[str, list[int]] = {}
-        queue: deque[Any] = deque()
         running: list[tuple[float, int, str]] = []  # end, number and key of each request
 
         def advance(index: int, replies: Any) -> None:
@@ -194,23 +193,43 @@ class IdealClient:
             for request in ask.requests:
                 if request.key not in self.replies:
                     if request.key not in askers:
-                        queue.append(request)
+                        self.answers[request.key], seconds = self.answer(request)
+                        self.total += seconds
+                        heapq.heappush(running, (self.time + seconds, len(self.answers), request.key))
                     askers.setdefault(request.key, []).append(index)
 
         for index in range(len(started)):
             advance(index, None)
-        while queue or running:
-            while queue and len(running) < self.slots:
-                request = queue.popleft()
-                self.answers[request.key], seconds = self.answer(request)
-                self.total += seconds
-                heapq.heappush(running, (self.time + seconds, len(self.answers), request.key))
+        while running:
             self.time, _, key = heapq.heappop(running)
             self.replies[key] = self.answers[key]
             for index in askers.pop(key):
                 if all(request.key in self.replies for request in asked[index]):
                     advance(index, {request.key: self.replies[request.key] for request in asked[index]})
         yield from (results[index] for index in sorted(results))
+
+
+class Ends:
+    """Times at which the tasks of a stage end."""
+
+    def half(self) -> float:
+        """Return the share of the tasks that have ended at half of the time."""
+        middle = (self.start + self.times[-1]) / 2
+        return sum(end <= middle for end in self.times) / len(self.times)
+
+    def run_tasks(self, tasks: Iterable[Any], services: Any, progress: Callable[[int, bool], None]) -> Iterator[Any]:
+        """Run tasks, in place of [`~stepdpo_trl.runs.tasks.run_tasks`]."""
+        from stepdpo_trl.runs.tasks import run_tasks
+
+        self.start, self.times = 0.0, list[float]()
+
+        def record(ended: int, stored: bool) -> None:
+            progress(ended, stored)
+            if not stored:
+                self.start = self.start or time.monotonic()
+                self.times += [time.monotonic()] * ended
+
+        yield from run_tasks(tasks, services, record)
 
 
 def check_solution(text: str) -> Any:
@@ -254,18 +273,20 @@ def measure(slots: int, ms: float, tail: float, num_problems: int, num_samples: 
     problems = [Problem(str(number), f"Problem {number}?", "42") for number in range(num_problems)]
     with simulated_server(slots, ms, tail) as address, tempfile.TemporaryDirectory() as folder, Session() as session:
         model = ModelSpec("simulated", "openai", address, str(MODEL_PATH), max_concurrent_requests=slots)
-        ideal = IdealClient(slots, answer)
-        with mock.patch.object(runner, "run_tasks", ideal.run_tasks):
-            stages = run_stages(session, Path(folder) / "ideal", model, problems, num_samples)
-            possible = {stage: ideal.busy() for stage in stages}
-        for stage in run_stages(session, Path(folder) / "real", model, problems, num_samples):
-            with urllib.request.urlopen(f"{address}/statistics") as reply:
-                found = json.load(reply)
-            print(
-                f"{slots:>5} {ms:>9g} {tail:>6.0%}  {stage:<18}{found['answers']:>8,}{found['seconds']:>9.1f}"
-                f"{found['busy']:>9.1%}{possible[stage]:>10.1%}",
-                flush=True,
-            )
+        unlimited, ends = UnlimitedSlots(answer), Ends()
+        with mock.patch.object(runner, "run_tasks", unlimited.run_tasks):
+            stages = run_stages(session, Path(folder) / "simulated", model, problems, num_samples)
+            bounds = {stage: unlimited.bound(slots) for stage in stages}
+        with mock.patch.object(runner, "run_tasks", ends.run_tasks):
+            for stage in run_stages(session, Path(folder) / "real", model, problems, num_samples):
+                with urllib.request.urlopen(f"{address}/statistics") as reply:
+                    found = json.load(reply)
+                print(
+                    f"{slots:>5} {ms:>9g} {tail:>6.0%} {num_problems:>9} {num_samples:>8}  {stage:<18}"
+                    f"{found['answers']:>8,}{found['seconds']:>9.1f}{found['busy']:>9.1%}{bounds[stage]:>9.1%}"
+                    f"{ends.half():>7.0%}",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -283,7 +304,7 @@ def main() -> None:
         return
     os.environ.setdefault("TQDM_DISABLE", "1")
     settings = [(args.slots, args.ms, args.tail, args.problems, args.num_samples)] if args.slots else SETTINGS
-    print("slots  ms/token   tail  stage              answers  seconds     busy  possible")
+    print("slots  ms/token   tail  problems  samples  stage              answers  seconds     busy    bound   half")
     for setting in settings:
         measure(*setting)
 

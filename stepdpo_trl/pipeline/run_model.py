@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..generation import ModelSpec
 from ..generation.vllm_arguments import answer_arguments
@@ -62,6 +63,8 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
     """
     Return the model that wrote the solutions of a run, at the same server.
 
+    If another address is passed, the other settings of the server are kept, except for the API key of another host.
+
     Args:
         run (`RunDirectory`):
             The run.
@@ -78,23 +81,44 @@ def model_of_run(run: RunDirectory, changes: Mapping[str, Any] | None = None) ->
     settings, changes = run.settings(), changes or {}
     stored = read_settings(run)["model"]
     model = {**stored, **changes}
-    if model["backend"] == "openai" and "base_url" not in changes:
-        if "server" not in settings:
+    server = settings.get("server", {}) if model["backend"] == stored["backend"] else {}
+    if model["backend"] != "vllm" and "vllm_args" not in changes:
+        model["vllm_args"] = None
+    if model["backend"] == "openai":
+        if "base_url" not in {**server, **changes}:
             raise RunError(
                 f"The solutions in {run.path} were sampled from a server, but its address is not in the run. Pass "
                 "it as --base-url."
             )
-        model = {**settings["server"], **model}
-        logger.warning(
-            f"{run.path}: using the server at {model['base_url']}, as in `collect`. Pass --base-url to use "
-            "another one."
-        )
+        model = {**_kept_settings(run, server, changes), **model}
     elif model["backend"] == "vllm" and stored["backend"] == "vllm":
         _check_arguments(run, stored.get("vllm_args"), changes)
-        model = {**stored, **settings.get("server", {}), **changes}
-    elif model["backend"] != "vllm" and "vllm_args" not in changes:
-        model["vllm_args"] = None
+        model = {**stored, **server, **changes}
     return replace(ModelSpec("", "transformers"), **model)
+
+
+def _kept_settings(run: RunDirectory, server: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run's server that still apply, and say which server is used."""
+    kept, key = dict(server), ""
+    old, new = server.get("base_url"), changes.get("base_url")
+    if new is None:
+        logger.warning(f"{run.path}: using the server at {old}, as in `collect`. Pass --base-url to use another one.")
+        return kept
+    if old in (None, new):
+        return kept
+    if _host(new) != _host(old) and "api_key_env" not in changes:
+        variable = kept.pop("api_key_env", ModelSpec.api_key_env)
+        if variable != ModelSpec.api_key_env:
+            key = f" The API key in {variable} is not sent to this host, unless you pass --api-key-env {variable}."
+        if os.environ.get(ModelSpec.api_key_env):
+            key += f" The API key in {ModelSpec.api_key_env} is sent to it."
+    logger.warning(f"{run.path}: using the server at {new} instead of {old}.{key}")
+    return kept
+
+
+def _host(address: str) -> tuple[str, str | None]:
+    url = urlsplit(address)
+    return url.scheme, url.hostname
 
 
 def _check_arguments(run: RunDirectory, stored: str | None, changes: Mapping[str, Any]) -> None:

@@ -31,14 +31,14 @@ class ProgressLines(std_tqdm):
             self._decr_instances(self)
 
     def _line(self) -> str:
-        elapsed = self.format_dict["elapsed"]
+        elapsed, own = self.format_dict["elapsed"], self.n - self.initial
         done = f"{self.n}/{self.total}" if self.total else f"{self.n}"
         parts = [f"{self.desc.strip().rstrip(':')}: {done} {self.unit.strip()}", _duration(elapsed)]
-        if self.n and elapsed:
-            rate = 60 * self.n / elapsed
+        if own and elapsed:
+            rate = 60 * own / elapsed
             parts.append(f"{rate:,.0f}/min" if rate >= 10 else f"{rate:.1f}/min")
-        if self.total and self.n:
-            parts.append(f"{_duration(elapsed / self.n * (self.total - self.n))} left")
+        if self.total and own:
+            parts.append(f"{_duration(elapsed / own * (self.total - self.n))} left")
         return ", ".join([*parts, *([self.postfix.replace("=", " ")] if self.postfix else [])])
 
 
@@ -63,3 +63,19 @@ def progress_bar(*args: Any, **kwargs: Any) -> Any:
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
         return tqdm(*args, **kwargs)
     return ProgressLines(*args, **kwargs)
+
+
+def count_stored(bar: Any, number: int) -> None:
+    """
+    Count work that an earlier process has done. It and its time do not count for the rate and the time left.
+
+    Args:
+        bar (`tqdm`):
+            The progress bar.
+        number (`int`):
+            How much work.
+    """
+    if not bar.disable:  # a disabled bar has no clock
+        bar.n += number
+        bar.initial = bar.last_print_n = bar.n
+        bar.unpause()

@@ -5,10 +5,10 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .progress import progress_bar
+from .progress import count_stored, progress_bar
 from .run_directory import RunDirectory
-from .scheduler import StreamingService
 from .tasks import Service, Task, run_tasks
+from .workers import StreamingService
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_REDRAWS = 1.0
@@ -55,10 +55,14 @@ class TaskRunner:
         with progress_bar(total=total, desc=self.name, unit=f" {unit}", position=0) as bar:
             started = redrawn = time.monotonic()
 
-            def progress(ended: int) -> None:
-                nonlocal redrawn
-                bar.update(ended)
+            def progress(ended: int, stored: bool) -> None:
+                nonlocal started, redrawn
                 now = time.monotonic()
+                if stored:
+                    count_stored(bar, ended)
+                    started = now
+                elif ended:
+                    bar.update(ended)
                 if now - redrawn >= _SECONDS_BETWEEN_REDRAWS:
                     redrawn = now
                     tokens = sum(getattr(service, "tokens", 0) for service in self.services.values())

@@ -2,8 +2,11 @@
 Scheduler: runs tasks concurrently and resumes each one as soon as its own replies have arrived.
 
 The thread that calls the scheduler owns the tasks and the logs. It never waits for a particular reply: streaming
-services answer in worker threads, which take requests from a queue and put replies into another one. Threads rather
-than asyncio, because tasks and judges are plain generator functions, and clients and answer checkers block.
+services answer in worker threads, see [`~stepdpo_trl.runs.workers`]. Threads rather than asyncio, because tasks and
+judges are plain generator functions, and clients and answer checkers block.
+
+Requests of tasks that started earlier are sent first, so that tasks end steadily and few results have to wait for an
+earlier one. Only the last tasks of a stage take turns.
 
 Services without streaming, such as a model in this process, answer in rounds. A round starts when nothing else can
 happen: every task waits for such a service, and no reply is on its way. So its requests, and the batches that are made
@@ -14,135 +17,26 @@ import contextlib
 import logging
 import math
 import queue
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .workers import StreamingService, Workers
+
 if TYPE_CHECKING:
     from .tasks import Service, Task
 
 T = TypeVar("T")
 WINDOW = 1024  # maximum number of concurrent tasks
-# With a streaming service: tasks per thread. The tasks that start last are alone at the end of a stage, and too few to
-# use all threads. So most of a stage should be under way before that.
-TASKS_PER_THREAD = 64
+TASKS_PER_THREAD = 16  # the same with a streaming service, if that is more
+AHEAD = 4  # windows of tasks that may start before the oldest one has ended: their results are kept in memory
+# The last tasks of a stage, per thread, take turns: the very last ones would leave most threads idle
+LAST_PER_THREAD = 8
 GRACE = 1.0  # seconds after Ctrl-C in which answers may still arrive
 
 logger = logging.getLogger(__name__)
-
-
-class StreamingService:
-    """
-    Base class of services that answer each request as soon as possible, in worker threads.
-
-    `work` runs in these threads, everything else in the thread of the scheduler.
-
-    Attributes:
-        threads (`int`): Maximum number of concurrent calls of `work`.
-        chunk (`int`): Maximum number of requests per call.
-    """
-
-    threads = 1
-    chunk = 1
-
-    def prepare(self) -> None:
-        """Get ready for the first request."""
-
-    def stored(self, request: Any) -> Any:
-        """Return the stored reply to a request, or `None`."""
-        raise NotImplementedError
-
-    def work(self, requests: Sequence[Any]) -> Sequence[Any]:
-        """Answer requests, without storing the replies."""
-        raise NotImplementedError
-
-    def keep(self, replies: Sequence[tuple[Any, Any]]) -> Mapping[str, Any]:
-        """Store requests with their replies, and return the replies that tasks may see, by key."""
-        raise NotImplementedError
-
-    def flush(self) -> Mapping[str, Any]:
-        """Store and return the replies that `keep` has held back. Called when no request is in flight."""
-        return {}
-
-    def interrupt(self) -> None:
-        """Complete the requests in flight as fast as possible, since the run ends."""
-
-    def abandon(self) -> None:
-        """End the requests in flight at once. Their replies are not needed any more."""
-
-    def report(self) -> None:
-        """Log what the user should know at the end of a stage."""
-
-
-class Workers:
-    """
-    Threads that answer the requests to a streaming service, in the order of submission.
-
-    They are daemons, so that the process can end even if a call never returns.
-
-    Args:
-        service ([`StreamingService`]):
-            The service.
-        wake (`queue.SimpleQueue`):
-            Queue that receives an entry with each arrival.
-    """
-
-    def __init__(self, service: StreamingService, wake: "queue.SimpleQueue[None]") -> None:
-        self.service, self._wake = service, wake
-        self.in_flight: dict[str, Any] = {}  # requests that are queued or being answered, by key
-        # Requests and their replies. The exception of a failed call takes the place of the replies. No more requests
-        # are answered then: those that are queued have the replies `None`.
-        self.arrived: deque[tuple[list[Any], Any]] = deque()
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._threads = 0
-        self._stopped = False
-
-    def submit(self, request: Any) -> None:
-        """Queue a request."""
-        self._queue.put(request)
-        self.in_flight[request.key] = request
-        if self._threads < min(self.service.threads, len(self.in_flight)):
-            self._threads += 1
-            threading.Thread(target=self._run, daemon=True).start()
-
-    def discard(self) -> None:
-        """Remove the requests that no thread has taken yet."""
-        self._stopped = True
-        for request in self._take(len(self.in_flight)):
-            self.in_flight.pop(request.key, None)
-
-    def close(self) -> None:
-        """End the threads, each after the requests that it has taken."""
-        self._queue.put(None)
-
-    def _take(self, most: int) -> list[Any]:
-        taken: list[Any] = []
-        try:
-            while len(taken) < most:
-                taken.append(self._queue.get_nowait())
-        except queue.Empty:
-            pass
-        return taken
-
-    def _run(self) -> None:
-        while True:
-            taken = [self._queue.get(), *self._take(self.service.chunk - 1)]
-            requests = [request for request in taken if request is not None]
-            if len(requests) < len(taken):
-                self._queue.put(None)  # for the other threads
-            if not requests:
-                return
-            replies: Any = None
-            if not self._stopped:
-                try:
-                    replies = self.service.work(requests)
-                except BaseException as error:
-                    replies, self._stopped = error, True
-            self.arrived.append((requests, replies))
-            self._wake.put(None)
 
 
 @dataclass
@@ -164,19 +58,22 @@ class Scheduler(Generic[T]):
         services (`Mapping[str, Service]`):
             The services, by name.
         progress (`Callable`, *optional*):
-            Function that is called with the number of tasks that have ended since the last call.
+            Function that is called often, with the number of tasks that have ended since the last call, and whether
+            they needed stored replies only.
     """
 
     def __init__(
         self,
         tasks: "Iterable[Task[T]]",
         services: "Mapping[str, Service | StreamingService]",
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, bool], None] | None = None,
     ) -> None:
-        self._tasks = enumerate(tasks)
+        self._tasks = iter(tasks)
         self._services, self._progress = services, progress
         self._window = WINDOW
-        self._active = 0  # tasks that have started and not ended
+        self._last = 0  # tasks at the end that take turns
+        self._started = self._active = 0  # tasks, and those of them that have not ended
+        self._all_started = False
         self._ready: deque[tuple[int, Task[T], Mapping[str, Any] | None]] = deque()
         self._waiting: dict[int, _Waiting[T]] = {}
         self._askers: dict[tuple[str, str], list[int]] = {}
@@ -192,6 +89,7 @@ class Scheduler(Generic[T]):
             if isinstance(service, StreamingService):
                 self._workers[name] = Workers(service, self._wake)
                 self._window = max(self._window, TASKS_PER_THREAD * service.threads)
+                self._last = max(self._last, LAST_PER_THREAD * service.threads)
 
     def run(self) -> Iterator[T]:
         """Yield the results of the tasks, in the order of the tasks."""
@@ -212,29 +110,47 @@ class Scheduler(Generic[T]):
 
     def _advance(self) -> Iterator[T]:
         """Run every task as far as possible, and start others in place of those that end."""
-        ended = 0
-        while True:
-            if self._ready:
-                index, task, replies = self._ready.popleft()
-            elif self._active < self._window and (entry := next(self._tasks, None)) is not None:
-                (index, task), replies = entry, None
-                self._active += 1
-            else:
-                break
+        while (entry := self._ready.popleft() if self._ready else self._start()) is not None:
+            index, task, replies = entry
             try:
                 ask = task.send(replies)  # type: ignore[arg-type]
             except StopIteration as stop:
                 self._results[index] = stop.value
                 self._active -= 1
-                ended += 1
+                self._report(1, stored=replies is not None and not self._has_answered())
                 while self._next_result in self._results:
                     result = self._results.pop(self._next_result)
                     self._next_result += 1
                     yield result
             else:
                 self._send(index, task, ask.service, ask.requests)
+        self._report(0, stored=False)
+
+    def _start(self) -> "tuple[int, Task[T], None] | None":
+        """Return the next task, if there is one and it may start."""
+        # The second limit must not depend on how many results wait, which depends on the clock
+        if self._active >= self._window or self._started >= self._next_result + AHEAD * self._window:
+            return None
+        task = next(self._tasks, None)
+        if task is None:
+            self._all_started = True
+            return None
+        self._started += 1
+        self._active += 1
+        return self._started - 1, task, None
+
+    def _report(self, ended: int, stored: bool) -> None:
         if self._progress is not None:
-            self._progress(ended)
+            self._progress(ended, stored)
+
+    def _has_answered(self) -> bool:
+        """Return whether a service has answered a request in this process."""
+        return any(getattr(service, "answered", True) for service in self._services.values())
+
+    def _order(self, index: int) -> float:
+        """Return the order of a task's requests."""
+        takes_turns = self._all_started and self._active <= min(self._last, self._started / 2)
+        return math.inf if takes_turns else index
 
     def _send(self, index: int, task: "Task[T]", name: str, requests: Sequence[Any]) -> None:
         service = self._services[name]
@@ -253,7 +169,7 @@ class Scheduler(Generic[T]):
             if name in self._workers:
                 if len(askers) == 1:
                     self._workers[name].service.prepare()
-                    self._workers[name].submit(request)
+                    self._workers[name].submit(request, self._order(index))
             elif len(askers) == 1 or request.key in self._asked[name]:
                 # The earliest task decides on the place, whichever asks first
                 place, _ = self._asked[name].get(request.key, ((index, number), None))

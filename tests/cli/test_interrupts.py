@@ -158,6 +158,32 @@ def test_commands_with_a_server(server, tmp_path, name, trouble, numbers):
 
 
 @pytest.mark.long
+def test_a_signal_to_the_checking_processes_is_no_outcome(server, tmp_path):
+    """SIGTERM to the whole process group ends them too. The solutions are checked when the run resumes."""
+    code = "import time\n\ndef check(problem, solution):\n    time.sleep(0.1)\n    return True\n"
+    (tmp_path / "slow.py").write_text(code)
+    options = ["--model", "m", "--base-url", server.url, "--tokenizer", str(MODEL_PATH), "--num-samples", "2"]
+    options += ["--temperature", "1", "--checker", f"{tmp_path / 'slow.py'}:check"]
+    for number, pause in enumerate((0.1, 0.8, 1.5)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checks, answers = (folder / "out" / f"{name}.jsonl" for name in ("checks", "generations.policy"))
+        with start(*command_of("collect", folder, *options)) as process:
+            end = time.monotonic() + 120
+            while not answers.exists() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(pause)
+            out, seconds = press(process, (signal.SIGTERM,))
+        check_end("collect", process, out, seconds, 1)
+        assert "failed" not in (checks.read_text() if checks.exists() else "")
+    with start(*command_of("collect", folder, *options)) as process:
+        out = process.stdout.read()
+    assert process.returncode == 0, out
+    outcomes = {record["key"]: record["outcome"] for record in map(json.loads, checks.read_text().splitlines())}
+    assert list(outcomes.values()) == ["right"] * 80
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("part", "number"), [("data", "INT"), ("data", "TERM"), ("train", "INT"), ("train", "TERM")])
 def test_loop(tmp_path, part, number):
     """Ctrl-C reaches all processes of the loop, SIGTERM only the first one. All of them end."""

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,17 +126,18 @@ def test_benchmark_pipeline():
     done = subprocess.run([*command, "--problems", "10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = done.stdout.splitlines()
-    assert head.split() == ["slots", "ms/token", "tail", "stage", "answers", "seconds", "busy", "possible"]
-    pattern = r"    8      0\.05     0%  (\S.*?) +([\d,]+) +[\d.]+ +([\d.]+)% +([\d.]+)%"
+    setting, figures = ["slots", "ms/token", "tail", "problems", "samples"], ["seconds", "busy", "bound", "half"]
+    assert head.split() == [*setting, "stage", "answers", *figures]
+    pattern = r"    8      0\.05     0%        10        2  (\S.*?) +([\d,]+) +[\d.]+ +([\d.]+)% +([\d.]+)% +(\d+)%"
     found = [re.fullmatch(pattern, row).groups() for row in rows]
     assert [stage for stage, *_ in found] == ["collect", "localize rollout", "rectify"]
     assert found[0][1] == "20"
-    assert all(int(answers) > 10 for _, answers, _, _ in found)
-    assert all(0 < float(share) <= 100 for row in found for share in row[2:])
+    assert all(int(answers) > 10 for _, answers, *_ in found)
+    assert all(0 < float(busy) <= float(bound) <= 100 and 0 <= int(half) < 100 for *_, busy, bound, half in found)
 
 
-def test_ideal_client_of_benchmark_pipeline():
-    """Three tasks of two requests in sequence and two slots, worked out by hand."""
+def test_bound_of_benchmark_pipeline():
+    """Three tasks of two requests in sequence, worked out by hand."""
     module = runpy.run_path(str(EXAMPLES / "benchmark_pipeline.py"))
     seconds = {"a0": 1, "a1": 5, "b0": 2, "b1": 1, "c0": 3, "c1": 1}
 
@@ -146,11 +148,32 @@ def test_ideal_client_of_benchmark_pipeline():
             texts.append(replies[f"{name}{number}"])
         return texts
 
-    client = module["IdealClient"](slots=2, answer=lambda request: (request.key.upper(), seconds[request.key]))
-    # Slot 1: a0 until 1, c0 until 4, b1 until 5, c1 until 6. Slot 2: b0 until 2, a1 until 7.
-    results = client.run_tasks(map(task, "abc"), {"policy": None})
-    assert list(results) == [["A0", "A1"], ["B0", "B1"], ["C0", "C1"]]
-    assert client.busy() == pytest.approx(13 / (2 * 7))
+    # 13 s in all, of which a0 and a1 take 6 s
+    for slots, expected in ((1, 1), (2, 1), (3, 13 / (3 * 6)), (10, 13 / (10 * 6))):
+        client = module["UnlimitedSlots"](answer=lambda request: (request.key.upper(), seconds[request.key]))
+        results = client.run_tasks(map(task, "abc"), {"policy": None})
+        assert list(results) == [["A0", "A1"], ["B0", "B1"], ["C0", "C1"]]
+        assert client.bound(slots) == pytest.approx(expected)
+
+
+def test_progress_of_benchmark_pipeline(monkeypatch):
+    """Ten tasks with an answer each, of which one is slow."""
+    ends = runpy.run_path(str(EXAMPLES / "benchmark_pipeline.py"))["Ends"]()
+    moments = iter([(0, False), *[(1, True)] * 3, *[(1, False)] * 6, (0, False), (1, False)])
+
+    def run_tasks(tasks, services, progress):
+        for now, moment in enumerate(moments):
+            monkeypatch.setattr(time, "monotonic", lambda now=now: float(now + 1))
+            progress(*moment)
+        yield "result"
+
+    monkeypatch.setattr("stepdpo_trl.runs.tasks.run_tasks", run_tasks)
+    seen = []
+    assert list(ends.run_tasks([], {}, lambda *moment: seen.append(moment))) == ["result"]
+    assert seen[0] == (0, False)
+    assert len(seen) == 12
+    # Tasks end at 5 to 10 and at 12, counted from 1. Half of the time is over at 6.5
+    assert ends.half() == pytest.approx(2 / 7)
 
 
 def test_benchmark_checker():

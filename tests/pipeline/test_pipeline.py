@@ -25,6 +25,7 @@ from stepdpo_trl.pipeline.localize import agreement, localize, read_verdicts
 from stepdpo_trl.pipeline.names import corrections_name
 from stepdpo_trl.pipeline.records import Verdict, count_line, describe_source, read_problems
 from stepdpo_trl.pipeline.report import render_report
+from stepdpo_trl.pipeline.run_model import model_of_run
 from stepdpo_trl.pipeline.session import Session, check_settings
 from stepdpo_trl.pipeline.stage_directory import read_times
 from stepdpo_trl.pipeline.summary import Summary, costs_of, summarize, table_of
@@ -648,11 +649,12 @@ def served(port, **options):
 
 
 def test_a_run_remembers_its_server(tmp_path, checker, caplog, monkeypatch):
-    """Its address is used by later stages, replaced by --base-url, and not published."""
+    """Its address is used by later stages, replaced by --base-url without the other settings, and not published."""
     monkeypatch.setenv("SERVER_KEY", "sk-secret")
     options = {"max_concurrent_requests": 7, "api_key_env": "SERVER_KEY"}
     first, moved, second = Student(), Student(), Student()
-    session = Session({served(1, **options): first, served(2, **options): moved, served(3): second}, checker)
+    students = {served(port, **options): student for port, student in enumerate((first, moved, second), 1)}
+    session = Session(students, checker)
     collect = ("drawn", STEP_PROMPTS["plain"], SAMPLING)
     session.collect(tmp_path, draw_records(8), collect[0], served(1, **options), *collect[1:])
     session.localize(tmp_path, "rollout", JudgeOptions())
@@ -660,7 +662,7 @@ def test_a_run_remembers_its_server(tmp_path, checker, caplog, monkeypatch):
     caplog.clear()
     session.rectify(tmp_path, num_corrections=3, model={"backend": "openai", "base_url": "http://localhost:3/v1"})
     assert second.asked
-    assert "using the server" not in caplog.text
+    assert f"{tmp_path}: using the server at http://localhost:3/v1 instead of http://localhost:1/v1.\n" in caplog.text
     session.collect(tmp_path, draw_records(8), collect[0], served(2, **options), *collect[1:])
     session.rectify(tmp_path, num_corrections=4, max_attempts=30)
     assert moved.asked
@@ -668,6 +670,49 @@ def test_a_run_remembers_its_server(tmp_path, checker, caplog, monkeypatch):
     assert "sk-secret" not in "".join(records(tmp_path).values())
     assert "localhost" not in write_card(summarize([tmp_path]), make_record("pairs.jsonl", [], {}), None)
     assert "localhost" not in render_report(summarize([tmp_path]), None)
+
+
+NOT_SENT = " The API key in SERVER_KEY is not sent to this host, unless you pass --api-key-env SERVER_KEY."
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "expected", "said"),
+    [
+        ({"base_url": "http://a:9/v1"}, {}, ("SERVER_KEY", 7), ""),
+        ({"base_url": "http://A:1/v1"}, {}, ("SERVER_KEY", 7), ""),
+        ({"base_url": "http://b:1/v1"}, {}, ("OPENAI_API_KEY", 7), NOT_SENT),
+        ({"base_url": "https://a:1/v1"}, {}, ("OPENAI_API_KEY", 7), NOT_SENT),
+        (
+            {"base_url": "http://b:1/v1"},
+            {"OPENAI_API_KEY": "sk-other"},
+            ("OPENAI_API_KEY", 7),
+            f"{NOT_SENT} The API key in OPENAI_API_KEY is sent to it.",
+        ),
+        ({"base_url": "http://b:1/v1", "api_key_env": "SERVER_KEY"}, {}, ("SERVER_KEY", 7), ""),
+        ({"base_url": "http://b:1/v1", "max_concurrent_requests": 3}, {}, ("OPENAI_API_KEY", 3), NOT_SENT),
+        ({"base_url": "http://a:1/v1"}, {}, ("SERVER_KEY", 7), None),
+        ({"max_concurrent_requests": 3}, {}, ("SERVER_KEY", 3), None),
+    ],
+)
+def test_settings_of_a_server_at_another_address(
+    tmp_path, checker, caplog, monkeypatch, changes, environment, expected, said
+):
+    """They are kept. Only the key is for the host that it was passed for."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, key in {"SERVER_KEY": "sk-secret", **environment}.items():
+        monkeypatch.setenv(name, key)
+    model = ModelSpec("m", "openai", "http://a:1/v1", max_concurrent_requests=7, api_key_env="SERVER_KEY")
+    session = Session({model: Student()}, checker)
+    session.collect(tmp_path, draw_records(1), "drawn", model, STEP_PROMPTS["plain"], SAMPLING)
+    caplog.clear()
+    with RunDirectory(tmp_path) as run:
+        found = model_of_run(run, {"backend": "openai", **changes})
+    assert (found.api_key_env, found.max_concurrent_requests) == expected
+    assert found.base_url == changes.get("base_url", "http://a:1/v1")
+    address = f"using the server at {found.base_url} instead of http://a:1/v1."
+    assert [record.message for record in caplog.records if "instead of" in record.message] == (
+        [] if said is None else [f"{tmp_path}: {address}{said}"]
+    )
 
 
 def test_a_key_passed_as_the_name_of_its_variable_is_not_kept(tmp_path, checker):

@@ -1,5 +1,7 @@
 """Tasks, streaming services and rounds, with services that answer in a given order."""
 
+import math
+import queue
 import random
 import threading
 import time
@@ -12,10 +14,11 @@ from stepdpo_trl.data.answers import Check
 from stepdpo_trl.generation import Completion, Request, Sampling
 from stepdpo_trl.runs import scheduler
 from stepdpo_trl.runs.log import Log
+from stepdpo_trl.runs.progress import ProgressLines
 from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner
-from stepdpo_trl.runs.scheduler import StreamingService
 from stepdpo_trl.runs.tasks import Ask, CheckRequest, RecordedChecks, RecordedModel, run_tasks
+from stepdpo_trl.runs.workers import StreamingService, Workers
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Service(StreamingService):
     def __init__(self, wait=lambda key: None, threads=4):
         self.wait, self.threads = wait, threads
         self.kept, self.sent, self.lock = {}, [], threading.Lock()
+        self.answered = 0
 
     def stored(self, request):
         return self.kept.get(request.key)
@@ -41,6 +45,7 @@ class Service(StreamingService):
         return [request.key for request in requests]
 
     def keep(self, replies):
+        self.answered += len(replies)
         self.kept.update((request.key, reply) for request, reply in replies)
         return {request.key: reply for request, reply in replies}
 
@@ -114,6 +119,80 @@ def test_a_limited_number_of_tasks_is_active(monkeypatch):
     assert most == 8
 
 
+def test_requests_are_answered_in_order():
+    """By their order, and those of the same order as submitted."""
+    blocked = threading.Event()
+    service = Service(lambda key: blocked.wait(10), threads=1)
+    workers = Workers(service, queue.SimpleQueue())
+    for number, order in enumerate((0.0, 3.0, math.inf, 1.0, 3.0, 2.0, math.inf)):
+        workers.submit(Item(str(number)), order)
+        while not service.sent:  # the first one is taken at once
+            time.sleep(0.001)
+    blocked.set()
+    workers.close()
+    while len(workers.arrived) < 7:
+        time.sleep(0.001)
+    assert service.sent == ["0", "3", "5", "1", "4", "2", "6"]
+
+
+def paced(tasks, threads):
+    """Run tasks. No thread starts a request before all answers have been used. Return the service and the ends."""
+    used, ended = 0, []
+
+    def progress(number, stored):
+        nonlocal used
+        used = used if number else len(service.kept)
+        ended.extend([len(service.kept)] * number)
+
+    def wait(key):
+        while used < len(service.sent) - threads:
+            time.sleep(0)
+
+    service = Service(wait, threads)
+    list(run_tasks(tasks, {"s": service}, progress))
+    return service, ended
+
+
+def test_progress_is_steady():
+    """After half of the answers, about half of the tasks have ended. If they took turns, all would end late."""
+    rng = random.Random(0)
+    service, ended = paced([chain(str(number), rng.randrange(6, 9)) for number in range(200)], 4)
+    share = [sum(number <= part * len(service.kept) for number in ended) / 200 for part in (0.25, 0.5, 0.75)]
+    assert share == pytest.approx([0.25, 0.5, 0.75], abs=0.1)
+
+
+def test_the_last_tasks_take_turns():
+    """The very last one starts before the others of them go on, so that all threads are used until the end."""
+    service, _ = paced([chain(str(number), 3) for number in range(100)], 4)
+    first = service.sent.index("99/0")
+    assert all(service.sent.index(f"{number}/2") > first for number in range(76, 100))  # of the last 32
+    assert all(service.sent.index(f"{number}/2") < first for number in range(60))
+
+
+def test_few_results_wait_for_a_hung_task(monkeypatch):
+    """Others start until four windows are ahead of it. Their results are in memory."""
+    monkeypatch.setattr(scheduler, "WINDOW", 4)
+    monkeypatch.setattr(scheduler, "TASKS_PER_THREAD", 1)
+    most = 4 * scheduler.AHEAD
+    release, ended, started = threading.Event(), [], []
+
+    def progress(number, stored):
+        ended.extend(range(number))
+        if len(ended) == most - 1:  # all but the first one
+            threading.Timer(0.1, release.set).start()
+
+    def task(number):
+        started.append(number)
+        return (yield from chain(str(number), 1))
+
+    service = Service(lambda key: release.wait(10) if key == "0/0" else None)
+    results = run_tasks(map(task, range(60)), {"s": service}, progress)
+    assert next(results) == ["0/0"]
+    assert len(started) == most
+    assert len(list(results)) == 59
+    assert len(started) == 60
+
+
 def test_answers_in_flight_are_kept_after_an_error():
     started = threading.Barrier(4)
 
@@ -160,6 +239,31 @@ def test_a_checker_that_is_slow_does_not_delay_the_model(tmp_path):
     services = {"s": model, "check": RecordedChecks(Checker(), Log(tmp_path / "checks.jsonl"))}
     assert list(run_tasks(map(task, range(40)), services)) == ["right"] * 40
     assert list(Log(tmp_path / "checks.jsonl")) == [f"c{n}" for n in range(40)]  # in the order of the requests
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_an_interrupted_run_stores_no_failed_check(tmp_path, failed):
+    """A signal to all processes ends those of the checker too, which is no result of checking."""
+    checked = threading.Event()
+
+    class Checker:
+        def check(self, solutions, checker, stop):
+            checked.set()
+            assert stop.wait(10)
+            return [Check("unreadable", reason="the checking process died", failed=failed) for _ in solutions]
+
+    def task():
+        yield Ask("check", (CheckRequest("0", {"answer": ""}, ""),))
+
+    def tasks():
+        yield task()
+        assert checked.wait(10)
+        raise KeyboardInterrupt
+
+    services = {"check": RecordedChecks(Checker(), Log(tmp_path / "checks.jsonl"))}
+    with pytest.raises(KeyboardInterrupt):
+        list(run_tasks(tasks(), services))
+    assert list(Log(tmp_path / "checks.jsonl")) == ([] if failed else ["0"])
 
 
 class LocalModel:
@@ -230,14 +334,14 @@ def test_tasks_end_while_a_round_is_generated(tmp_path):
         def generate(self, requests, sampling, done):
             for part in super().generate(requests, sampling, done):
                 yield part
-                ended.append(sum(counts))
+                ended.append(sum(number for number, _ in counts))
 
     def task(number):
         yield Ask("model", (Request(str(number), "", 0),))
 
     counts = []
     services = {"model": RecordedModel(Model(), Sampling(), Log(tmp_path / "log.jsonl"), "stage")}
-    list(run_tasks(map(task, range(12)), services, counts.append))
+    list(run_tasks(map(task, range(12)), services, lambda *ended: counts.append(ended)))
     assert ended == [4, 8, 12]
 
 
@@ -275,3 +379,63 @@ def test_progress(tmp_path, monkeypatch):
     assert sum(entry for entry in shown if isinstance(entry, int)) == 9
     assert all(postfix["tokens/s"] > 0 for postfix in shown[2:-1] if isinstance(postfix, dict))
     assert shown[-1] == {"right": 9}
+
+
+def flags(tasks, services):
+    """Run tasks, and return for each, in the order of their ends, whether it needed stored replies only."""
+    found = []
+    list(run_tasks(tasks, services, lambda number, stored: found.extend([stored] * number)))
+    return found
+
+
+def test_stored_tasks_are_told_from_new_ones(tmp_path):
+    """Only those before the first answer of this process: later ones are spread over the rest of the stage."""
+    service = Service(threads=1)
+    assert flags((chain(str(number), 2) for number in range(3)), {"s": service}) == [False] * 3
+    service = Service(threads=1)
+    service.kept = {f"{number}/{step}": "" for number in (0, 1, 2, 5) for step in range(2)}
+    assert flags((chain(str(number), 2) for number in range(6)), {"s": service}) == [True] * 4 + [False] * 2
+    assert flags([chain("none", 0)], {"s": Service()}) == [False]  # needs no answer, and is worked on here
+
+    def task(number):
+        yield Ask("model", (Request(str(number), "", 0),))
+
+    def model():
+        return {"model": RecordedModel(LocalModel(), Sampling(), Log(tmp_path / "log.jsonl"), "stage")}
+
+    assert flags(map(task, range(5)), model()) == [False] * 5
+    assert flags(map(task, range(8)), model()) == [True] * 5 + [False] * 3
+
+
+def test_a_resumed_run_shows_its_own_rate(tmp_path, monkeypatch):
+    """The bar starts with the tasks of the earlier process, whose time does not count either."""
+    now, shown = [100.0], []
+    monkeypatch.setattr("stepdpo_trl.runs.runner.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("stepdpo_trl.runs.runner._SECONDS_BETWEEN_REDRAWS", 0.0)
+
+    class Bar(ProgressLines):
+        def set_postfix(self, values):
+            shown.append((self._line(), values.get("tokens/s")))
+
+    monkeypatch.setattr("stepdpo_trl.runs.runner.progress_bar", lambda **given: Bar(**given, disable=False))
+
+    class Slow(Service):
+        tokens = 0
+
+        def keep(self, replies):
+            now[0] += 5 * len(replies)
+            self.tokens += 1000 * len(replies)
+            return super().keep(replies)
+
+    def tasks():
+        for number in range(100):
+            now[0] += 1 if number < 60 else 0  # reading is slow
+            yield chain(str(number), 1)
+
+    service = Slow(threads=1)
+    service.kept = {f"{number}/0": "" for number in range(60)}
+    with RunDirectory(tmp_path) as run:
+        assert len(list(TaskRunner(run, "stage", {"s": service}).results(tasks(), 100, "items", {}))) == 100
+    assert shown[59] == ("stage: 60/100 items, 0 s", None)
+    assert shown[-2] == ("stage: 100/100 items, 3 min, 12/min, 0 s left", 200)

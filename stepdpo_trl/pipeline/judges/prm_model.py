@@ -158,6 +158,7 @@ class RecordedPRM:
 
     def __init__(self, model: ProcessRewardModel, log: Log) -> None:
         self.model, self.log = model, log
+        self.answered = 0  # requests of this process
 
     def answer(self, requests: Sequence[PRMRequest]) -> dict[str, dict[str, Any]]:
         """
@@ -176,4 +177,5 @@ class RecordedPRM:
             batch = todo[start : start + size]
             scores = self.model.score([(request.problem, request.steps) for request in batch])
             self.log.extend((request.key, {"scores": each}) for request, each in zip(batch, scores, strict=True))
+            self.answered += len(batch)
         return {request.key: self.log[request.key] for request in requests}
