@@ -51,6 +51,7 @@ class StageScoring(DPOTrainer):
     stage: Stage | None = None
     reference: ModelReference | AdapterReference | ScoredReference
     _eval_data: Any = None  # `eval_dataset` without scores
+    _loader: Any = None  # of the current stage
 
     def _start_id(self, stage: Stage) -> str:
         """Return the id of the start of a stage. It changes if training resumes from an earlier checkpoint."""
@@ -121,6 +122,7 @@ class StageScoring(DPOTrainer):
         return scores
 
     def _map_eval(self, function: Callable[[str, Dataset], Dataset]) -> None:
+        self._stop_workers()
         self.__dict__.pop("_eval_dataloaders", None)  # persistent workers would keep the previous scores
         if isinstance(self._eval_data, dict):
             self.eval_dataset = {name: function(f"eval-{name}", data) for name, data in self._eval_data.items()}
@@ -163,7 +165,32 @@ class StageScoring(DPOTrainer):
         if self.sdpo is not None and self.reference.kind == "scores" and self.stage is None:
             size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             self._map_eval(lambda name, data: super(StageScoring, self)._precompute_ref_logps(data, name, size))
-        return super().evaluate(*args, **kwargs)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self.sdpo is not None and not self.is_in_train:
+                self._stop_workers()
+
+    def _stop_workers(self) -> None:
+        """Stop the persistent workers of all data loaders."""
+        for loader in (self._loader, *getattr(self, "_eval_dataloaders", {}).values()):
+            stop_workers(loader)
+
+
+def stop_workers(loader: Any) -> None:
+    """
+    Stop the persistent workers of a data loader.
+
+    Torch does so when a data loader is deleted, but waits five seconds for each worker if the garbage collector deletes
+    it, as it does here: the callback refers to the trainer. The loaders of earlier stages would even live as long as
+    the accelerator.
+
+    Args:
+        loader (`DataLoader`, *optional*):
+            Data loader of accelerate. It starts new workers if it is used again.
+    """
+    if loader is not None:
+        loader.base_dataloader._iterator = None
 
 
 def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
