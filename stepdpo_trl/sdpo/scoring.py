@@ -218,7 +218,7 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
         num_workers=trainer.args.dataloader_num_workers,
         pin_memory=trainer.args.dataloader_pin_memory,
     )
-    parts = []
+    scores, scored = np.empty((2, len(dataset)), np.float32), 0
     # A run that resumes after the scoring must see the same random numbers
     with _preserve_random_state(), _scoring_model(trainer) as model:
         for batch in tqdm(
@@ -227,8 +227,10 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         ):
             logps = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(model, batch))
-            parts.append(torch.stack(logps).float().cpu())
-    return torch.cat(parts, dim=1).numpy()[:, np.argsort(order)]
+            end = scored + len(logps[0])
+            scores[:, order[scored:end]] = torch.stack(logps).float().cpu().numpy()
+            scored = end
+    return scores
 
 
 def with_scores(dataset: Dataset, scores: np.ndarray) -> Dataset:

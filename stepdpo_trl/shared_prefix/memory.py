@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PretrainedConfig, TrainerCallback
 
+from .columns import list_lengths
 from .support import has_images
 
 logger = get_logger(__name__)
@@ -56,8 +57,7 @@ def count_tokens(dataset: Dataset) -> np.ndarray:
     Returns:
         `np.ndarray`: Number of tokens, of shape `(rows,)`.
     """
-    columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    return np.sum([[len(ids) for ids in column] for column in columns], axis=0)
+    return np.sum([list_lengths(dataset, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")], axis=0)
 
 
 def most_tokens(trainer: Any) -> int | None:

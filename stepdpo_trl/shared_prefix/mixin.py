@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PretrainedConfig
 
+from .columns import numbers
 from .forward import share_prefixes
 from .memory import CheckpointingAdvice, count_tokens
 from .support import decoder, encodes_images_once, why_not_shared
@@ -178,7 +179,7 @@ class PrefixSharing(DPOTrainer):
         order = longest_first(dataset)
         scored = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
         for column in (column for column in scored.column_names if column not in dataset.column_names):
-            dataset = dataset.add_column(column, np.array(scored[column])[np.argsort(order)])
+            dataset = dataset.add_column(column, numbers(scored, column)[np.argsort(order)])
         return dataset
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -10,6 +11,7 @@ from trl import DPOConfig
 
 from .. import __version__
 from ..data.schema import has_images
+from ..shared_prefix.columns import numbers
 from .config import STEP_OPTIONS, StepDPOConfig
 from .tokenization import StepTokenizer
 from .vision import VisionStepTokenizer, image_placeholder
@@ -94,7 +96,7 @@ def prepare_step_dataset(
             unchanged = [name for name in dataset.column_names if name not in encoded.column_names]
             encoded = concatenate_datasets([dataset.select_columns(unchanged), encoded], axis=1)
         dataset = encoded
-        overlong = sum(tokens > 0 for tokens in dataset["overlong"])
+        overlong = np.count_nonzero(numbers(dataset, "overlong"))
         if overlong and encode.overlong_prefix == "drop":
             dataset = dataset.filter(_fits, input_columns="overlong", desc=f"Dropping overlong rows from {where}")
     if overlong:
