@@ -181,9 +181,9 @@ def stop_workers(loader: Any) -> None:
     """
     Stop the persistent workers of a data loader.
 
-    Torch does so when a data loader is deleted, but waits five seconds for each worker if the garbage collector deletes
-    it, as it does here: the callback refers to the trainer. The loaders of earlier stages would even live as long as
-    the accelerator.
+    Torch does so when a data loader is deleted. It waits five seconds for each worker if the garbage collector deletes
+    the loader, as it does here, since trainer and callback refer to each other. The loaders of earlier stages would
+    live as long as the accelerator.
 
     Args:
         loader (`DataLoader`, *optional*):

@@ -85,7 +85,10 @@ def large_dataset(rows):
         {
             "prompt": [f"problem number {row // 2}" for row in range(rows)],
             "stage": [f"stage {row % 2}" for row in range(rows)],
-            **{f"{name}_ids": [[1000 + row % 7] * 3 for row in range(rows)] for name in ("prompt", "chosen", "rejected")},
+            **{
+                f"{name}_ids": [[1000 + row % 7] * 3 for row in range(rows)]
+                for name in ("prompt", "chosen", "rejected")
+            },
         }
     )
 
