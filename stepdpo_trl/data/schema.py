@@ -180,13 +180,13 @@ def check_columns(columns: Iterable[str], where: str) -> None:
             hint = f" Rename the nearest column, {nearest[0]!r}, if it contains this data." if nearest else ""
             raise ValueError(f"Column `{required}` is missing from {where}, which has {sorted(columns)}.{hint}")
     for column in columns:
-        nearest = _nearest_optional(column)
-        if nearest and column not in OPTIONAL_COLUMNS:
-            raise ValueError(f"Column `{column}` of {where} is unknown. Did you mean `{nearest}`? Rename it.")
+        similar = _similar_optional(column)
+        if similar and column not in OPTIONAL_COLUMNS:
+            raise ValueError(f"Column `{column}` of {where} is unknown. Did you mean `{similar}`? Rename it.")
 
 
 @cache  # this takes a tenth of the tokenization of a row otherwise
-def _nearest_optional(column: str) -> str | None:
+def _similar_optional(column: str) -> str | None:
     return next(iter(get_close_matches(column, OPTIONAL_COLUMNS, n=1, cutoff=0.9)), None)
 
 

@@ -133,7 +133,7 @@ class StepDPOConfig(DPOConfig):
         default=None,
         metadata={"help": "Arguments for activation checkpointing, such as use_reentrant."},
     )
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # None tells which name was set
         default=None,
         metadata={"help": "Older name of `activation_checkpointing`.", "nargs": "?", "const": True},
     )
