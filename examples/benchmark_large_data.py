@@ -252,6 +252,8 @@ def main() -> None:
     parser.add_argument("--dpo_rows", type=int, default=100_000, help="most rows for DPOTrainer (%(default)s)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.rows) < 100:
+        parser.error(f"--rows contains {min(args.rows)}, but must be at least 100.")
     if args.measure:
         name, rows, folder, work = args.measure
         print(json.dumps(measure(name, int(rows), Path(folder), work)))
