@@ -12,7 +12,8 @@ WHEELS := accelerate antlr4-python3-runtime anyio click datasets dill filelock f
 
 VERSIONS := oldest newest py312 py313
 
-.PHONY: help quickstart test test-all test-fast test-versions $(VERSIONS:%=test-%) fuzz browser bench bench-gpu wheels lint format dist clean
+.PHONY: help quickstart test test-all test-fast test-versions $(VERSIONS:%=test-%) fuzz browser \
+	bench bench-long bench-data bench-gpu wheels lint format dist clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +51,12 @@ browser: $(VENV)/.test  ## Install Chromium and what tests/pipeline/test_human.p
 bench: $(VENV)/.core  ## Compare the throughput with DPOTrainer on this CPU (15 minutes on two cores)
 	mkdir -p build
 	$(BIN)/python examples/benchmark_throughput.py --all --rounds 3 --steps 1 --json build/bench.json
+
+bench-long: $(VENV)/.core  ## Train 2,000 updates in nine settings: memory, speed, files and processes left (half an hour)
+	$(BIN)/python examples/benchmark_long_run.py
+
+bench-data: $(VENV)/.core  ## Prepare a million pairs, and fewer with DPOTrainer too: speed and memory (two hours)
+	$(BIN)/python examples/benchmark_large_data.py
 
 # The wheels come first in PYTHONPATH, so other versions installed on the machine do not matter
 bench-gpu: | build/wheels  ## Run bench for 7B parameters on a GPU with 80 GB (needs torch; no network after `make wheels`)

@@ -81,7 +81,7 @@ def main() -> None:
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             precompute_ref_log_probs=True,
-            gradient_checkpointing=False,  # a model of this size does not need it
+            activation_checkpointing=False,  # a model of this size does not need it
             bf16=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,

@@ -87,7 +87,7 @@ def main() -> None:
             warmup_steps=0.1,
             max_length=None,
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_strategy="no",
             save_strategy="no",

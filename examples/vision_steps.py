@@ -304,7 +304,7 @@ def main() -> None:
             num_train_epochs=args.epochs,
             per_device_train_batch_size=32,
             precompute_ref_log_probs=True,  # no second model in memory
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             use_cpu=True,
             seed=args.seed,

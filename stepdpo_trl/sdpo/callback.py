@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate.logging import get_logger
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -224,12 +225,13 @@ def _warn_about_stages(stages: list[Stage]) -> None:
     """Warn if there is a single stage, or if stages share rows."""
     if len(stages) == 1:
         logger.warning(f"There is only one stage, {stages[0].name!r}, which is the same as plain DPO.")
-    seen: dict[bytes, Stage] = {}
-    for stage in stages:
-        earlier = [first for first in (seen.setdefault(row, stage) for row in stage.digests) if first is not stage]
-        if earlier:
+    for stage in stages[1:]:
+        seen = np.concatenate([earlier.digests for earlier in stages[: stage.number - 1]])
+        shared = stage.digests[np.isin(stage.digests, seen)]
+        if len(shared):
+            first = next(earlier for earlier in stages if shared[0] in earlier.digests)
             logger.warning(
-                f"{len(earlier)} rows of stage {stage.number} ({stage.name!r}) are also in an earlier stage (the "
-                f"first of them in {earlier[0].name!r}), so the reference of stage {stage.number} will have been "
+                f"{len(shared)} rows of stage {stage.number} ({stage.name!r}) are also in an earlier stage (the "
+                f"first of them in {first.name!r}), so the reference of stage {stage.number} will have been "
                 "trained on them. Remove them from one of the stages."
             )

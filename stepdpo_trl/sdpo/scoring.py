@@ -51,6 +51,7 @@ class StageScoring(DPOTrainer):
     stage: Stage | None = None
     reference: ModelReference | AdapterReference | ScoredReference
     _eval_data: Any = None  # `eval_dataset` without scores
+    _loader: Any = None  # of the current stage
 
     def _start_id(self, stage: Stage) -> str:
         """Return the id of the start of a stage. It changes if training resumes from an earlier checkpoint."""
@@ -121,6 +122,7 @@ class StageScoring(DPOTrainer):
         return scores
 
     def _map_eval(self, function: Callable[[str, Dataset], Dataset]) -> None:
+        self._stop_workers()
         self.__dict__.pop("_eval_dataloaders", None)  # persistent workers would keep the previous scores
         if isinstance(self._eval_data, dict):
             self.eval_dataset = {name: function(f"eval-{name}", data) for name, data in self._eval_data.items()}
@@ -163,7 +165,32 @@ class StageScoring(DPOTrainer):
         if self.sdpo is not None and self.reference.kind == "scores" and self.stage is None:
             size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             self._map_eval(lambda name, data: super(StageScoring, self)._precompute_ref_logps(data, name, size))
-        return super().evaluate(*args, **kwargs)
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self.sdpo is not None and not self.is_in_train:
+                self._stop_workers()
+
+    def _stop_workers(self) -> None:
+        """Stop the persistent workers of all data loaders."""
+        for loader in (self._loader, *getattr(self, "_eval_dataloaders", {}).values()):
+            stop_workers(loader)
+
+
+def stop_workers(loader: Any) -> None:
+    """
+    Stop the persistent workers of a data loader.
+
+    Torch does so when a data loader is deleted. It waits five seconds for each worker if the garbage collector deletes
+    the loader, as it does here, since trainer and callback refer to each other. The loaders of earlier stages would
+    live as long as the accelerator.
+
+    Args:
+        loader (`DataLoader`, *optional*):
+            Data loader of accelerate. It starts new workers if it is used again.
+    """
+    if loader is not None:
+        loader.base_dataloader._iterator = None
 
 
 def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> np.ndarray:
@@ -191,7 +218,7 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
         num_workers=trainer.args.dataloader_num_workers,
         pin_memory=trainer.args.dataloader_pin_memory,
     )
-    parts = []
+    scores, scored = np.empty((2, len(dataset)), np.float32), 0
     # A run that resumes after the scoring must see the same random numbers
     with _preserve_random_state(), _scoring_model(trainer) as model:
         for batch in tqdm(
@@ -200,8 +227,10 @@ def reference_logps(trainer: Any, dataset: Dataset, name: str, batch_size: int) 
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         ):
             logps = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(model, batch))
-            parts.append(torch.stack(logps).float().cpu())
-    return torch.cat(parts, dim=1).numpy()[:, np.argsort(order)]
+            end = scored + len(logps[0])
+            scores[:, order[scored:end]] = torch.stack(logps).float().cpu().numpy()
+            scored = end
+    return scores
 
 
 def with_scores(dataset: Dataset, scores: np.ndarray) -> Dataset:

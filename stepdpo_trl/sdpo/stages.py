@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
+from ..shared_prefix.columns import hashes, rows_by_value
+
 STAGE_COLUMN = "stage"
 # Options that a stage may override; the defaults are the training arguments of the same name
 STAGE_OPTIONS = ("beta", "learning_rate", "num_train_epochs")
@@ -48,7 +50,7 @@ class Stage:
     beta: float
     learning_rate: float
     num_train_epochs: float
-    digests: list[bytes] = field(init=False, repr=False)  # one hash per row
+    digests: np.ndarray = field(init=False, repr=False, compare=False)  # one 64-bit hash per row
     # Updates are optimizer steps, counted as in `global_step`; batches are per epoch and process
     first_epoch: int = field(init=False, default=0)
     epochs: int = field(init=False, default=0)
@@ -86,19 +88,15 @@ class StageCallback(Protocol):
         """Return the instance that the trainer calls."""
 
 
-def combine_digests(digests: list[bytes]) -> str:
+def combine_digests(digests: np.ndarray) -> str:
     """Combine the hashes of rows, in order, into one."""
-    return hashlib.blake2b(b"".join(digests), digest_size=8).hexdigest()
+    return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
 
 
-def row_digests(dataset: Dataset) -> list[bytes]:
-    """Hash the contents of each row."""
-    columns = next(([*names] for names in ROW_COLUMNS if set(names) <= set(dataset.column_names)), None)
-    digests = []
-    for batch in dataset.select_columns(columns or dataset.column_names).iter(batch_size=1000):
-        rows = zip(*batch.values(), strict=True)
-        digests += [hashlib.blake2b(repr(row).encode(), digest_size=8).digest() for row in rows]
-    return digests
+def row_digests(dataset: Dataset) -> np.ndarray:
+    """Hash the contents of each row to 64 bits."""
+    columns = next((names for names in ROW_COLUMNS if set(names) <= set(dataset.column_names)), None)
+    return hashes(dataset, columns or dataset.column_names)
 
 
 def join_stages(stages: Any) -> Dataset:
@@ -196,15 +194,12 @@ def find_stages(dataset: Any, fractions: Sequence[float] | None = None) -> dict[
     dataset = dataset.with_format(None)  # Python values instead of tensors
     if fractions is not None:
         return _number(_cut(dataset, range(len(dataset)), fractions))
-    values = dataset.select_columns(STAGE_COLUMN)[:][STAGE_COLUMN]  # without decoding images
-    if any(value is None for value in values):
-        raise ValueError(f"Row {values.index(None)} has no value in the column `{STAGE_COLUMN}`. Fix or remove it.")
-    names = list(dict.fromkeys(values))
+    rows = rows_by_value(dataset, STAGE_COLUMN)
+    if None in rows:
+        raise ValueError(f"Row {rows[None][0]} has no value in the column `{STAGE_COLUMN}`. Fix or remove it.")
+    names = [*rows]
     if all(isinstance(name, (int, float)) for name in names):
         names.sort()
-    rows: dict[Any, list[int]] = {name: [] for name in names}
-    for index, value in enumerate(values):
-        rows[value].append(index)
     return {str(name): dataset.select(rows[name]) for name in names}
 
 
@@ -265,7 +260,7 @@ def split_stages(
         raise ValueError(
             f"source_column={source_column!r} is not a column of the dataset. Use one of {dataset.column_names}."
         )
-    sources = _rows_by_source(dataset, source_column)
+    sources = {"": np.arange(len(dataset))} if source_column is None else rows_by_value(dataset, source_column)
     if how == "stratified":
         return _number(_stratified(dataset, sources, _require(fractions, "fractions", how), seed))
 
@@ -277,7 +272,7 @@ def split_stages(
         raise ValueError(f"`gamma` of row {row} is {margins[row]}. Fix or remove the row.")
     if source_column is None:
         order = np.argsort(-margins, kind="stable")
-        return _number(_cut(dataset, order.tolist(), _require(fractions, "fractions", how)))
+        return _number(_cut(dataset, order, _require(fractions, "fractions", how)))
     if by not in ("reward_accuracy", "gamma"):
         raise ValueError(f"Unknown order {by!r}. `by` must be 'reward_accuracy' or 'gamma'.")
     if fractions is not None:
@@ -299,15 +294,6 @@ def _number(parts: list[Dataset]) -> dict[str, Dataset]:
     return {str(number): part for number, part in enumerate(parts, start=1)}
 
 
-def _rows_by_source(dataset: Dataset, column: str | None) -> dict[Any, list[int]]:
-    if column is None:
-        return {"": list(range(len(dataset)))}
-    sources: dict[Any, list[int]] = {}
-    for index, source in enumerate(dataset.select_columns(column)[:][column]):
-        sources.setdefault(source, []).append(index)
-    return sources
-
-
 def check_fractions(fractions: Sequence[float]) -> None:
     """
     Check that fractions are positive and sum to 1.
@@ -325,7 +311,7 @@ def _bounds(number: int, fractions: Sequence[float]) -> list[int]:
     return [round(number * float(total)) for total in np.cumsum(fractions)]
 
 
-def _cut(dataset: Dataset, order: Sequence[int], fractions: Sequence[float]) -> list[Dataset]:
+def _cut(dataset: Dataset, order: range | np.ndarray, fractions: Sequence[float]) -> list[Dataset]:
     ends = _bounds(len(order), fractions)
     starts = [0, *ends[:-1]]
     for number, (start, end) in enumerate(zip(starts, ends, strict=True), start=1):
@@ -338,19 +324,18 @@ def _cut(dataset: Dataset, order: Sequence[int], fractions: Sequence[float]) -> 
 
 
 def _stratified(
-    dataset: Dataset, sources: dict[Any, list[int]], fractions: Sequence[float], seed: int
+    dataset: Dataset, sources: dict[Any, np.ndarray], fractions: Sequence[float], seed: int
 ) -> list[Dataset]:
     random = np.random.default_rng(seed)
-    stages: list[list[int]] = [[] for _ in fractions]
+    stage_of_row = np.empty(len(dataset), np.int64)
     for rows in sources.values():
-        shuffled = random.permutation(rows).tolist()
-        ends = _bounds(len(rows), fractions)
-        for stage, start, end in zip(stages, [0, *ends[:-1]], ends, strict=True):
-            stage += shuffled[start:end]
-    if not all(stages):
-        number = stages.index([]) + 1
-        raise ValueError(
-            f"Stage {number} is empty: its fraction {fractions[number - 1]} of each source rounds to 0 rows. Increase "
-            "the fraction."
-        )
-    return [dataset.select(sorted(stage)) for stage in stages]
+        sizes = np.diff(_bounds(len(rows), fractions), prepend=0)
+        stage_of_row[random.permutation(rows)] = np.repeat(np.arange(len(sizes)), sizes)
+    stages = [np.flatnonzero(stage_of_row == number) for number in range(len(fractions))]
+    for number, (rows, fraction) in enumerate(zip(stages, fractions, strict=True), start=1):
+        if not len(rows):
+            raise ValueError(
+                f"Stage {number} is empty: its fraction {fraction} of each source rounds to 0 rows. Increase the "
+                "fraction."
+            )
+    return [dataset.select(rows) for rows in stages]

@@ -27,7 +27,7 @@ from .files import (
     stage_folder,
 )
 from .restart import clear_optimizer_state, reset_best_metric, set_scheduler_step
-from .scoring import StageScoring
+from .scoring import StageScoring, stop_workers
 from .stages import Stage
 
 logger = get_logger(__name__)
@@ -63,6 +63,14 @@ class StagedTraining(StageScoring):
         if callback not in self.callback_handler.callbacks:
             self.add_callback(callback)
         self._plan_stages()
+        try:
+            return super().train(self._find_start(resume_from_checkpoint), *args, **kwargs)
+        finally:
+            self._stop_workers()
+
+    def _find_start(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint that training resumes from, if any, after restoring the stage that it is in."""
+        assert self.sdpo is not None
         if not resume_from_checkpoint:
             if self.stage is not None:
                 raise RuntimeError(
@@ -70,7 +78,7 @@ class StagedTraining(StageScoring):
                     "a new trainer, or pass `resume_from_checkpoint`."
                 )
             self.sdpo.record = {"ids": [], **self._describe_run()}
-            return super().train(None, *args, **kwargs)
+            return None
         path, state = self._on_main_process(lambda: find_checkpoint(self._output_dir, resume_from_checkpoint))
         self.sdpo.record = check_record(path, state, self._describe_run())
         stage = self._stage_at(state["global_step"])
@@ -82,7 +90,7 @@ class StagedTraining(StageScoring):
         self.stage = None
         if stage.first_update < state["global_step"]:
             self._restore_stage(stage)
-        return super().train(str(path), *args, **kwargs)
+        return str(path)
 
     def _plan_stages(self) -> None:
         """Compute the batches, optimizer steps and epochs of each stage."""
@@ -239,6 +247,7 @@ class StagedTraining(StageScoring):
             self._restore_scores(stage)
 
     def _create_loader(self) -> None:
+        stop_workers(self._loader)
         self._loader = self.get_train_dataloader()
         self.callback_handler.train_dataloader = self._loader
 

@@ -8,12 +8,17 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
 
+from .columns import list_lengths
 from .support import has_images
 
 logger = get_logger(__name__)
 
+# Option of training arguments, which transformers 5.23 has renamed
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 MARGIN = 1.3  # required ratio of free to estimated memory
 
 
@@ -56,8 +61,7 @@ def count_tokens(dataset: Dataset) -> np.ndarray:
     Returns:
         `np.ndarray`: Number of tokens, of shape `(rows,)`.
     """
-    columns = [dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    return np.sum([[len(ids) for ids in column] for column in columns], axis=0)
+    return np.sum([list_lengths(dataset, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")], axis=0)
 
 
 def most_tokens(trainer: Any) -> int | None:
@@ -108,7 +112,7 @@ class CheckpointingAdvice(TrainerCallback):
     def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
         """Log the advice after the first update."""
         trainer, self.trainer = self.trainer, None
-        tokens = most_tokens(trainer) if trainer is not None and args.gradient_checkpointing else None
+        tokens = most_tokens(trainer) if trainer is not None and getattr(args, CHECKPOINTING) else None
         if tokens is None:
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -123,5 +127,5 @@ class CheckpointingAdvice(TrainerCallback):
         logger.warning(
             f"Gradient checkpointing is enabled but may not be needed. Without it, the activations of the largest "
             f"batch ({tokens} tokens) take about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. "
-            f"`gradient_checkpointing=False` would save about {share:.0%} of the computation."
+            f"`{CHECKPOINTING}=False` would save about {share:.0%} of the computation."
         )

@@ -17,8 +17,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PretrainedConfig
 
+from .columns import numbers
 from .forward import share_prefixes
-from .memory import CheckpointingAdvice, count_tokens
+from .memory import CHECKPOINTING, CheckpointingAdvice, count_tokens
 from .repeated_images import encode_images_once, image_arguments, images_are_repeated, images_processed_once
 from .support import decoder, encodes_images_once, why_not_shared
 from .tree import PrefixTree, build_tree
@@ -104,7 +105,7 @@ class PrefixSharing(DPOTrainer):
                 check_parts(self.args, config.get_text_config(), self.accelerator.num_processes)
             layout = ImageLayout.of(config) if hasattr(config, "vision_config") else None
             self.data_collator = SharedPrefixCollator(self.data_collator, self.max_tokens_per_forward, layout)
-            if self.args.gradient_checkpointing:
+            if getattr(self.args, CHECKPOINTING):
                 self.add_callback(CheckpointingAdvice(self))
         elif self.shared_prefix == "on":
             raise ValueError(f"`shared_prefix='on'` is not possible because {reason}. Use 'auto' or 'off'.")
@@ -170,7 +171,7 @@ class PrefixSharing(DPOTrainer):
         order = longest_first(dataset)
         scored = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
         for column in (column for column in scored.column_names if column not in dataset.column_names):
-            dataset = dataset.add_column(column, np.array(scored[column])[np.argsort(order)])
+            dataset = dataset.add_column(column, numbers(scored, column)[np.argsort(order)])
         return dataset
 
 
@@ -190,14 +191,15 @@ def check_parts(args: Any, config: PretrainedConfig, processes: int) -> None:
         ValueError: If reentrant gradient checkpointing is used on several processes, or if the position embeddings
             depend on the longest sequence of a batch.
     """
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    # TRL sets the older name, which it uses after each forward pass of the reference
+    options = {**(getattr(args, f"{CHECKPOINTING}_kwargs") or {}), **(args.gradient_checkpointing_kwargs or {})}
+    reentrant = getattr(args, CHECKPOINTING) and options.get("use_reentrant")
     if reentrant and processes > 1:
         raise ValueError(
             f"`max_tokens_per_forward={args.max_tokens_per_forward}` is not possible with reentrant gradient "
             "checkpointing on several processes: each part of a batch would report its own gradients, but DDP and "
             "ZeRO accept them only once. (DPOTrainer enables reentrant checkpointing for adapters under ZeRO-3.) Set "
-            "`gradient_checkpointing=False`, since splitting already limits the memory, or remove "
-            "`max_tokens_per_forward`."
+            f"`{CHECKPOINTING}=False`, since splitting already limits the memory, or remove `max_tokens_per_forward`."
         )
 
     rope = getattr(config, "rope_parameters", None) or {}

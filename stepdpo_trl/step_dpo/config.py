@@ -1,6 +1,7 @@
 """Configuration of [`StepDPOTrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import DPOConfig
 
@@ -9,6 +10,11 @@ from .tokenization import OVERLONG_PREFIX_CHOICES, check_token_options
 # Options of StepDPOConfig that control the tokenization of step data
 STEP_OPTIONS = ("system_prompt", "prompt_suffix", "prompt_template", "overlong_prefix")
 SHARED_PREFIX_CHOICES = ("auto", "on", "off")
+# Options that transformers 5.23 renamed, with their older names, which TRL uses and transformers 6 will remove
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 
 
 @dataclass
@@ -52,6 +58,12 @@ class StepDPOConfig(DPOConfig):
         group_by_prompt (`bool`, *optional*, defaults to `False`):
             Whether to put pairs with the same `prompt` next to each other, so that more tokens of a batch are shared.
             Prompts are shuffled instead of rows, so the order of training differs from [`~trl.DPOTrainer`]'s.
+        activation_checkpointing (`bool`, *optional*, defaults to `True`):
+            Whether to recompute activations in the backward pass, which saves memory. As in [`~trl.DPOConfig`], it is
+            enabled by default. `gradient_checkpointing` is its older name. Both names work with all supported versions
+            of transformers.
+        activation_checkpointing_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Arguments for activation checkpointing. `gradient_checkpointing_kwargs` is its older name.
 
     Raises:
         ValueError: If an option has an invalid value.
@@ -108,10 +120,36 @@ class StepDPOConfig(DPOConfig):
         },
     )
 
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to recompute activations in the backward pass, which saves memory and makes training "
+            "slower. Enabled by default.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments for activation checkpointing, such as use_reentrant."},
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # None tells which name was set
+        default=None,
+        metadata={"help": "Older name of `activation_checkpointing`.", "nargs": "?", "const": True},
+    )
+
     def __post_init__(self) -> None:
         check_token_options(self.prompt_suffix, self.prompt_template, self.overlong_prefix)
         self._check_sharing()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        for new, old in RENAMED.items():
+            value = getattr(self, new)
+            setattr(self, old, getattr(self, old) if value is None else value)
+            setattr(self, new, getattr(self, old))  # transformers warns if only the older name is set
         super().__post_init__()
+        for new, old in RENAMED.items():  # transformers before 5.23 parses only the older name
+            setattr(self, new, getattr(self, old))
 
     def _check_sharing(self) -> None:
         if self.shared_prefix not in SHARED_PREFIX_CHOICES:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -11,6 +12,7 @@ from trl import DPOConfig
 
 from .. import __version__
 from ..data.schema import has_images
+from ..shared_prefix.columns import numbers
 from .config import STEP_OPTIONS, StepDPOConfig
 from .images import image_placeholder, media_tokens, reading_images, without_decoding
 from .tokenization import StepTokenizer
@@ -97,7 +99,7 @@ def prepare_step_dataset(
             unchanged = [name for name in dataset.column_names if name not in encoded.column_names]
             encoded = concatenate_datasets([dataset.select_columns(unchanged), encoded], axis=1)
         dataset = encoded
-        overlong = sum(tokens > 0 for tokens in dataset["overlong"])
+        overlong = np.count_nonzero(numbers(dataset, "overlong"))
         if overlong and encode.overlong_prefix == "drop":
             dataset = dataset.filter(_fits, input_columns="overlong", desc=f"Dropping overlong rows from {where}")
     if overlong:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
+from ..shared_prefix.columns import numbers
 from .trainer import StepDPOTrainer
 
 
@@ -45,5 +46,5 @@ def measure_gamma(
             f"{len(dataset) - len(scored)} of {len(dataset)} rows are longer than max_length={args.max_length} and "
             "were dropped, so they have no gamma. Increase `max_length`, or remove these rows first."
         )
-    scores = scored.select_columns(["ref_chosen_logps", "ref_rejected_logps"])[:]  # without decoding images
-    return np.asarray(scores["ref_chosen_logps"]) - np.asarray(scores["ref_rejected_logps"])
+    chosen, rejected = (numbers(scored, f"ref_{name}_logps").astype(np.float64) for name in ("chosen", "rejected"))
+    return chosen - rejected

@@ -1,11 +1,11 @@
 """Sampler that keeps the pairs of a prompt together."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from ..shared_prefix.columns import group_rows
 
 
 class PromptGroupSampler(Sampler[int]):
@@ -13,19 +13,15 @@ class PromptGroupSampler(Sampler[int]):
     Sampler that shuffles prompts, and the pairs within each prompt, and yields the pairs of a prompt consecutively.
 
     Args:
-        prompts (`Sequence`):
-            Prompt of each row, as text or messages, or as a tuple with a digest of its images.
+        prompts (`np.ndarray`):
+            Hash of the prompt of each row, of shape `(rows,)`.
         seed (`int`):
             Random seed. The order depends only on the seed and the epoch, so it is the same in all processes and in a
             resumed run.
     """
 
-    def __init__(self, prompts: Sequence[Any], seed: int) -> None:
-        groups = defaultdict(list)
-        for row, prompt in enumerate(prompts):
-            groups[str(prompt)].append(row)
-        self.groups = [np.array(rows) for rows in groups.values()]
-        self.rows = len(prompts)
+    def __init__(self, prompts: np.ndarray, seed: int) -> None:
+        self.rows, self.starts, self.ends = group_rows(prompts)
         self.seed = seed
         self.epoch = 0
 
@@ -34,9 +30,9 @@ class PromptGroupSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rows
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        for group in generator.permutation(len(self.groups)):
-            yield from generator.permutation(self.groups[group]).tolist()
+        for group in generator.permutation(len(self.starts)):
+            yield from generator.permutation(self.rows[self.starts[group] : self.ends[group]]).tolist()

@@ -29,6 +29,7 @@ from ..sdpo.callback import SDPOCallback
 from ..sdpo.reference import copy_weights
 from ..sdpo.stages import STAGE_COLUMN, join_stages
 from ..sdpo.training import StagedTraining
+from ..shared_prefix.columns import hashes
 from ..shared_prefix.mixin import PrefixSharing
 from ..shared_prefix.support import decoder
 from .checks import (
@@ -262,10 +263,9 @@ class StepDPOTrainer(StagedTraining, PrefixSharing, DPOTrainer):
         if not getattr(self.args, "group_by_prompt", False):
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset  # the argument lacks the text columns
-        prompts = dataset["prompt"]
-        if IMAGES_DIGEST in dataset.column_names:  # "What is shown?" is another problem for each image
-            prompts = list(zip(prompts, dataset[IMAGES_DIGEST], strict=True))
-        return PromptGroupSampler(prompts, self.args.data_seed or self.args.seed)
+        # "What is shown?" is another problem for each image
+        columns = [name for name in ("prompt", IMAGES_DIGEST) if name in dataset.column_names]
+        return PromptGroupSampler(hashes(dataset, columns), self.args.data_seed or self.args.seed)
 
     def create_accelerator_and_postprocess(self) -> None:
         """

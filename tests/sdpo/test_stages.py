@@ -43,6 +43,7 @@ def test_stratified_split_has_the_same_fraction_of_each_source():
     stages = split_stages(NUMBERS, "stratified", [0.4, 0.6], source_column="source")
     assert [sorted(stage["source"]) for stage in stages.values()] == [list("aabb"), list("aaabbb")]
     assert sorted(number for part in numbers(stages).values() for number in part) == list(range(10))
+    assert numbers(stages)["1"] == [1, 4, 7, 8]  # the split of a seed does not change between releases
     assert numbers(split_stages(NUMBERS, "stratified", [0.4, 0.6], seed=1)) != numbers(
         split_stages(NUMBERS, "stratified", [0.4, 0.6], seed=2)
     )

@@ -300,18 +300,24 @@ def test_ref_model_in_the_first_stage(chat_model, tmp_path, caplog):
 def test_evaluation_uses_the_reference_of_the_stage(chat_model, tmp_path):
     """At the start of a stage the evaluation margin is 0, with a reference model and with precomputed scores."""
     rows = Dataset.from_list(step_rows(6))
-    histories = []
+    histories, workers = [], []
+
+    class CountWorkers(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            workers.append(len(multiprocessing.active_children()))
+
     for mode in ("full", "scores"):
         stages = two_stages(rows=step_rows)
         options = {"eval_dataset": {"a": rows}, "eval_strategy": "steps", "eval_steps": 1}
         options |= {"eval_on_start": True, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
         staged = staged_run(chat_model, tmp_path / mode, mode, stages, **options)
+        staged.add_callback(CountWorkers)
         staged.evaluate()
         assert logged(staged, "eval_rewards/margins") == pytest.approx([0], abs=1e-5)
         staged.train()
         histories.append(logged(staged, "eval_rewards/margins"))
-        for worker in multiprocessing.active_children():  # otherwise torch waits five seconds for each
-            worker.terminate()
+        assert not multiprocessing.active_children()  # torch would wait five seconds for each when it deletes them
+    assert max(workers) == 2  # one for training and one for evaluation, none of the stage before
     assert histories[0] == pytest.approx(histories[1], abs=1e-4)
     # The learning rate is 0 in the first step of each stage
     margins = histories[1][-12:]

@@ -4,6 +4,7 @@ import copy
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -386,7 +387,7 @@ def test_pairs_of_a_prompt_are_consecutive(chat_model, tmp_path):
 
 
 def test_order_depends_only_on_seed_and_epoch():
-    prompts = [[{"role": "user", "content": name}] for name in "abcabcab"]
+    prompts = np.array([ord(name) for name in "abcabcab"])
     first, second = PromptGroupSampler(prompts, 3), PromptGroupSampler(prompts, 3)
     torch.manual_seed(5)
     assert list(first) == list(second)
