@@ -225,7 +225,7 @@ def _build(args: argparse.Namespace) -> None:
     paths = run_directories(args.run)
     rows, left_out = build(paths, args.corrections, args.exclude, args.max_pairs_per_problem)
     record = make_record(args.output_file, rows, left_out)
-    summary = summarize(paths)
+    summary = summarize(paths, examples=False)
     scored = _score(args.logps, rows) if args.logps else rows
     where = save(scored, args.output_file, write_card(summary, record, args.license))
     write_build(args.run, record)
@@ -324,7 +324,8 @@ def _report(args: argparse.Namespace) -> None:
     from ..pipeline.report import render_report
     from ..pipeline.summary import summarize, table_of
 
-    summary, record = summarize(run_directories(args.run)), read_build(args.run)
+    record = read_build(args.run)
+    summary = summarize(run_directories(args.run), examples=record is None)
     if "collect" not in summary.settings:
         raise RunError(f"{args.run} holds no solutions yet. Run `stepdpo collect` first.")
     report = Path(args.run) / "report.html"

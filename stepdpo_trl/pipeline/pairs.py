@@ -43,7 +43,7 @@ class RunPairs(Sequence[PairRow]):
         self._solutions = solutions_by_key(run)
         self._settings, self._run = read_settings(run), run
         self._prompt = StepPrompt(**self._settings["prompt"])
-        found = []
+        keys, counts = list[str](), array("L")
         self.replaced = 0  # corrections of solutions that have been replaced since
         for key, record in current_corrections(run, corrections):
             if key not in self._solutions:
@@ -53,13 +53,19 @@ class RunPairs(Sequence[PairRow]):
                 )
             solution = self._solutions[key]
             if solution.outcome == WRONG and is_of(solution, record.get("solution")):
-                found.append((key, len(record["found"])))
+                if record["found"]:
+                    keys.append(key)
+                    counts.append(len(record["found"]))
             else:
                 self.replaced += 1
-        found.sort()
-        self._keys = [key for key, count in found if count]
-        self._ends = array("L", accumulate(count for _, count in found if count))  # of the pairs of each key
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        self._ends = array("L", accumulate(counts[place] for place in order))  # of the pairs of each key
+        self._keys = b"".join(keys[place].encode() for place in order)  # a list would take twice the memory
+        self._key_ends = array("L", accumulate(len(keys[place].encode()) for place in order))
         self._latest = lru_cache(maxsize=4)(self._read)  # the pairs of a solution follow each other
+
+    def _key(self, place: int) -> str:
+        return self._keys[self._key_ends[place - 1] if place else 0 : self._key_ends[place]].decode()
 
     def _read(self, key: str) -> tuple[Solution, Steps, dict[str, Any]]:
         solution = self._solutions[key]
@@ -77,7 +83,7 @@ class RunPairs(Sequence[PairRow]):
             return [self[number] for number in range(len(self))[index]]
         index = range(len(self))[index]
         place = bisect_right(self._ends, index)
-        solution, wrong, record = self._latest(self._keys[place])
+        solution, wrong, record = self._latest(self._key(place))
         found = record["found"][index - self._ends[place]]  # counted from the end
         with reading_correction(self._run, self._corrections, solution.key):
             return self._row(solution, wrong, record["step"], found)
@@ -240,38 +246,57 @@ def select_pairs(
         `Sequence[int]`, `Counter[str]`: Numbers of the pairs that are kept, in their order, and the number of dropped
             ones per reason.
     """
+    import numpy as np
+
     tests = {_digest(normalize_problem(problem)) for problem in excluded}
     in_tests = lru_cache(maxsize=64)(lambda name: _digest(normalize_problem(problems[name].problem)) in tests)
     left_out: Counter[str] = Counter()
     # Digests instead of texts, which might not fit into memory
-    numbers, ranks, identities, owners = array("L"), array("L"), [], []
-    errors: Counter[bytes] = Counter()
+    numbers, errors, identities, owners = (array("Q") for _ in range(4))
     for number, row in enumerate(rows):
-        error = _digest(row["prompt"], row["initial_reason_steps"], row["rejected"])
-        errors[error] += 1
         if tests and in_tests(row["problem_id"]):
             left_out["in a test set"] += 1
             continue
         numbers.append(number)
-        ranks.append(errors[error])
+        errors.append(_digest(row["prompt"], row["initial_reason_steps"], row["rejected"]))
         steps = (normalize_step(row[column]) for column in ("initial_reason_steps", "chosen", "rejected"))
         identities.append(_digest(row["prompt"], *steps))
-        owners.append(row["problem_id"])
-    del errors
-    kept = array("L")
-    seen = set()
-    of_problem: Counter[str] = Counter()
-    for place in sorted(range(len(numbers)), key=ranks.__getitem__):  # different errors first
-        if identities[place] in seen:
+        owners.append(_digest(row["problem_id"]))
+    repeated = set(np.frombuffer(identities, np.uint64)[_times_before(identities) > 0].tolist())
+    kept = array("Q")
+    seen: set[int] = set()
+    of_problem: Counter[int] = Counter()
+    for place in map(int, np.argsort(_times_before(errors), kind="stable")):  # different errors first
+        identity, owner = identities[place], owners[place]
+        if identity in seen:
             left_out["duplicate"] += 1
-        elif max_pairs_per_problem is not None and of_problem[owners[place]] >= max_pairs_per_problem:
-            left_out["above the limit per problem"] += 1
-        else:
-            seen.add(identities[place])
-            of_problem[owners[place]] += 1
-            kept.append(numbers[place])
+            continue
+        if max_pairs_per_problem is not None:
+            if of_problem[owner] >= max_pairs_per_problem:
+                left_out["above the limit per problem"] += 1
+                continue
+            of_problem[owner] += 1
+        if identity in repeated:
+            seen.add(identity)
+        kept.append(numbers[place])
     return kept, left_out
 
 
-def _digest(*texts: str) -> bytes:
-    return blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _times_before(values: "array[int]") -> Any:
+    """Return for each value how often it occurs before, as an array."""
+    import numpy as np
+
+    if not values:
+        return np.zeros(0, int)
+    found = np.frombuffer(values, np.uint64)
+    order = np.argsort(found, kind="stable")
+    first = np.concatenate([[True], np.diff(found[order]) != 0])  # of equal values
+    places = np.arange(len(found))
+    times = np.empty_like(places)
+    times[order] = places - np.maximum.accumulate(np.where(first, places, 0))
+    return times
+
+
+def _digest(*texts: str) -> int:
+    digest = blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

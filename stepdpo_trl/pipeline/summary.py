@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.answers import cause_of
 from ..generation.protocol import token_count
+from ..runs.log_index import digest
 from ..runs.run_directory import RunDirectory
 from .build_record import BuildRecord, choose_examples
 from .collect import read_problems_of, read_solutions
@@ -81,13 +82,15 @@ class Summary:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def summarize(paths: Sequence[Path]) -> Summary:
+def summarize(paths: Sequence[Path], examples: bool = True) -> Summary:
     """
     Count the records of a run.
 
     Args:
         paths (`Sequence[Path]`):
             Folders of the run, as returned by [`~stepdpo_trl.pipeline.build.run_directories`].
+        examples (`bool`, *optional*, defaults to `True`):
+            Whether to choose example pairs. The record of a build has them already.
 
     Returns:
         [`Summary`]: The counts.
@@ -96,6 +99,8 @@ def summarize(paths: Sequence[Path]) -> Summary:
     for path in paths:
         with RunDirectory(path) as run:
             _add(summary, run)
+            if examples and summary.corrections and not summary.examples:
+                summary.examples = choose_examples(make_pairs(run, next(iter(summary.corrections))))
     return summary
 
 
@@ -104,16 +109,17 @@ def _add(summary: Summary, run: RunDirectory) -> None:
     settings = run.settings().items()
     summary.settings.update((name, stage) for name, stage in settings if name not in ("server", "checker"))
     summary.problems += len(read_problems_of(run))
-    is_solved: dict[str, bool] = {}
+    problems, solved = bytearray(), bytearray()  # digests of their ids
     checks = run.log("checks")
     for solution in read_solutions(run):
-        outcome, problem = solution.outcome, solution.problem.id
+        outcome, problem = solution.outcome, digest(solution.problem.id.encode())
         summary.outcomes[outcome] += 1
-        is_solved[problem] = is_solved.get(problem, False) or outcome == "right"
+        problems += problem
+        solved += problem if outcome == "right" else b""
         if outcome == "unreadable":
             reason = why_no_answer(solution.finish_reason, solution.text)
             summary.unreadable[reason or cause_of(checks.get(f"policy/{solution.key}", {}).get("reason"))] += 1
-    summary.unsolved += sum(not solved for solved in is_solved.values())
+    summary.unsolved += _count_distinct(problems) - _count_distinct(solved)
     for judge_name in run.logs("verdicts"):
         counts = summary.verdicts.setdefault(judge_name, Counter(located=0))
         places = summary.places.setdefault(judge_name, Counter())
@@ -130,8 +136,12 @@ def _add(summary: Summary, run: RunDirectory) -> None:
             counts.update({"solutions": 1, "rectified": found > 0, "given up": found == 0, "pairs": found})
             counts.update(samples=record["samples"], dropped=record["dropped"])
     _add_costs(summary, run)
-    if summary.corrections and not summary.examples:
-        summary.examples = choose_examples(make_pairs(run, next(iter(summary.corrections))))
+
+
+def _count_distinct(digests: bytearray) -> int:
+    import numpy as np
+
+    return len(np.unique(np.frombuffer(digests, np.uint64)))
 
 
 def _add_costs(summary: Summary, run: RunDirectory) -> None:
