@@ -221,8 +221,8 @@ def main() -> None:
         parser.error(f"--every is {args.every}, but must be at least 1.")
     if args.updates < 20 or args.updates % 20 or args.updates % args.every:
         parser.error(
-            f"--updates is {args.updates}, but must be a multiple of 20 (tenths, and two stages of sDPO) and of --every "
-            f"({args.every}). Pass for example --updates {20 * args.every}."
+            f"--updates is {args.updates}, but must be a multiple of 20 (tenths, and two stages of sDPO) and of "
+            f"--every ({args.every}). Pass for example --updates {20 * args.every}."
         )
     if args.run:
         name, workers, folder = args.run
