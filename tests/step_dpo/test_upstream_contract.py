@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import fsdp_utils
 from packaging.version import Version
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -30,6 +32,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from stepdpo_trl.shared_prefix.memory import CHECKPOINTING
 from stepdpo_trl.shared_prefix.vision import ANYRES, PATCHES, STACKED, TILES, VISION_MODEL_TYPES
 from stepdpo_trl.step_dpo.model_card import METHOD, QUICK_START
 
@@ -328,3 +331,19 @@ def test_variable_length_attention():
 
 def test_order_of_training_comes_from_get_train_sampler():
     assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]
+
+
+def test_persistent_workers_of_a_data_loader():
+    loader = DataLoader([0])
+    assert loader._iterator is None, "stop_workers deletes the iterator, which holds the persistent workers"
+    assert "self.base_dataloader.__iter__()" in inspect.getsource(DataLoaderShard.__iter__), "stop_workers must follow"
+    source = inspect.getsource(Trainer)
+    assert "self._eval_dataloaders = {dataloader_key: dataloader}" in source, "StageScoring._stop_workers must follow"
+
+
+def test_names_of_activation_checkpointing(tmp_path):
+    config = DPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    assert getattr(config, CHECKPOINTING), "StepDPOConfig enables it by default because DPOConfig does"
+    assert config.gradient_checkpointing, "TRL reads the older name, which mirrors the new one"
+    other = "activation_checkpointing" in inspect.getsource(DPOTrainer)
+    assert not other, "TRL has followed the renaming, so `RENAMED` and `CHECKPOINTING` can become simpler"
