@@ -635,6 +635,8 @@ def test_predict_without_reference_scores():
 
 def test_model_card(tmp_path, monkeypatch, capsys):
     trainer = vision_trainer(output_dir=tmp_path)
+    trainer.create_model_card()
+    assert f'model="{tmp_path.name}"' in (tmp_path / "README.md").read_text()  # without a name on the Hub
     trainer.hub_model_id = str(tmp_path)
     trainer.save_model()
     trainer.create_model_card(model_name="reader", tags=["charts"])
