@@ -1,7 +1,6 @@
 """Images of step pairs: how they are read, and the text that stands for them in prompts."""
 
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
-from datasets import IterableDataset
+from datasets import Image, IterableDataset
 from transformers import Gemma3Processor
 from transformers.image_utils import load_image
 
@@ -152,19 +152,21 @@ def reading_images(where: str) -> Iterator[None]:
 def _load(image: Any) -> Any:
     if isinstance(image, bytes):
         image = {"bytes": image}
-    if isinstance(image, Mapping):
-        source: Any = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image.get("path")
-        if source is None:
-            raise TypeError("neither `bytes` nor `path` is set")
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(source))  # as `datasets.Image` decodes it
     elif isinstance(image, (str, os.PathLike)):
         path = os.fspath(image)
-        is_path = not path.startswith(("http://", "https://", "data:image/"))
-        if is_path and not os.path.isfile(path):
+        if "://" not in path and not path.startswith("data:image/") and not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {path!r}")
-        image = load_image(path)
+        is_url = path.startswith(("http://", "https://", "data:image/"))
+        image = load_image(path) if is_url else {"path": path}
+    if isinstance(image, Mapping):
+        encoded = {"bytes": image.get("bytes"), "path": image.get("path")}
+        if encoded["bytes"] is None and encoded["path"] is None:
+            raise TypeError("neither `bytes` nor `path` is set")
+        image = Image().decode_example(encoded)  # also from archives and the Hub
     if isinstance(image, PIL.Image.Image):
         image.load()  # finds truncated files
+        if image.getexif().get(PIL.ExifTags.Base.Orientation) is not None:  # as for files
+            image = PIL.ImageOps.exif_transpose(image)
     elif not hasattr(image, "shape"):
         raise TypeError(
             f"a value of type `{type(image).__name__}` is not an image. Use a PIL image, a path, a URL or bytes, or "

@@ -39,7 +39,7 @@ def describe_images(path: Path, trainer: Any) -> None:
     """
     card = ModelCard.load(path)
     card.data.pipeline_tag = PIPELINE
-    snippet = SNIPPET.format(model=trainer.hub_model_id)
+    snippet = SNIPPET.format(model=trainer.hub_model_id or path.parent.name)
     text = QUICK_START.sub(lambda _: snippet, card.text, count=1)
     card.text = METHOD.sub(lambda match: f"{match[0]} {describe_training(trainer)}", text, count=1)
     card.save(path)

@@ -28,8 +28,9 @@ from .images import (
 )
 from .tokenization import StepTokenizer, check_different, steps_of
 
-# Column with the text that the processor tokenizes: prompt and initial reasoning steps
-PROMPT_TEXT = "prompt_text"
+# Column with the text that the processor tokenizes: prompt and initial reasoning steps. Only rows that were tokenized
+# with images have it, so the name must not be one that data has
+PROMPT_TEXT = "prompt_text_with_placeholders"
 # Column that distinguishes rows with equal tokens and different images
 IMAGES_DIGEST = "images_digest"
 
@@ -78,6 +79,11 @@ class VisionStepTokenizer(StepTokenizer):
         pair = StepPreference.from_row(row, where)
         images = load_images(row, where)
         messages, prefix = self.split_prompt(_without_nulls(pair.prompt), pair.initial_reason_steps, where)
+        if self.placeholder is not None and self.placeholder in prefix:
+            raise ValueError(
+                f"The initial reasoning steps of {where} contain the image placeholder {self.placeholder!r}. Images "
+                "are only supported in its prompt. Move the placeholder there, or remove the row."
+            )
         messages = self._place_images(messages, images, where)
 
         text = self._render_prefix(messages, prefix, where, row)

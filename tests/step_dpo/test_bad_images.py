@@ -48,6 +48,10 @@ BAD_ROWS = {
         rows_with(2, prompt="<image>?"),
         r"row 2 of the train dataset has 1 image placeholder \('<image>'\) in its prompt but no images",
     ),
+    "placeholder in the initial reasoning steps": (
+        rows_with(0, prompt="What?", initial_reason_steps="Step 1: <image>\nStep 2: b\nStep 3:"),
+        r"The initial reasoning steps of row 0 of the train dataset contain the image placeholder '<image>'",
+    ),
     "placeholder in a step": (
         rows_with(3, chosen=" <image>"),
         r"`chosen` of row 3 of the train dataset contains '<image>', which stands for image data",

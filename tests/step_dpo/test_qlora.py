@@ -3,6 +3,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlavaForConditionalGeneration
 
+from stepdpo_trl.step_dpo.vision import PROMPT_TEXT
+
 from ..reference_dpo import step_dpo_loss
 from ..tiny import step_rows
 from ..training import BETA, logged, make_trainer, weights
@@ -67,7 +69,7 @@ def test_qlora_with_images(tmp_path):
     cases = []
     for encoded, row in zip(trainer.train_dataset, vision_step_rows(), strict=True):
         images = {"images": row["images"]} if row["images"] else {}
-        inputs = dict(processor(text=[encoded["prompt_text"]], return_tensors="pt", **images))
+        inputs = dict(processor(text=[encoded[PROMPT_TEXT]], return_tensors="pt", **images))
         ids = inputs.pop("input_ids")[0].tolist()
         inputs.pop("attention_mask")
         assert ids == encoded["prompt_ids"]

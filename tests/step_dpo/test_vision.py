@@ -4,8 +4,11 @@ import re
 import tempfile
 from copy import copy
 from functools import cache
+from zipfile import ZipFile
 
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
@@ -19,8 +22,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stepdpo_trl import SDPOCallback, StepDPOConfig, measure_gamma
 from stepdpo_trl.step_dpo.dataset import make_step_tokenizer
+from stepdpo_trl.step_dpo.images import load_images
 from stepdpo_trl.step_dpo.model_card import describe_training
-from stepdpo_trl.step_dpo.vision import VisionStepCollator, shorter_prefixes
+from stepdpo_trl.step_dpo.vision import PROMPT_TEXT, VisionStepCollator, shorter_prefixes
 
 from ..distributed.vision import CELLS, OPTIONS, mixed_rows
 from ..distributed.vision import MODES as DISTRIBUTED_MODES
@@ -270,13 +274,13 @@ def test_forms_of_a_prompt():
     for prompt in forms:
         assert encode(row={**ROW, "prompt": prompt}) == encode()
     between = encode(row={**ROW, "prompt": [{"role": "user", "content": [part, text, part]}]})
-    assert between["prompt_text"].startswith("<|im_start|>user\n<image>\nHow many bars?<image>\n<|im_end|>")
+    assert between[PROMPT_TEXT].startswith("<|im_start|>user\n<image>\nHow many bars?<image>\n<|im_end|>")
 
 
 def test_options_for_string_prompts_and_end_of_the_solution():
     row = {**ROW, "chosen_ends_solution": True}
     out = encode(row=row, system_prompt="Be brief.", prompt_suffix=" Count.")
-    assert out["prompt_text"].startswith(
+    assert out[PROMPT_TEXT].startswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\n<image>\nHow many bars? Count.<|im_end|>"
     )
     end = processor_named("llava").tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -286,7 +290,7 @@ def test_options_for_string_prompts_and_end_of_the_solution():
 
 def test_prompt_template_with_placeholders():
     out = encode(prompt_template="Q: <image><image>{prompt} A: ")
-    assert out["prompt_text"] == "Q: <image><image>How many bars? A: " + ROW["initial_reason_steps"]
+    assert out[PROMPT_TEXT] == "Q: <image><image>How many bars? A: " + ROW["initial_reason_steps"]
 
 
 def image_file(folder, image=None, name="image.png"):
@@ -317,6 +321,32 @@ def test_images_as_paths_bytes_and_decoded(tmp_path):
     assert len(digests) == 2
     single = {name: value for name, value in ROW.items() if name != "images"}
     assert encode(row={**single, "image": path}) == first
+
+
+@pytest.mark.parametrize("kind", ["transparent", "rotated", "in an archive"])
+def test_files_and_opened_images_are_read_alike(kind, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 4), dtype=np.uint8)
+    image, path = PIL.Image.fromarray(pixels), str(tmp_path / "image.png")
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6 if kind == "rotated" else 1
+    (image.convert("RGB") if kind == "rotated" else image).save(path, exif=exif)
+    forms = [PIL.Image.open(path), path, {"path": path}, (tmp_path / "image.png").read_bytes()]
+    if kind == "in an archive":
+        with ZipFile(tmp_path / "images.zip", "w") as archive:
+            archive.write(path, "image.png")
+        place = f"zip://image.png::{tmp_path / 'images.zip'}"
+        forms += [place, {"path": place, "bytes": None}]
+    loaded = [load_images({"image": form}, "row 0")[0] for form in forms]
+    expected = image.convert("RGB").transpose(PIL.Image.Transpose.ROTATE_270) if kind == "rotated" else image
+    assert all(np.array_equal(one, expected) for one in loaded)
+
+
+def test_text_rows_with_a_column_named_like_that_of_the_collator():
+    losses = [
+        vision_trainer(eval_dataset=Dataset.from_list([{**row, **extra} for row in step_rows(2)])).evaluate()
+        for extra in ({}, {"prompt_text": "What?"})
+    ]
+    assert losses[0]["eval_loss"] == losses[1]["eval_loss"]
 
 
 def test_dataset_of_paths(tmp_path):
@@ -605,6 +635,8 @@ def test_predict_without_reference_scores():
 
 def test_model_card(tmp_path, monkeypatch, capsys):
     trainer = vision_trainer(output_dir=tmp_path)
+    trainer.create_model_card()
+    assert f'model="{tmp_path.name}"' in (tmp_path / "README.md").read_text()  # without a name on the Hub
     trainer.hub_model_id = str(tmp_path)
     trainer.save_model()
     trainer.create_model_card(model_name="reader", tags=["charts"])
