@@ -164,7 +164,7 @@ def _varlen_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        arguments = inspect.signature(varlen_attn).parameters.keys()
+        arguments = set(inspect.signature(varlen_attn).parameters)
     except ImportError:
         arguments = set()
     if not {"window_size", "enable_gqa", "scale"} <= arguments:
