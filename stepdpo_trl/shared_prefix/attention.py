@@ -6,10 +6,11 @@ FlashAttention if the model is loaded with it, otherwise PyTorch's variable-leng
 applies (CPU, float32, soft-capping), the model's attention function, called for each chain.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -161,12 +162,11 @@ def _autocast_dtype(query: torch.Tensor) -> torch.dtype:
 @functools.cache
 def _varlen_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether the kernel aligns the last query with the last key, also with windows and in the backward."""
-    try:
+    arguments: Set[str] = set()
+    with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
         arguments = inspect.signature(varlen_attn).parameters.keys()
-    except ImportError:
-        arguments = set()
     if not {"window_size", "enable_gqa", "scale"} <= arguments:
         logger.warning(
             f"PyTorch {torch.__version__} has no variable-length attention with grouped heads and windows, so masked "
