@@ -16,7 +16,8 @@ from ..generation import ModelSpec, Sampling
 from ..pipeline.judge_options import DEFAULT_CHECK
 from ..pipeline.judges.expressions import parse_judges
 from ..pipeline.policy import resolve_step_prompt
-from ..pipeline.records import Problem, count_line, describe_source, read_texts
+from ..pipeline.records import Problem, count_line, read_texts
+from ..pipeline.row_files import describe_source
 from ..runs.run_directory import RunDirectory, RunError
 from .data_options import add_build, add_collect, add_data, add_import, add_localize, add_rectify, add_report
 from .dry_run import estimate, show_servers

@@ -293,26 +293,6 @@ def read_texts(path: str | Path) -> Iterator[str]:
         yield str(row[column])
 
 
-def describe_source(path: str | Path) -> dict[str, str]:
-    """
-    Describe a file of problems for the data card.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-
-    Returns:
-        `dict[str, str]`: `path`, and `sha256` of the content if the file exists.
-    """
-    if not Path(path).is_file():
-        return {"path": str(path)}
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return {"path": str(path), "sha256": digest.hexdigest()}
-
-
 def _problem(row: Any, any_answer: bool) -> Problem | str:
     """Convert a row to a problem, or return the reason why it is invalid."""
     if not isinstance(row, Mapping):

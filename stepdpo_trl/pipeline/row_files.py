@@ -1,5 +1,6 @@
 """Rows of JSON Lines and Parquet files, which stay on disk."""
 
+import hashlib
 import json
 import tempfile
 from array import array
@@ -39,6 +40,23 @@ def open_rows(path: Path) -> Sequence[Any]:
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as Parquet: {error}") from error
     return rows
+
+
+def describe_source(path: str | Path) -> dict[str, str]:
+    """
+    Describe a file of problems for the data card.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `dict[str, str]`: `path`, and `sha256` of the content if the file exists.
+    """
+    if not Path(path).is_file():
+        return {"path": str(path)}
+    with Path(path).open("rb") as file:
+        return {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 class JsonLines(Sequence[Any]):

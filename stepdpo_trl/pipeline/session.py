@@ -144,7 +144,7 @@ class Session:
             shard (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
                 Index of the shard and number of shards.
             source (`Mapping[str, Any]`, *optional*):
-                Path and hash of the problems, as returned by [`~stepdpo_trl.pipeline.records.describe_source`].
+                Path and hash of the problems, as returned by [`~stepdpo_trl.pipeline.row_files.describe_source`].
             checker (`Checker`, *optional*, defaults to `MATH`):
                 The checker of the solutions. If the code of a user's function has changed since an earlier call, all
                 solutions are checked again.

@@ -23,8 +23,9 @@ from stepdpo_trl.pipeline.data_card import write_card, write_import_card
 from stepdpo_trl.pipeline.judge_options import JudgeOptions
 from stepdpo_trl.pipeline.localize import agreement, localize, read_verdicts
 from stepdpo_trl.pipeline.names import corrections_name
-from stepdpo_trl.pipeline.records import Verdict, count_line, describe_source, read_problems
+from stepdpo_trl.pipeline.records import Verdict, count_line, read_problems
 from stepdpo_trl.pipeline.report import render_report
+from stepdpo_trl.pipeline.row_files import describe_source
 from stepdpo_trl.pipeline.run_model import model_of_run
 from stepdpo_trl.pipeline.session import Session, check_settings
 from stepdpo_trl.pipeline.stage_directory import read_times
