@@ -60,6 +60,7 @@ from transformers import (  # noqa: E402
 )
 
 from stepdpo_trl import StepDPOConfig, StepDPOTrainer  # noqa: E402
+from stepdpo_trl.step_dpo.vision import PROMPT_TEXT  # noqa: E402
 
 NAMES = ("DPOTrainer", "StepDPOTrainer")
 PATCH = 28  # side of the pixels of one token
@@ -172,7 +173,7 @@ def token_names(pair: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the tokens of a pair as a collator receives it, with the tokens of its image named after the image."""
     (image,) = pair["images"]
     tokens = image.width * image.height // PATCH**2
-    start, _, *words = (pair.get("prompt_text") or pair["prompt"]).split()
+    start, _, *words = (pair.get(PROMPT_TEXT) or pair["prompt"]).split()
     placeholders = [(image.tobytes()[:64], i) for i in range(tokens)]
     steps = {f"{name}_ids": pair.get(f"{name}_ids") or pair[name].split() for name in ("chosen", "rejected")}
     return {"prompt_ids": [start, *placeholders, *words], **steps}

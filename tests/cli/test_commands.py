@@ -177,7 +177,7 @@ def test_new_options_reach_the_models_and_the_sampling(problems, monkeypatch):
 
         def collect(self, folder, problems, name, model, prompt, sampling, *more):
             asked.append((model, sampling))
-            return {}
+            return {"right": 0, "wrong": 1, "unreadable": 0}
 
     monkeypatch.setattr("stepdpo_trl.pipeline.session.Session", Session)
     argv = ["collect", "--problems", str(problems), "--output-dir", "run", "--top-k", "20"]
