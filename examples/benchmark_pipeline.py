@@ -159,52 +159,52 @@ class UnlimitedSlots:
 
     def __init__(self, answer: Callable[[Any], tuple[Any, float]]) -> None:
         self.answer = answer
-        self.answers: dict[str, Any] = {}  # including those that have not arrived yet
-        self.replies: dict[str, Any] = {}  # those that have arrived, in this stage or an earlier one
+        self.collected: dict[str, Any] = {}  # answers of the first stage, which the others find in their run folders
         self.time = self.total = 0.0
 
     def bound(self, slots: int) -> float:
-        """Return the highest possible share of busy slots since the last call."""
-        share = self.total / max(self.total, slots * self.time, 1e-9)
-        self.time = self.total = 0.0
-        return share
+        """Return the highest possible share of busy slots of the last stage."""
+        return self.total / max(self.total, slots * self.time)
 
     def run_tasks(self, tasks: Iterable[Any], services: Any, progress: Any = None) -> Iterator[Any]:
         """Run tasks, in place of [`~stepdpo_trl.runs.tasks.run_tasks`]."""
+        self.time = self.total = 0.0
         started = list(tasks)
         results: dict[int, Any] = {}
         asked: dict[int, Any] = {}  # what each task waits for
         askers: dict[str, list[int]] = {}
-        running: list[tuple[float, int, str]] = []  # end, number and key of each request
+        replies = dict(self.collected)
+        running: list[tuple[float, str, Any]] = []  # end, key and answer of each request
 
-        def advance(index: int, replies: Any) -> None:
+        def advance(index: int, received: Any) -> None:
             """Run a task until it has to wait."""
             try:
-                ask = started[index].send(replies)
-                while ask.service == "check" or all(request.key in self.replies for request in ask.requests):
+                ask = started[index].send(received)
+                while ask.service == "check" or all(request.key in replies for request in ask.requests):
                     check = ask.service == "check"
-                    found = {r.key: check_solution(r.text) if check else self.replies[r.key] for r in ask.requests}
+                    found = {r.key: check_solution(r.text) if check else replies[r.key] for r in ask.requests}
                     ask = started[index].send(found)
             except StopIteration as stop:
                 results[index] = stop.value
                 return
             asked[index] = ask.requests
             for request in ask.requests:
-                if request.key not in self.replies:
+                if request.key not in replies:
                     if request.key not in askers:
-                        self.answers[request.key], seconds = self.answer(request)
+                        answer, seconds = self.answer(request)
                         self.total += seconds
-                        heapq.heappush(running, (self.time + seconds, len(self.answers), request.key))
+                        heapq.heappush(running, (self.time + seconds, request.key, answer))
                     askers.setdefault(request.key, []).append(index)
 
         for index in range(len(started)):
             advance(index, None)
         while running:
-            self.time, _, key = heapq.heappop(running)
-            self.replies[key] = self.answers[key]
+            self.time, key, answer = heapq.heappop(running)
+            replies[key] = answer
             for index in askers.pop(key):
-                if all(request.key in self.replies for request in asked[index]):
-                    advance(index, {request.key: self.replies[request.key] for request in asked[index]})
+                if all(request.key in replies for request in asked[index]):
+                    advance(index, {request.key: replies[request.key] for request in asked[index]})
+        self.collected = self.collected or replies
         yield from (results[index] for index in sorted(results))
 
 
