@@ -2,7 +2,7 @@
 Compare Step-DPO with other methods on GSM8K, from a model and problems to a table.
 
     python examples/gsm8k/compare.py
-    python examples/gsm8k/compare.py --quick   # checks in a few minutes that everything works
+    python examples/gsm8k/compare.py --quick   # checks in about ten minutes that everything works
 
 The model learns from its own mistakes: its solutions are sampled and corrected, every method is tuned with the same
 number of trials on held-out training problems, and trained with the best setting. The test problems are used once per

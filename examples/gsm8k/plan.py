@@ -132,7 +132,7 @@ class Settings:
 
 
 def quick_settings(settings: Settings) -> Settings:
-    """Return settings with which the whole comparison takes a few minutes, without useful results."""
+    """Return settings with which the whole comparison takes about ten minutes, without useful results."""
     return replace(
         settings,
         model=str(MODEL_PATH),
