@@ -9,8 +9,8 @@ The server answers as many requests at the same time as it has slots. An answer 
 a stage to its last answer, so it includes the wait for the last answers, when there is nothing left to send.
 
 The column "bound" is the limit for a client that needs no time itself: a stage takes at least the total time of its
-answers divided by the slots, and at least as long as the longest chain of answers of one task that depend on each other. The column "half" is the
-progress at half of the time, without the tasks whose answers were all stored before.
+answers divided by the slots, and at least as long as the longest chain of answers of one task that depend on each
+other. The column "half" is the progress at half of the time, without the tasks whose answers were all stored before.
 
 The answers depend on the seeds of the requests only. 30% are right. The others contain one false equation, so that
 `rectify` can use the verdicts of the judge `arithmetic`, independently of `localize` with the judge `rollout`.
