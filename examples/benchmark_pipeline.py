@@ -266,8 +266,9 @@ def measure(slots: int, ms: float, tail: float, num_problems: int, num_samples: 
     from stepdpo_trl.runs import runner
 
     def answer(request: Any) -> tuple[Completion, float]:
-        text, tokens = write_answer(request.seed, request.prompt.count("Step "))
-        return Completion(text, "stop", 100, tokens), answer_seconds(request.seed, tokens, ms, tail)
+        seed = request.seed % 2**31  # as the client sends it
+        text, tokens = write_answer(seed, request.prompt.count("Step "))
+        return Completion(text, "stop", 100, tokens), answer_seconds(seed, tokens, ms, tail)
 
     problems = [Problem(str(number), f"Problem {number}?", "42") for number in range(num_problems)]
     with simulated_server(slots, ms, tail) as address, tempfile.TemporaryDirectory() as folder, Session() as session:
