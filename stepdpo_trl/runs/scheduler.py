@@ -32,8 +32,9 @@ T = TypeVar("T")
 WINDOW = 1024  # maximum number of concurrent tasks
 TASKS_PER_THREAD = 16  # the same with a streaming service, if that is more
 AHEAD = 4  # windows of tasks that may start before the oldest one has ended: their results are kept in memory
-# The last tasks of a stage, per thread, take turns: the very last ones would leave most threads idle
-LAST_PER_THREAD = 8
+# The last tasks of a stage, per thread, take turns: the very last ones would leave most threads idle. At most half of
+# a stage does, or 2 per thread.
+LAST_PER_THREAD, LEAST_PER_THREAD = 8, 2
 GRACE = 1.0  # seconds after Ctrl-C in which answers may still arrive
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Scheduler(Generic[T]):
         self._tasks = iter(tasks)
         self._services, self._progress = services, progress
         self._window = WINDOW
-        self._last = 0  # tasks at the end that take turns
+        self._threads = 0  # of streaming services
         self._started = self._active = 0  # tasks, and those of them that have not ended
         self._all_started = False
         self._ready: deque[tuple[int, Task[T], Mapping[str, Any] | None]] = deque()
@@ -89,7 +90,7 @@ class Scheduler(Generic[T]):
             if isinstance(service, StreamingService):
                 self._workers[name] = Workers(service, self._wake)
                 self._window = max(self._window, TASKS_PER_THREAD * service.threads)
-                self._last = max(self._last, LAST_PER_THREAD * service.threads)
+                self._threads = max(self._threads, service.threads)
 
     def run(self) -> Iterator[T]:
         """Yield the results of the tasks, in the order of the tasks."""
@@ -149,8 +150,8 @@ class Scheduler(Generic[T]):
 
     def _order(self, index: int) -> float:
         """Return the order of a task's requests."""
-        takes_turns = self._all_started and self._active <= min(self._last, self._started / 2)
-        return math.inf if takes_turns else index
+        last = min(LAST_PER_THREAD * self._threads, max(self._started / 2, LEAST_PER_THREAD * self._threads))
+        return math.inf if self._all_started and self._active <= last else index
 
     def _send(self, index: int, task: "Task[T]", name: str, requests: Sequence[Any]) -> None:
         service = self._services[name]

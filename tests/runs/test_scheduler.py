@@ -17,6 +17,7 @@ from stepdpo_trl.runs.log import Log
 from stepdpo_trl.runs.progress import ProgressLines
 from stepdpo_trl.runs.run_directory import RunDirectory
 from stepdpo_trl.runs.runner import TaskRunner
+from stepdpo_trl.runs.scheduler import Scheduler
 from stepdpo_trl.runs.tasks import Ask, CheckRequest, RecordedChecks, RecordedModel, run_tasks
 from stepdpo_trl.runs.workers import StreamingService, Workers
 
@@ -167,6 +168,18 @@ def test_the_last_tasks_take_turns():
     first = service.sent.index("99/0")
     assert all(service.sent.index(f"{number}/2") > first for number in range(76, 100))  # of the last 32
     assert all(service.sent.index(f"{number}/2") < first for number in range(60))
+
+
+@pytest.mark.parametrize(("tasks", "turns"), [(6, 6), (10, 8), (40, 20), (200, 32)])
+def test_number_of_tasks_that_take_turns(tasks, turns):
+    """With 4 threads at most 32, but at most half of a stage, unless that is less than 8."""
+    under_test = Scheduler((), {"s": Service(threads=4)})
+    under_test._started, under_test._all_started = tasks, True
+    found = []
+    for active in range(1, tasks + 1):
+        under_test._active = active
+        found.append(under_test._order(5))
+    assert found == [math.inf] * turns + [5] * (tasks - turns)
 
 
 def test_few_results_wait_for_a_hung_task(monkeypatch):
